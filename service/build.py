@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from models.artifact.artifact import Artifact, load_artifact
-from models.artifact.manifest import MANIFEST_NAME
+from models.artifact.manifest import MANIFEST_NAME, read_manifest
 from models.errors import ArtifactError
 from service.access.key_cache import AccessKeys
 from service.engine.runtimes.loading import open_decoders, open_runtimes
@@ -103,16 +103,21 @@ class PipelineService:
 
 
 def build_pipeline(
-    settings: Settings, drain_s: float | None = None, store: Store | None = None
+    settings: Settings,
+    drain_s: float | None = None,
+    store: Store | None = None,
+    model: str | None = None,
 ) -> PipelineService:
     """Load the models and make the pipeline and what it needs; nothing is started yet.
 
     Args:
         drain_s: longest graceful shutdown of the pipeline, if not that of the settings.
         store: if not that of the settings; not started yet.
+        model: name of the only model to load; None for all.
 
     Raises:
-        ArtifactError: a model cannot be loaded, or its alarms cannot have the configured rate.
+        ArtifactError: a model cannot be loaded, its alarms cannot have the configured rate, or
+            there is no such model.
         RuntimeUnavailableError: the runtime is not installed, or cannot run a model.
         StoreRefused: the store's address cannot be used.
     """
@@ -125,7 +130,7 @@ def build_pipeline(
         from service.telemetry.tracing import open_tracer
 
         tracer = open_tracer()
-    served = open_models(settings.models)
+    served = open_models(settings.models, model)
     store = store or RedisStore(settings.store)
     pipeline = Pipeline(
         served,
@@ -144,34 +149,48 @@ def build_pipeline(
     return PipelineService(settings, store, pipeline, keys, recorder, tracer)
 
 
-def open_models(settings: ModelSettings) -> list[ServedModel]:
-    """Load the artifacts of the settings and open their runtimes, not yet warmed up.
+def open_models(settings: ModelSettings, only: str | None = None) -> list[ServedModel]:
+    """Load the artifacts of the settings, or one of them, and open their runtimes, not yet warmed
+    up.
 
     Raises:
         ArtifactError, RuntimeUnavailableError: as for `build_pipeline`.
     """
-    artifacts = with_alarm_rates(load_models(settings.models_dir), settings.alarm_rates())
+    rates = settings.alarm_rates()
+    if only is not None:
+        rates = {name: rate for name, rate in rates.items() if name == only}
+    artifacts = with_alarm_rates(load_models(settings.models_dir, only), rates)
     runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
     decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
     return [ServedModel(*each) for each in zip(artifacts, runtimes, decoders, strict=True)]
 
 
-def load_models(directory: Path) -> list[Artifact]:
+def load_models(directory: Path, only: str | None = None) -> list[Artifact]:
     """Every artifact in a directory, or the one that the directory itself is.
+
+    Args:
+        only: name of the model to load; the manifests of the others are read, and nothing else.
 
     Raises:
         ArtifactError: there is none, one is rejected, or two have one name.
     """
     if (directory / MANIFEST_NAME).is_file():
-        return [load_artifact(directory)]
-    if not directory.is_dir():
+        paths = [directory]
+    elif not directory.is_dir():
         raise ArtifactError(f"{directory}: expected a directory of model artifacts")
-    paths = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
+    else:
+        paths = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
     if not paths:
         raise ArtifactError(
             f"{directory}: expected a model artifact, or a directory of them, and found no "
             f"{MANIFEST_NAME}; `carry init` or `carry train` makes one"
         )
+    if only is not None:
+        names = {path: str(read_manifest(path).get("name")) for path in paths}
+        paths = [path for path, name in names.items() if name == only]
+        if not paths:
+            known = ", ".join(sorted(names.values()))
+            raise ArtifactError(f"model: expected one of {known}, got {only!r}")
     artifacts: dict[str, Artifact] = {}
     for path in paths:
         artifact = load_artifact(path)

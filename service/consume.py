@@ -33,7 +33,7 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
         OperatorError, StoreUnavailable, StoreRefused, ArtifactError, OSError: it cannot start.
     """
     store = TopicStore(settings.store)
-    service = build_pipeline(settings, store=store)
+    service = build_pipeline(settings, store=store, model=config.model)
     consumer, recorder = Consumer(service, store, config), service.recorder
 
     async def checks() -> Sequence[Check]:

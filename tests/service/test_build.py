@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from service.access.caller import ANYONE
 from service.build import PipelineService, build_pipeline
 from service.core.errors import ShuttingDown, StoreUnavailable
 from service.settings import Settings
 from tests.support.metrics import read, series
-from tests.support.pipelines import chunk_of, rows_of
+from tests.support.pipelines import SPEC, chunk_of, rows_of
 from tests.support.servers import RealServer
 
 ROWS = rows_of(np.random.default_rng(1), 3)
@@ -58,3 +60,19 @@ def test_models_and_their_alarm_rates_are_checked_before_anything_starts(
 ) -> None:
     with pytest.raises(ArtifactError, match="CARRY_FALSE_ALARMS_PER_DAY"):
         build("unix:///none.sock", artifact, false_alarms_per_day="other=1")
+
+
+def test_one_model_of_a_directory_is_loaded_whatever_the_others_are(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    copytree(artifact.path, tmp_path / "wanted")
+    spec = SPEC.model_copy(update={"name": "other"})
+    other = write_artifact(tmp_path / "other", spec, artifact.weights)
+    (other.path / "weights.safetensors").write_bytes(b"damaged")
+    flags = {"redis_url": "unix:///none.sock", "models_dir": tmp_path}
+    settings = Settings.load({**flags, "false_alarms_per_day": "other=1"})
+    assert [*build_pipeline(settings, model="probe").pipeline.models] == ["probe"]
+    with pytest.raises(ArtifactError, match="expected one of other, probe, got 'none'"):
+        build_pipeline(settings, model="none")
+    with pytest.raises(ArtifactError, match=r"other/weights\.safetensors"):
+        build_pipeline(settings)

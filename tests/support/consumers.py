@@ -36,8 +36,9 @@ async def consuming(
     flags = {"redis_url": url, "models_dir": artifact.path, **(settings or {})}
     loaded = Settings.load(flags)
     store = TopicStore(loaded.store)
-    async with build_pipeline(loaded, store=store) as service:
-        consumer = Consumer(service, store, make_config(PROBE | config, "test"))
+    configured = make_config(PROBE | config, "test")
+    async with build_pipeline(loaded, store=store, model=configured.model) as service:
+        consumer = Consumer(service, store, configured)
         await consumer.check_topics()
         task = asyncio.create_task(consumer.run())
         try:
