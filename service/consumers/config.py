@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from service.core.errors import OperatorError
 from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.keys import KeySpace
-from service.store.topics import TopicKeys
+from service.store.topics import TopicKeys, TopicRecord
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 NamePart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
@@ -107,8 +107,8 @@ class ConsumerConfig(_Part):
     """Duration of a lease in seconds, after which another consumer acquires the topics of one that
     died. Choose it longer than pauses of a process or the network that should not move topics."""
 
-    def topics(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
-        """The keys of each topic.
+    def record(self, *, is_cluster: bool) -> TopicRecord:
+        """What the consumer group reads and writes.
 
         Raises:
             OperatorError: a cluster needs partitions, or two topics are the same.
@@ -119,18 +119,21 @@ class ConsumerConfig(_Part):
                 "partitioned: expected true, since the keys of a topic and of its streams must be "
                 "in one slot of the cluster; `carry produce` writes to the right partition"
             )
-        names = [(self.source, self.sink, self.dead_letters or f"{self.source}:dead")]
-        if not partitioned and len({*names[0]}) < len(names[0]):
-            got = "{!r}, {!r} and {!r}".format(*names[0])
+        dead_letters = self.dead_letters or (self.source if partitioned else f"{self.source}:dead")
+        names = self.source, self.sink, dead_letters
+        if not partitioned and len({*names}) < len(names):
+            got = "{!r}, {!r} and {!r}".format(*names)
             raise OperatorError(f"from, to, dead_letters: expected different topics, got {got}")
-        if partitioned:
-            dead_letters = self.dead_letters or self.source
-            prefixes = map(space.partition_prefix, range(space.partitions))
-            names = [
-                (f"{it}:in:{self.source}", f"{it}:out:{self.sink}", f"{it}:dead:{dead_letters}")
-                for it in prefixes
-            ]
-        return [TopicKeys.of(*each, self.group, self.keep, deletes=self.delete) for each in names]
+        return TopicRecord(self.group, *names, self.model, partitioned)
+
+    def topics(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
+        """The keys of each topic.
+
+        Raises:
+            OperatorError: as for `record`.
+        """
+        record = self.record(is_cluster=is_cluster)
+        return record.keys(space, self.keep, deletes=self.delete)
 
 
 def read_config(path: Path, overrides: Mapping[str, Any]) -> ConsumerConfig:

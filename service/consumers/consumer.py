@@ -1,7 +1,7 @@
 """Consumes the topics of a configuration on a pipeline, and shares them with other consumers.
 
 store = TopicStore(settings.store)
-async with build_pipeline(settings, store=store) as service:
+async with build_pipeline(settings, store=store, model=config.model) as service:
     consumer = Consumer(service, store, config)
     await consumer.check_topics()
     await consumer.run()
@@ -35,6 +35,7 @@ class Consumer(SharedTopics[OwnedTopic]):
     """Computes the outputs of topics of events.
 
     Args:
+        service: has the model.
         store: the store of the service.
 
     Attributes:
@@ -43,23 +44,20 @@ class Consumer(SharedTopics[OwnedTopic]):
         topics: the topics that are assigned to this consumer, by name.
 
     Raises:
-        OperatorError: there is no such model, `where` is invalid, or a cluster needs partitions.
+        OperatorError: `where` is invalid, or a cluster needs partitions.
         ChunksUnsupported: the model needs whole sequences.
     """
 
     def __init__(self, service: PipelineService, store: TopicStore, config: ConsumerConfig):
         settings, pipeline = service.settings, service.pipeline
-        served = pipeline.models.get(config.model)
-        if served is None:
-            raise OperatorError(
-                f"model: expected one of {', '.join(sorted(pipeline.models))}, got {config.model!r}"
-            )
+        served = pipeline.models[config.model]
+        self._record = config.record(is_cluster=settings.store.is_cluster)
         batching = settings.batching
         places = 2 * pipeline.max_batch_rows(served) * batching.batches_in_flight
         self._places = min(places, batching.max_queue)
         super().__init__(
             store.topics,
-            config.topics(settings.store.keys, is_cluster=settings.store.is_cluster),
+            self._record.keys(settings.store.keys, config.keep, deletes=config.delete),
             config,
             pool=f"{config.group}:{config.source}",
             room=EVENTS_PER_CHUNK * self._places,
@@ -74,6 +72,11 @@ class Consumer(SharedTopics[OwnedTopic]):
         self._writer = OutputWriter(served.artifact, media, config.where)
         self._timeout_s = settings.requests.timeout_s
         self._ready: deque[tuple[OwnedTopic, str]] = deque()
+
+    async def run(self) -> None:
+        """Announce what is read and written, and process entries as `SharedTopics.run`."""
+        await self.store.register(self._record)
+        await super().run()
 
     async def check_topics(self) -> None:
         """Check that the topics are streams, and that the source exists unless it may be created.

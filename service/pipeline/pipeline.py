@@ -63,6 +63,7 @@ from service.pipeline.settings import BatchingSettings
 from service.pipeline.state_cache import StateCache
 from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import StreamAdministration
+from service.pipeline.topics import TopicViews
 from service.store.base import Store
 
 P = TypeVar("P")
@@ -93,6 +94,7 @@ class Pipeline:
     Attributes:
         models: the served models by name.
         streams: stream administration.
+        topics: the topics of consumers.
         cache: the states of recent streams.
 
     A `deadline_s` is the time until which a caller waits, on the monotonic clock. Each use case may
@@ -123,6 +125,7 @@ class Pipeline:
         self.streams = StreamAdministration(
             self._model, store, self.cache, now_ms=now_ms, audit=audit
         )
+        self.topics = TopicViews(store.topics)
         self._tokens = StateTokens(store.keys.token_key)
         self._compute = Compute(settings.inference_timeout_s, threads=runtime_threads)
         self._loop_priority = LoopPriority()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -36,6 +36,9 @@ from service.store.capabilities import (
     StreamUsage,
 )
 from service.store.codec import CodecError, decode_state, read_packed_head, unpack_head
+
+if TYPE_CHECKING:
+    from service.store.topics import Topics
 
 log = structlog.get_logger(__name__)
 
@@ -176,6 +179,7 @@ class Store(StateStore, Protocol):
     rates: RateLeases
     outputs: OutputChannel
     monitor: StoreMonitor
+    topics: Topics
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int

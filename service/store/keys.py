@@ -10,6 +10,8 @@
     {namespace}:usage:{id}                    a hash of the streams that an access key with a quota
                                               has created, and of their bytes
     {namespace}:rate:{id}:{limit}             a hash of a token bucket that limits an access key
+    {namespace}:topics                        a hash of the topics that consumer groups read and
+                                              write (`service.store.topics.TopicRecord`)
 
 The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
 stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
@@ -57,6 +59,11 @@ class KeySpace:
     def access_keys(self) -> str:
         """The key of the access keys' records."""
         return f"{self.namespace}:keys"
+
+    @property
+    def topics(self) -> str:
+        """The key of the records of topics that consumers read."""
+        return f"{self.namespace}:topics"
 
     def stream_usage(self, key_id: str) -> str:
         """The key of the streams that an access key with a quota has created."""

@@ -16,9 +16,12 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
+import msgspec
+
 from service.core.errors import CarryError
 from service.core.values import StreamHead, StreamKey
 from service.store.base import CommitResult
+from service.store.keys import KeySpace
 
 CONSUMER: Final = "carry"
 """The consumer name in the group that every owner uses, so that the next owner has what one leaves
@@ -67,6 +70,43 @@ class TopicKeys(NamedTuple):
         """The keys of a topic that is read by a group."""
         lease, halted = f"{topic}:lease:{group}", f"{topic}:halted:{group}"
         return cls(topic, lease, halted, outputs, dead_letters, group, kept, deletes)
+
+
+class TopicRecord(msgspec.Struct, frozen=True):
+    """The topics that a consumer group reads and writes, as its consumers announce them.
+
+    Attributes:
+        source, sink, dead_letters: names of the topics; with `partitioned` the last parts of
+            their keys.
+        model: computes the outputs.
+        partitioned: whether there is a topic for each partition of the store.
+    """
+
+    group: str
+    source: str
+    sink: str
+    dead_letters: str
+    model: str
+    partitioned: bool
+
+    def keys(self, space: KeySpace, kept: int = 0, *, deletes: bool = False) -> list[TopicKeys]:
+        """The keys of each topic that is read.
+
+        Args:
+            kept, deletes: as of `TopicKeys`.
+        """
+        names = [(self.source, self.sink, self.dead_letters)]
+        if self.partitioned:
+            prefixes = map(space.partition_prefix, range(space.partitions))
+            names = [
+                (
+                    f"{it}:in:{self.source}",
+                    f"{it}:out:{self.sink}",
+                    f"{it}:dead:{self.dead_letters}",
+                )
+                for it in prefixes
+            ]
+        return [TopicKeys.of(*each, self.group, kept, deletes=deletes) for each in names]
 
 
 class Entry(NamedTuple):
@@ -194,7 +234,13 @@ ItemResult = CommitResult
 
 
 class Topics(Protocol):
-    """Reads topics, and commits what comes of their entries."""
+    """Reads topics, and commits what comes of their entries.
+
+    Attributes:
+        space: the names of the store's keys.
+    """
+
+    space: KeySpace
 
     async def acquire(
         self, keys: TopicKeys, owner: str, fence: str, lease_s: float, start: str
@@ -241,6 +287,16 @@ class Topics(Protocol):
 
     async def status(self, keys: TopicKeys) -> TopicStatus | None:
         """Read how far the group has read a topic; None if topic or group do not exist."""
+
+    async def register(self, record: TopicRecord) -> None:
+        """Announce what a consumer group reads and writes, until another record of the group and
+        the source is."""
+
+    async def records(self) -> Sequence[TopicRecord]:
+        """Read the announced records."""
+
+    async def newest(self, name: str, count: int) -> Sequence[Entry]:
+        """Read the newest entries of a topic, the newest first; none if it does not exist."""
 
     async def type_of(self, name: str) -> str:
         """Read the type of a key of the store, such as `stream`; `none` if there is none."""

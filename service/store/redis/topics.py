@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import structlog
 
 from service.core.errors import StoreRefused, StoreUnavailable
@@ -37,6 +38,7 @@ from service.store.topics import (
     TopicEntry,
     TopicItem,
     TopicKeys,
+    TopicRecord,
     Topics,
     TopicStatus,
     Unclear,
@@ -74,7 +76,9 @@ class RedisTopics(Topics):
         self._router = router
         self._pair = pair
         settings = router.settings
+        self.space = settings.keys
         self._members = f"{settings.namespace}:consumers:"
+        self._records = self.space.topics
         self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
         self._max_reply_bytes = settings.reply_max_bytes
         self._reads: dict[int, list[_Read]] = {}
@@ -281,6 +285,18 @@ class RedisTopics(Topics):
             group.get("lag"),
             None if oldest is None else int(oldest.partition(b"-")[0]),
         )
+
+    async def register(self, record: TopicRecord) -> None:
+        field, value = f"{record.group}:{record.source}", msgspec.json.encode(record)
+        await self._execute(self._records, "HSET", self._records, field, value)
+
+    async def records(self) -> Sequence[TopicRecord]:
+        values = await self._execute(self._records, "HVALS", self._records)
+        return [msgspec.json.decode(value, type=TopicRecord) for value in values]
+
+    async def newest(self, name: str, count: int) -> Sequence[Entry]:
+        found = await self._execute(name, "XREVRANGE", name, "+", "-", "COUNT", count)
+        return [Entry(*each) for each in found]
 
     async def type_of(self, name: str) -> str:
         kind: bytes = await self._execute(name, "TYPE", name)

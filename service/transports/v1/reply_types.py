@@ -279,6 +279,77 @@ class ModelDetail(TypedDict):
     """What was measured when the model was trained."""
 
 
+class TopicProgress(TypedDict):
+    """How far a consumer group has read a topic."""
+
+    # docstrings would not be inherited
+    entries: Annotated[int, Field(description="Entries in the topic.")]
+    pending: Annotated[int, Field(description="Entries that were read and not acknowledged.")]
+    lag: Annotated[
+        int | None,
+        Field(description="Entries that were not read; null if the server does not know."),
+    ]
+    oldest_s: Annotated[
+        float | None,
+        Field(description="Age of the first entry that is not acknowledged; null: none."),
+    ]
+
+
+@closed
+class TopicPartition(TopicProgress):
+    """The topic of one partition of the store."""
+
+    topic: str
+    """Its key."""
+    owner: str | None
+    """The consumer that reads it; null if none does."""
+
+
+@closed
+class TopicInfo(TopicProgress):
+    """A topic that a consumer group reads; the topics of partitions together."""
+
+    topic: Annotated[str, Field(examples=["departures"])]
+    group: str
+    model: ModelName
+    outputs: str
+    """Name of the output topic."""
+    dead_letters: str
+    """Name of the dead-letter topic."""
+    owners: list[str]
+    """The consumers that read it, of all partitions."""
+    partitions: list[TopicPartition]
+    """With `?partitions=true` those that exist, otherwise none."""
+
+
+@closed
+class TopicList(TypedDict):
+    """The topics that consumers read."""
+
+    topics: list[TopicInfo]
+
+
+@closed
+class TopicOutput(TypedDict):
+    """An output of a consumer."""
+
+    stream: StreamName
+    position: PositionNumber
+    time_ms: int
+    """Of the commit, epoch milliseconds."""
+    outputs: dict[str, Any]
+
+
+@closed
+class TopicOutputs(TypedDict):
+    """The newest outputs of a topic."""
+
+    topic: str
+    group: str
+    outputs: list[TopicOutput]
+    """The newest first."""
+
+
 @closed
 class Live(TypedDict):
     """The process answers."""

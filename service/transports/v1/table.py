@@ -15,7 +15,7 @@ from service.core import errors
 from service.transports.v1 import reply_types
 from service.transports.v1.call import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter
-from service.transports.v1.routes import chunks, health, models, streams
+from service.transports.v1.routes import chunks, health, models, streams, topics
 
 _MODEL: Final = "/v1/models/{model}"
 _STREAMS: Final = f"{_MODEL}/streams"
@@ -274,6 +274,30 @@ ROUTES: Final = (
         verbs=(Verb.MODELS,),
         replies={200: "The model."},
         reply=reply_types.ModelDetail,
+    ),
+    Route(
+        "GET",
+        "/v1/topics",
+        topics.get_topics,
+        verbs=(Verb.METRICS,),
+        replies={200: "The topics."},
+        reply=reply_types.TopicList,
+        parameters=(parameter("query", "partitions", "True adds each partition.", _OFF),),
+        problems=(errors.LimitExceeded, *STORE),
+    ),
+    Route(
+        "GET",
+        "/v1/topics/outputs",
+        topics.get_outputs,
+        verbs=(Verb.WATCH,),
+        replies={200: "The outputs."},
+        reply=reply_types.TopicOutputs,
+        parameters=(
+            parameter("query", "topic", "Name of the input topic.", _TEXT, required=True),
+            parameter("query", "group", "The consumer group.", {**_TEXT, "default": "carry"}),
+            parameter("query", "limit", "About how many.", {"type": "integer", "minimum": 1}),
+        ),
+        problems=(errors.LimitExceeded, *STORE),
     ),
 )
 

@@ -1,0 +1,102 @@
+"""The topics that consumers read: how far, and their newest outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.pipeline.topics import TopicView
+from service.store.topics import TopicStatus
+from service.transports.v1.call import count, flag, query, reply_media
+from service.transports.v1.context import api_of, caller_of
+from service.transports.v1.replies import reply
+from service.transports.v1.reply_types import (
+    TopicInfo,
+    TopicList,
+    TopicOutput,
+    TopicOutputs,
+    TopicPartition,
+    TopicProgress,
+)
+
+OUTPUTS: Final = 20
+MAX_OUTPUTS: Final = 100
+DEFAULT_GROUP: Final = "carry"
+
+
+async def get_topics(request: Request) -> Response:
+    """List the topics of consumers.
+
+    Each topic that a consumer group reads: how far, by whom, and where the outputs go. Kafka's
+    topics are not listed.
+    """
+    caller, api = caller_of(request), api_of(request)
+    adds_partitions = flag(query(request, ["partitions"]), "partitions", default=False)
+    answer = reply_media(request)
+    views = await api.pipeline.topics.describe(caller)
+    infos = [_info(view, api.now_ms(), adds_partitions=adds_partitions) for view in views]
+    document: TopicList = {"topics": infos}
+    return reply(answer, document)
+
+
+async def get_outputs(request: Request) -> Response:
+    """The newest outputs of a topic.
+
+    Those of streams that the key may watch.
+    """
+    caller, api = caller_of(request), api_of(request)
+    parameters = query(request, ["topic", "group", "limit"])
+    topic, group = parameters.get("topic", ""), parameters.get("group", DEFAULT_GROUP)
+    most = count(parameters, "limit", default=OUTPUTS, maximum=MAX_OUTPUTS)
+    answer = reply_media(request)
+    found = await api.pipeline.topics.newest_outputs(caller, group, topic, most)
+    outputs: list[TopicOutput] = [
+        {
+            "stream": each.stream,
+            "position": each.position,
+            "time_ms": each.time_ms,
+            "outputs": each.outputs,
+        }
+        for each in found
+    ]
+    document: TopicOutputs = {"topic": topic, "group": group, "outputs": outputs}
+    return reply(answer, document)
+
+
+def _info(view: TopicView, now_ms: int, *, adds_partitions: bool) -> TopicInfo:
+    record = view.record
+    statuses = [status for _, status in view.partitions]
+    partitions: list[TopicPartition] = []
+    if adds_partitions:
+        partitions = [
+            {"topic": key, "owner": status.owner or None, **_progress([status], now_ms)}
+            for key, status in view.partitions
+        ]
+    return {
+        "topic": record.source,
+        "group": record.group,
+        "model": record.model,
+        "outputs": record.sink,
+        "dead_letters": record.dead_letters,
+        "owners": sorted({status.owner for status in statuses} - {""}),
+        **_progress(statuses, now_ms),
+        "partitions": partitions,
+    }
+
+
+def _progress(statuses: Iterable[TopicStatus], now_ms: int) -> TopicProgress:
+    """The sums of these topics, and the oldest entry."""
+    statuses = [*statuses]
+    lags = [status.lag for status in statuses]
+    oldest_ms = min(
+        (each.oldest_ms for each in statuses if each.oldest_ms is not None), default=None
+    )
+    return {
+        "entries": sum(status.entries for status in statuses),
+        "pending": sum(status.pending for status in statuses),
+        "lag": None if None in lags else sum(lag or 0 for lag in lags),
+        "oldest_s": None if oldest_ms is None else max(0, now_ms - oldest_ms) / 1000,
+    }
