@@ -207,6 +207,7 @@ class TopicStatus(NamedTuple):
         pending: entries that were delivered and are not acknowledged.
         lag: entries that were not delivered yet; None if the server does not know (Redis before
             7.0).
+        read: entries that were ever delivered to the group; None if the server does not know.
         oldest_ms: time of the first entry that is not acknowledged, of its id; None if there is
             none.
     """
@@ -215,6 +216,7 @@ class TopicStatus(NamedTuple):
     entries: int
     pending: int
     lag: int | None
+    read: int | None
     oldest_ms: int | None
 
 

@@ -283,6 +283,7 @@ class RedisTopics(Topics):
             entries,
             pending[0],
             group.get("lag"),
+            group.get("entries-read"),
             None if oldest is None else int(oldest.partition(b"-")[0]),
         )
 

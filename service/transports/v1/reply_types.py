@@ -289,6 +289,10 @@ class TopicProgress(TypedDict):
         int | None,
         Field(description="Entries that were not read; null if the server does not know."),
     ]
+    acknowledged: Annotated[
+        int | None,
+        Field(description="Entries that the group has ever acknowledged; null if unknown."),
+    ]
     oldest_s: Annotated[
         float | None,
         Field(description="Age of the first entry that is not acknowledged; null: none."),

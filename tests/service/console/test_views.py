@@ -1,4 +1,4 @@
-"""The console in Chromium: rates and quantiles of `/metrics`, failing checks, pages of streams."""
+"""The console in Chromium: figures of `/metrics`, failing checks, pages of streams, topics."""
 
 from __future__ import annotations
 
@@ -140,3 +140,50 @@ async def test_streams_are_listed_page_by_page(
         assert await page.evaluate(f"{button.format('Next')}.disabled")
         await page.evaluate(f"{button.format('Previous')}.click()")
         await page.until(f"{shown} === 'first'")
+
+
+async def test_topics_have_rates_fold_their_partitions_and_show_their_newest_outputs(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    began_s = time.monotonic()
+    figures = {"entries": 9000, "pending": 64, "lag": 1200, "oldest_s": 2.5}
+    part = {**figures, "topic": "carry{p0003}:in:events", "owner": "host:7:5f"}
+
+    def v1_topics(partitions: bool = False) -> Response:
+        acknowledged = round(50 * (time.monotonic() - began_s))
+        topic = {
+            "topic": "events", "group": "carry", "model": "probe", "outputs": "scores",
+            "dead_letters": "events", "owners": ["host:7:5f", "host:8:60"],
+            **figures, "acknowledged": acknowledged, "partitions": [part] if partitions else [],
+        }  # fmt: skip
+        return JSONResponse({"topics": [topic]})
+
+    def v1_topics_outputs(topic: str, group: str) -> Response:
+        assert (topic, group) == ("events", "carry")
+        output = {"stream": "a/b", "position": 7, "time_ms": 0, "outputs": {"late": [0.25, 0.5]}}
+        return JSONResponse({"topic": topic, "group": group, "outputs": [output]})
+
+    cells = (
+        "[...document.querySelectorAll('tbody tr')]"
+        ".map((row) => [...row.cells].map((each) => each.innerText))"
+    )
+    routes = {"v1_topics": v1_topics, "v1_topics_outputs": v1_topics_outputs}
+    async with opened_console(pipeline_server, browser, tmp_path, **routes) as page:
+        await page.evaluate("location.hash = '#/topics'")
+        await page.until(f"Math.abs({cells}[0]?.[3] - 50) < 15")
+        ((*names, _, lag, pending, oldest, consumers),) = await page.evaluate(cells)
+        assert names == ["events", "carry", "probe"]
+        assert (lag, pending, oldest, consumers) == ("1,200", "64", "2.5 s", "2")
+        await page.evaluate("document.querySelector('tbody button').click()")
+        await page.until(f"{cells}[1]?.[0] === '{part['topic']}'")
+        assert (await page.evaluate(cells))[1][-1] == part["owner"]
+        await page.evaluate("document.querySelector('tbody button').click()")
+        await page.until(f"{cells}.length === 1")
+
+        await page.evaluate("document.querySelector('tbody a').click()")
+        await page.until(f"{cells}[0]?.[0] === 'a/b'")
+        shown = (await page.evaluate(cells))[0]
+        assert (shown[1], shown[3]) == ("7", "0.25, 0.5")
+        link = await page.evaluate("document.querySelector('tbody a').hash")
+        assert link == "#/models/probe/streams/a%2Fb"
+        assert float((await page.evaluate(SHOWN))["Lag"].replace(",", "")) == 1200

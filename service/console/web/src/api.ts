@@ -132,3 +132,5 @@ export const streamPath = (model: string, stream: string): string =>
 export const modelAddress = (model: string): string => `#/${modelPart(model)}`;
 export const streamAddress = (model: string, stream: string): string =>
   `#/${streamPart(model, stream)}`;
+export const topicAddress = (group: string, topic: string): string =>
+  `#/topics/${encodeURIComponent(group)}/${encodeURIComponent(topic)}`;

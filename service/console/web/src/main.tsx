@@ -11,6 +11,7 @@ import { Overview } from "./overview";
 import { Alert } from "./parts";
 import { StreamView } from "./stream";
 import { ThemeContext, useTheme } from "./theme";
+import { Topics, TopicView } from "./topics";
 
 const HEALTH_EVERY_S = 3;
 const HEALTH = {
@@ -35,13 +36,23 @@ function healthOf(report: Report | undefined): [Health, string] {
   return [status !== "ready" ? "not_ready" : degraded[0] ? "degraded" : "ready", text.join("; ")];
 }
 
-/** `#/models/{model}/streams/{stream}`, or a part of it from the left. */
-function readAddress(): (string | undefined)[] {
-  const [, , model, , stream] = location.hash.split("/");
-  return [model, stream].map((part) => (part ? decodeURIComponent(part) : undefined));
+/** `#/models/{first}/streams/{second}` or `#/topics/{first}/{second}`, or a part of it from the left. */
+interface Address {
+  isTopics: boolean;
+  first?: string;
+  second?: string;
 }
 
-function useAddress(): (string | undefined)[] {
+function readAddress(): Address {
+  const [, view, ...parts] = location.hash.split("/");
+  const isTopics = view === "topics";
+  const [first, second] = (isTopics ? parts : [parts[0], parts[2]]).map((part) =>
+    part ? decodeURIComponent(part) : undefined,
+  );
+  return { isTopics, first, second };
+}
+
+function useAddress(): Address {
   const [address, setAddress] = useState(readAddress);
   useEffect(() => {
     addEventListener("hashchange", () => {
@@ -50,6 +61,15 @@ function useAddress(): (string | undefined)[] {
     });
   }, []);
   return address;
+}
+
+/** The view that the address names. */
+function View({ isTopics, first, second, models }: Address & { models: ModelSummary[] }) {
+  const key = `${first} ${second}`;
+  if (isTopics) return first && second ? <TopicView key={key} group={first} topic={second} /> : <Topics />;
+  if (first === undefined) return <Overview models={models} />;
+  if (second === undefined) return <ModelView key={first} model={first} />;
+  return <StreamView key={key} model={first} stream={second} />;
 }
 
 /** Health of the service, and its models: read at first and when its health changes. */
@@ -85,10 +105,12 @@ function useService() {
 
 function App() {
   const [, draw] = useReducer((count: number, _: void) => count + 1, 0);
-  const [model, stream] = useAddress();
+  const address = useAddress();
+  const { isTopics, first, second } = address;
+  const current = (isCurrent: boolean) => (isCurrent ? "page" : undefined);
   const { health, models, problems } = useService();
   const { theme, button } = useTheme();
-  document.title = [stream, model, "Carry console"].filter(Boolean).join(" · ");
+  document.title = [second, first, isTopics && "Topics", "Carry console"].filter(Boolean).join(" · ");
   return (
     <ThemeContext.Provider value={theme}>
       <header>
@@ -98,23 +120,18 @@ function App() {
         {button}
       </header>
       <nav aria-label="Models">
-        <a href="#/" aria-current={model === undefined ? "page" : undefined}>Overview</a>
+        <a href="#/" aria-current={current(!isTopics && first === undefined)}>Overview</a>
+        <a href="#/topics" aria-current={current(isTopics)}>Topics</a>
         <h2>Models</h2>
         {models.map(({ name, version }) => (
-          <a href={modelAddress(name)} aria-current={model === name ? "page" : undefined}>
+          <a href={modelAddress(name)} aria-current={current(!isTopics && first === name)}>
             {name} <small>{version}</small>
           </a>
         ))}
       </nav>
       <main tabIndex={-1}>
         {problems.map((text) => <Alert text={text} />)}
-        {model === undefined ? (
-          <Overview models={models} />
-        ) : stream === undefined ? (
-          <ModelView key={model} model={model} />
-        ) : (
-          <StreamView key={`${model} ${stream}`} model={model} stream={stream} />
-        )}
+        <View models={models} {...address} />
       </main>
       <KeyDialog onKey={draw} />
     </ThemeContext.Provider>

@@ -90,13 +90,25 @@ def _info(view: TopicView, now_ms: int, *, adds_partitions: bool) -> TopicInfo:
 def _progress(statuses: Iterable[TopicStatus], now_ms: int) -> TopicProgress:
     """The sums of these topics, and the oldest entry."""
     statuses = [*statuses]
-    lags = [status.lag for status in statuses]
+    pending = sum(status.pending for status in statuses)
+    read = _sum(status.read for status in statuses)
     oldest_ms = min(
-        (each.oldest_ms for each in statuses if each.oldest_ms is not None), default=None
+        (status.oldest_ms for status in statuses if status.oldest_ms is not None), default=None
     )
     return {
         "entries": sum(status.entries for status in statuses),
-        "pending": sum(status.pending for status in statuses),
-        "lag": None if None in lags else sum(lag or 0 for lag in lags),
+        "pending": pending,
+        "lag": _sum(status.lag for status in statuses),
+        "acknowledged": None if read is None else read - pending,
         "oldest_s": None if oldest_ms is None else max(0, now_ms - oldest_ms) / 1000,
     }
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """The sum; None if one of them is not known."""
+    total = 0
+    for each in counts:
+        if each is None:
+            return None
+        total += each
+    return total

@@ -72,7 +72,7 @@ async def test_a_topic_has_its_progress_and_outputs_while_and_after_it_is_consum
             assert topic == {
                 "topic": "events", "group": "carry", "model": "probe", "outputs": "scores",
                 "dead_letters": "events:dead", "entries": 5, "pending": 0, "lag": 0,
-                "oldest_s": None, "partitions": [],
+                "acknowledged": 5, "oldest_s": None, "partitions": [],
             }  # fmt: skip
         add(client, "events", *[fields_of("a", row) for row in rows_of(RANDOM, 2)])
         topic = await until_topic(api, "?partitions=true", entries=7, lag=2, owners=[])
