@@ -126,6 +126,7 @@ class EmbeddedValkey(RealServer):
         self.folder = self.owner.data_dir
         self._settings = settings
         self._killed = 0
+        self._configured = {}
 
     @property
     def socket(self) -> str:

@@ -76,6 +76,16 @@ def written(client: redis.Redis) -> None:
     until(lambda: client.info("persistence")["aof_buffer_length"] == 0, "the file's write")
 
 
+def has_complete_file(client: redis.Redis) -> bool:
+    """Whether a kill of the server loses nothing: its file contains all acknowledged commands.
+
+    After a full resynchronisation a replica's file is that of before, until it is rewritten.
+    """
+    facts = client.info("persistence")
+    is_rewriting = facts["aof_rewrite_in_progress"] or facts["aof_rewrite_scheduled"]
+    return facts["aof_enabled"] and not is_rewriting and facts["aof_buffer_length"] == 0
+
+
 def server_program(kind: str) -> str:
     """The path of the embedded Valkey, or of the `redis-server` on the PATH; skips without it."""
     return str(server_binary()) if kind == "valkey" else find_program("redis-server")
@@ -102,6 +112,7 @@ class RealServer:
         self._environment = {"LC_ALL": "C", "PATH": os.defpath, **environment}
         self._prepare = prepare
         self._process: subprocess.Popen[bytes] | None = None
+        self._configured: dict[str, str] = {}
 
     def arguments(self) -> Sequence[str]:
         """The command-line options that come before its own."""
@@ -161,9 +172,34 @@ class RealServer:
         except redis.RedisError:
             return False
 
+    def replication_offset(self) -> int:
+        """How much a primary has written; WAIT tells it only for the connection that wrote."""
+        return int(self.ask("INFO", "replication")["master_repl_offset"])
+
+    def has_in_file(self, offset: int) -> bool:
+        """Whether the server follows a primary, and its file contains what that wrote until the
+        offset."""
+        with self.client() as client:
+            facts = client.info("replication")
+            is_behind = facts["role"] == "master" or facts["slave_repl_offset"] < offset
+            is_synced = not is_behind and facts["master_link_status"] == "up"
+            return is_synced and has_complete_file(client)
+
     def configure(self, name: str, value: str | int) -> None:
-        """Run CONFIG SET."""
-        self.ask("CONFIG", "SET", name, value)
+        """Run CONFIG SET; `restore` undoes it."""
+        with self.client() as client:
+            self._configured.setdefault(name, client.config_get(name)[name])
+            client.config_set(name, value)
+
+    def restore(self) -> None:
+        """Repair what a failed test left: the server runs, with its options."""
+        if self._process.poll() is None:
+            self.resume()
+        else:
+            self.start()
+        while self._configured:
+            name, value = self._configured.popitem()
+            self.ask("CONFIG", "SET", name, value)
 
     def signal(self, number: int) -> None:
         """Send the process a signal."""
@@ -226,7 +262,8 @@ def real_server(kind: str, *options: str, **process: Any) -> Iterator[RealServer
 
 
 def emptied(running: Any) -> Any:
-    """Delete all keys and scripts of a server or cluster, and return it."""
+    """Restore a server or cluster, delete all its keys and scripts, and return it."""
+    running.restore()
     with running.client() as client:
         client.flushall()
         client.script_flush()

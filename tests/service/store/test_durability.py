@@ -167,9 +167,7 @@ async def test_missing_replicas_are_logged_and_fail_readiness(
             assert check.detail.count("0 replicas, expected 1") == 3
         finally:
             for replica in own_cluster.replicas:
-                if not replica.answers():
-                    replica.start()
-    await asyncio.to_thread(own_cluster.wait_until_synced)
+                replica.restore()
 
 
 async def test_an_interrupted_wait_confirms_nothing(own_cluster: Cluster, streams: Streams) -> None:
@@ -188,7 +186,6 @@ async def test_an_interrupted_wait_confirms_nothing(own_cluster: Cluster, stream
                 (result,) = await commit
                 assert isinstance(result, NotDurable)
                 first = second
-    await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 def _waiting(node: ClusterNode) -> str | None:
@@ -214,12 +211,14 @@ async def test_after_a_lossy_failover_the_client_is_ahead(
         await committed(store, first)
         at = own_cluster.owner(_tag("a"))
         primary, replica = own_cluster.primaries[at], own_cluster.replicas[at]
-        assert primary.ask("WAIT", 1, 5000) == 1
+        written = primary.replication_offset()
+        await asyncio.to_thread(until, lambda: replica.has_in_file(written), "the replica's file")
         replica.kill()
         second = streams.next(first)
         await committed(store, second)
         primary.kill()
         replica.start()
+        own_cluster.promote(replica)
         (found,) = await load(store, [key("a")])
         assert same_stream(found, first.new)
         steps = Steps(second.new.feed, 2, rows=np.ones((2, 3), np.float32))
@@ -231,6 +230,5 @@ async def test_after_a_lossy_failover_the_client_is_ahead(
         other = streams.next(first)
         await committed(store, other)
         primary.start()
-        own_cluster.primaries[at], own_cluster.replicas[at] = replica, primary
         await asyncio.to_thread(own_cluster.wait_until_synced)
         await assert_stored(store, other)

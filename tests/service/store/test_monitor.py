@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
@@ -17,7 +16,7 @@ from service.store.redis import monitor
 from service.store.redis.monitor import SAMPLE_KEYS
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.cluster import NODE_TIMEOUT_MS, Cluster
+from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, becomes, emptied, opened, real_server, until
 from tests.support.streams import Commit, OpenStore, Streams, committed, key, load, same_stream
 
@@ -131,29 +130,21 @@ async def test_concurrent_readiness_requests_share_one_check(
         assert client.info("commandstats")["cmdstat_eval"]["calls"] == before + 1
 
 
-@pytest.fixture
-def lasting_cluster(own_cluster: Cluster) -> Iterator[Cluster]:
-    """A cluster that does not notice within a test that a node is unavailable."""
-    own_cluster.configure("cluster-node-timeout", 60_000)
-    yield own_cluster
-    own_cluster.configure("cluster-node-timeout", NODE_TIMEOUT_MS)
-
-
 async def test_an_unavailable_shard_fails_only_its_own_streams(
-    lasting_cluster: Cluster, streams: Streams
+    own_cluster: Cluster, streams: Streams
 ) -> None:
     """Others are served, readiness is degraded, and further stores start."""
-    at = (lasting_cluster.owner("carry:meta") + 1) % 3
-    victim, url = lasting_cluster.primaries[at], lasting_cluster.url
+    at = (own_cluster.owner("carry:meta") + 1) % 3
+    victim, url = own_cluster.primaries[at], own_cluster.url
     keys = StoreSettings(url, partitions=PARTITIONS).keys
     used = victim.ask("INFO", "memory")["used_memory"]
     async with opened(url, partitions=PARTITIONS, store_wait_s=1) as store:
         commits = [streams.creation(key(f"alone-{i}")) for i in range(12)]
         await committed(store, *commits)
-        lost = [c.key for c in commits if lasting_cluster.owner(keys.state(c.key)) == at]
+        lost = [c.key for c in commits if own_cluster.owner(keys.state(c.key)) == at]
         assert 0 < len(lost) < len(commits)
         victim.configure("maxmemory", 2 * used)
-        lasting_cluster.primaries[at - 1].configure("maxmemory", 20 * used)
+        own_cluster.primaries[at - 1].configure("maxmemory", 20 * used)
         await store.monitor.check()
         ratio = store.monitor.telemetry.memory_ratio
         assert ratio == pytest.approx(0.5, rel=0.2), "that of the fullest shard"
@@ -171,10 +162,10 @@ async def test_an_unavailable_shard_fails_only_its_own_streams(
                     assert (await later.monitor.check()).ok
             finally:
                 victim.resume()
-                lasting_cluster.configure("maxmemory", 0)
+                own_cluster.configure("maxmemory", 0)
         assert (check.ok, check.degraded) == (True, True)
         (down,) = [each for each in check.servers if each.status == "down"]
-        assert len(check.servers) == len(lasting_cluster.primaries)
+        assert len(check.servers) == len(own_cluster.primaries)
         assert str(victim.port) in down.address
         assert down.detail in check.detail
         # one that does not answer is as full as before
@@ -186,7 +177,7 @@ async def test_an_unavailable_shard_fails_only_its_own_streams(
 
 
 async def test_every_shard_is_checked(own_cluster: Cluster) -> None:
-    primaries = own_cluster.current_primaries()
+    primaries = own_cluster.primaries
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
         for node in primaries:
             node.configure("maxmemory", "1")
