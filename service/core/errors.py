@@ -1,13 +1,13 @@
 """The errors of the service, in one tree.
 
-Each class has a stable `code`, says whether the same request may be sent again (`retryable`), and
-what the caller can do (`remedy`). If a chunk may have been applied (`needs_position`), only a chunk
-with a position may be sent again; one without would be applied twice, so `without_position` makes
-its error not retryable. A rejection reports the current epoch, position and tag of the stream, so
-that a client can continue without another request.
+Each class has a stable `code` and the HTTP status of its answer, says whether the same request may
+be sent again (`retryable`), and what the caller can do (`remedy`). If a chunk may have been applied
+(`needs_position`), only a chunk with a position may be sent again; one without would be applied
+twice, so `without_position` makes its error not retryable. A rejection reports the current epoch,
+position and tag of the stream, so that a client can continue without another request.
 
-`server/errors.py` adds the errors of HTTP to the tree. The HTTP status of each code is in
-`transports/v1/problems.py`, and `docs/reference/errors.md` is generated from both.
+`server/errors.py` adds the errors of HTTP to the tree, and `docs/reference/errors.md` is generated
+from both.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class CarryError(Exception):
     """
 
     code: ClassVar[str] = ""
+    status: ClassVar[int]
     title: ClassVar[str] = ""
     retryable: bool = False
     key_id: str | None = None
@@ -79,6 +80,8 @@ class CarryError(Exception):
 class BadRequest(CarryError):
     """The request is invalid: nothing was looked up and nothing changed."""
 
+    status = 400
+
 
 class MalformedBody(BadRequest):
     code = "malformed_body"
@@ -88,6 +91,7 @@ class MalformedBody(BadRequest):
 
 class InvalidInput(BadRequest):
     code = "invalid_input"
+    status = 422
     title = "The body, the query or a header does not fit the schema"
     remedy = "Correct the named field; GET the model for its event schema and input_features."
 
@@ -101,6 +105,7 @@ class InvalidInput(BadRequest):
 
 class ChunkTooLong(BadRequest):
     code = "chunk_too_long"
+    status = 413
     title = "The chunk has too many events"
     remedy = (
         "Cut the chunk at the named limit and send the parts one after another; to a "
@@ -110,18 +115,21 @@ class ChunkTooLong(BadRequest):
 
 class BodyTooLarge(BadRequest):
     code = "body_too_large"
+    status = 413
     title = "The body is larger than the limit"
     remedy = "Send fewer events or fewer streams in one request."
 
 
 class UnsupportedMediaType(BadRequest):
     code = "unsupported_media_type"
+    status = 415
     title = "The content type is not supported"
     remedy = "Send application/json or application/msgpack, not compressed."
 
 
 class NotAcceptable(BadRequest):
     code = "not_acceptable"
+    status = 406
     title = "None of the accepted content types is supported"
     remedy = "Accept application/json or application/msgpack."
 
@@ -140,24 +148,28 @@ class InvalidPrecondition(BadRequest):
 
 class ChunksUnsupported(BadRequest):
     code = "chunks_unsupported"
+    status = 422
     title = "The model takes whole sequences only"
     remedy = "Send whole sequences to .../predict; `chunking` of the model is `whole`."
 
 
 class FinalUnsupported(BadRequest):
     code = "final_unsupported"
+    status = 422
     title = "The model's streams have no end"
     remedy = "Omit `final`; only the streams of a model with `blocks` can be closed."
 
 
 class ForecastUnsupported(BadRequest):
     code = "forecast_unsupported"
+    status = 422
     title = "The model has no decoder"
     remedy = "Use a model whose description has `forecast`; GET /v1/models/{model} shows it."
 
 
 class ResetsUnsupported(BadRequest):
     code = "resets_unsupported"
+    status = 422
     title = "Streams of this model cannot be reset"
     remedy = (
         "Use a separate stream for each session, and close it with `final`: a model with `blocks` "
@@ -167,6 +179,7 @@ class ResetsUnsupported(BadRequest):
 
 class StateTokenInvalid(BadRequest):
     code = "state_token_invalid"
+    status = 422
     title = "The state token was not issued by this service"
     remedy = (
         "Send a token exactly as it was returned; without one the sequence starts from the "
@@ -176,12 +189,14 @@ class StateTokenInvalid(BadRequest):
 
 class StateTokenOfOtherModel(BadRequest):
     code = "state_token_of_other_model"
+    status = 422
     title = "The state token belongs to another model"
     remedy = "Send the token to the model that returned it."
 
 
 class StateTokenOfOtherVersion(BadRequest):
     code = "state_token_of_other_version"
+    status = 422
     title = "The state token belongs to another version of the model"
     remedy = "Start the sequence over, or serve the version that returned the token."
 
@@ -189,9 +204,12 @@ class StateTokenOfOtherVersion(BadRequest):
 class AccessDenied(CarryError):
     """The request has no access key that allows it: nothing was looked up and nothing changed."""
 
+    status = 403
+
 
 class Unauthenticated(AccessDenied):
     code = "unauthenticated"
+    status = 401
     title = "The request has no valid access key"
     remedy = (
         "Send `Authorization: Bearer` and a key that `carry keys create` printed; it may have been "
@@ -210,6 +228,8 @@ class Forbidden(AccessDenied):
 class NotFound(CarryError):
     """The address does not exist."""
 
+    status = 404
+
 
 class ModelNotFound(NotFound):
     code = "model_not_found"
@@ -225,6 +245,8 @@ class StreamNotFound(NotFound):
 
 class StreamRejection(CarryError):
     """The request is valid, but conflicts with the stream's head or state; nothing changed."""
+
+    status = 409
 
 
 class EpochMismatch(StreamRejection):
@@ -267,6 +289,7 @@ class StreamFinal(StreamRejection):
 
 class StateChanged(StreamRejection):
     code = "state_changed"
+    status = 412
     title = "The stream head does not match If-Match"
     remedy = "Read the stream and decide again."
 
@@ -288,6 +311,7 @@ class StateIncompatible(StreamRejection):
 
 class PreviousFailed(StreamRejection):
     code = "previous_failed"
+    status = 424
     title = "An earlier item of this stream failed"
     remedy = "Correct the earlier item and send both again."
 
@@ -301,6 +325,8 @@ class Conflict(StreamRejection):
 
 class ServiceFailure(CarryError):
     """The service could not process a valid request."""
+
+    status = 500
 
 
 class StateDamaged(ServiceFailure):
@@ -325,6 +351,7 @@ class NotFinite(ServiceFailure):
 
 class StoreUnavailable(ServiceFailure):
     code = "store_unavailable"
+    status = 503
     title = "The state store does not answer"
     retryable = True
     remedy = "Send it again after Retry-After, with a position; nothing was applied."
@@ -332,6 +359,7 @@ class StoreUnavailable(ServiceFailure):
 
 class StoreRefused(ServiceFailure):
     code = "store_refused"
+    status = 503
     title = "The state store rejects writes"
     retryable = True
     remedy = "Operators: check the store's memory, disk, replication and permissions."
@@ -339,6 +367,7 @@ class StoreRefused(ServiceFailure):
 
 class OutcomeUnknown(ServiceFailure):
     code = "outcome_unknown"
+    status = 503
     title = "It is unknown whether the chunk was applied"
     retryable = True
     needs_position = True
@@ -350,6 +379,7 @@ class OutcomeUnknown(ServiceFailure):
 
 class NotDurable(ServiceFailure):
     code = "not_durable"
+    status = 503
     title = "The chunk is not yet as durable as CARRY_DURABILITY requires"
     retryable = True
     needs_position = True
@@ -361,6 +391,7 @@ class NotDurable(ServiceFailure):
 
 class DeadlineExceeded(ServiceFailure):
     code = "deadline_exceeded"
+    status = 504
     title = "The deadline expired before the request was done"
     retryable = True
     remedy = (
@@ -380,6 +411,7 @@ class InferenceTimeout(DeadlineExceeded):
 
 class Overloaded(ServiceFailure):
     code = "overloaded"
+    status = 429
     title = "More work is waiting than can be done in time"
     retryable = True
     remedy = "Send it again after Retry-After."
@@ -402,6 +434,7 @@ class LimitExceeded(Overloaded):
 
 class ShuttingDown(ServiceFailure):
     code = "shutting_down"
+    status = 503
     title = "The service is stopping"
     retryable = True
     remedy = "Send it again, to another worker or after the restart."

@@ -38,7 +38,7 @@ from prometheus_client import values as prometheus_values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.values import MultiProcessValue, MutexValue
 
-from service.core.errors import CarryError, ServiceFailure, Unauthenticated
+from service.core.errors import CarryError, ServiceFailure, Unauthenticated, leaf_errors
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics
 from service.telemetry.access_log import GRPC, WEBSOCKET, audit
@@ -193,9 +193,9 @@ class PrometheusRecorder:
         self._add_calls(name, [])
         for each in (self._replays, self._conflicts, self._websockets, self._watchers):
             each.labels(name)
-        for code in codes_of(ServiceFailure):
+        for kind in leaf_errors(ServiceFailure):
             # an alert on an increase does not see one from no series to 1
-            self._problems_of(name, code)
+            self._problems_of(name, kind.code)
 
     def record_chunks(
         self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
@@ -345,12 +345,6 @@ def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
     indexes, counts = np.unique(np.searchsorted(bounds, values), return_counts=True)
     for bucket, count in zip(indexes.tolist(), counts.tolist(), strict=True):
         buckets[bucket].inc(count)
-
-
-def codes_of(kind: type[CarryError]) -> set[str]:
-    """The codes of an error and of those that derive from it."""
-    own = {kind.code} if kind.code else set()
-    return own.union(*map(codes_of, kind.__subclasses__()))
 
 
 def share_metrics(directory: str) -> None:

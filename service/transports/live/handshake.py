@@ -50,7 +50,7 @@ from service.transports.v1.call import (
     reply_options,
 )
 from service.transports.v1.context import ApiContext, caller_of
-from service.transports.v1.problems import CLOSE, error_response, status_of
+from service.transports.v1.problems import CLOSE, error_response
 from service.transports.v1.request_log import REQUEST_ID_HEADER, request_id_of, trace_headers
 
 STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
@@ -130,7 +130,7 @@ class LiveSockets:
                 session = opened
             except Exception as failure:
                 error = as_carry_error(failure)
-                status = status_of(error)
+                status = error.status
                 log_failure(error)
                 facts.note_error(error)
                 self.api.recorder.record_error(facts.model or "-", error)

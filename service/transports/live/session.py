@@ -43,7 +43,7 @@ from service.transports.common.failure_log import as_carry_error, log_failure
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.v1.context import ApiContext
-from service.transports.v1.problems import problem, status_of
+from service.transports.v1.problems import problem
 
 UNAUTHENTICATED: Final = 4401
 """Close code of a socket whose access key is no longer accepted."""
@@ -280,7 +280,7 @@ class Session:
             if entry.chunk is None or not entry.chunk.dry_run:
                 self._order.record_result(entry, failed=True)
             frame = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
-            self._record(entry, status_of(result), len(frame), result)
+            self._record(entry, result.status, len(frame), result)
             self._order.answer(entry, frame)
             return
         if not result.dry_run:

@@ -40,7 +40,7 @@ from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.v1.call import TIMEOUT_HEADER, parse_timeout
 from service.transports.v1.context import ApiContext, ModelCodec
-from service.transports.v1.problems import CLOSE, OverloadResponses, error_response, status_of
+from service.transports.v1.problems import CLOSE, OverloadResponses, error_response
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 
 MAX_HEADERS_BYTES: Final = 4096
@@ -236,7 +236,7 @@ class FastChunkRoute(FastRoute, ABC):
             with bound_contextvars(request_id=request_id.decode()):
                 log_failure(result)
             response = self._serialize(result, media, request_id, header_lines)
-        self._log(request, status_of(result), response, result)
+        self._log(request, result.status, response, result)
         return response
 
     def _log(

@@ -21,8 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+import service.server.errors  # noqa: F401  (adds errors to the tree)
 from service.core.errors import CarryError, leaf_errors
-from service.transports.v1.problems import STATUS
 
 FOLDER: Final = Path(__file__).parent
 ASSETS: Final = "/docs/assets"
@@ -118,7 +118,7 @@ def _entries(branch: type[CarryError]) -> Iterator[tuple[str, int, str, str, str
         retry = "yes" if kind.retryable else "no"
         if kind.needs_position:
             retry = "with a position"
-        yield kind.code, STATUS[kind], retry, f"{kind.title}.", kind.remedy
+        yield kind.code, kind.status, retry, f"{kind.title}.", kind.remedy
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ of the service. It is `application/problem+json`, or MessagePack if that is acce
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final, cast
 
@@ -17,7 +17,6 @@ from starlette.requests import Request
 from structlog.contextvars import bound_contextvars
 
 from service.codec.media import Media, dumps
-from service.core import errors
 from service.core.errors import (
     CarryError,
     NotAcceptable,
@@ -26,7 +25,6 @@ from service.core.errors import (
     UnsupportedMediaType,
 )
 from service.pipeline.recorder import Recorder
-from service.server import errors as http_errors
 from service.server.errors import MethodNotAllowed, TooManyConnections, UpgradeRequired
 from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds, current_request_id
@@ -49,72 +47,9 @@ CLOSE: Final = b"connection: close\r\n"
 MIN_ID_BYTES: Final = 16
 """Shortest request id that `OverloadResponses` replaces: a shorter one could match other bytes."""
 
-_BY_STATUS: Mapping[int, tuple[type[CarryError], ...]] = {
-    400: (
-        http_errors.MalformedRequest,
-        http_errors.DuplicateField,
-        errors.MalformedBody,
-        errors.InvalidName,
-        errors.InvalidPrecondition,
-    ),
-    401: (errors.Unauthenticated,),
-    403: (errors.Forbidden, http_errors.OriginNotAllowed),
-    404: (errors.ModelNotFound, errors.StreamNotFound, http_errors.RouteNotFound),
-    405: (http_errors.MethodNotAllowed,),
-    406: (errors.NotAcceptable,),
-    408: (http_errors.RequestTimeout,),
-    409: (
-        errors.EpochMismatch,
-        errors.PositionAhead,
-        errors.PositionBehind,
-        errors.AlreadyApplied,
-        errors.InputKindMismatch,
-        errors.StreamFinal,
-        errors.StreamExists,
-        errors.StateIncompatible,
-        errors.Conflict,
-    ),
-    412: (errors.StateChanged,),
-    413: (errors.ChunkTooLong, errors.BodyTooLarge),
-    415: (errors.UnsupportedMediaType,),
-    417: (http_errors.ExpectationFailed,),
-    421: (http_errors.HostNotAllowed,),
-    422: (
-        errors.InvalidInput,
-        errors.ChunksUnsupported,
-        errors.FinalUnsupported,
-        errors.ForecastUnsupported,
-        errors.ResetsUnsupported,
-        errors.StateTokenInvalid,
-        errors.StateTokenOfOtherModel,
-        errors.StateTokenOfOtherVersion,
-    ),
-    424: (errors.PreviousFailed,),
-    426: (http_errors.UpgradeRequired,),
-    429: (errors.Overloaded, errors.StreamOverloaded, errors.LimitExceeded),
-    431: (http_errors.HeadTooLarge,),
-    500: (errors.StateDamaged, errors.NotFinite, errors.InternalError),
-    503: (
-        errors.StoreUnavailable,
-        errors.StoreRefused,
-        errors.OutcomeUnknown,
-        errors.NotDurable,
-        errors.ShuttingDown,
-        http_errors.TooManyConnections,
-    ),
-    504: (errors.DeadlineExceeded, errors.InferenceTimeout),
-}
-STATUS: Final = {kind: status for status, kinds in _BY_STATUS.items() for kind in kinds}
-"""The HTTP status of every error: the one table."""
-
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
-
-
-def status_of(error: CarryError) -> int:
-    """The HTTP status of an error."""
-    return STATUS[type(error)]
 
 
 def problem(error: CarryError, request_id: str | None = None) -> Problem:
@@ -123,7 +58,7 @@ def problem(error: CarryError, request_id: str | None = None) -> Problem:
     Args:
         request_id: by default that of the current request.
     """
-    status = status_of(error)
+    status = error.status
     document: dict[str, Any] = {
         "type": f"{REFERENCE}#{error.code}",
         "title": error.title,
@@ -247,5 +182,5 @@ def connection_error_response(recorder: Recorder, ids: RequestIds, error: CarryE
     request_id = ids.next()
     if not isinstance(error, TooManyConnections):
         facts = RequestFacts(code=error.code)
-        log_request(request_id.decode(), "-", None, status_of(error), 0.0, facts)
+        log_request(request_id.decode(), "-", None, error.status, 0.0, facts)
     return error_response(error, Media.JSON, request_id, CLOSE)

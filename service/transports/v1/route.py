@@ -28,7 +28,7 @@ from service.core.errors import CarryError, leaf_errors
 from service.core.values import STREAM_NAME
 from service.server import errors as http_errors
 from service.transports.v1.call import Call
-from service.transports.v1.problems import LATER, PROBLEM_JSON, STATUS, problem
+from service.transports.v1.problems import LATER, PROBLEM_JSON, problem
 
 Parameter = dict[str, Any]
 """A parameter as in the OpenAPI document."""
@@ -216,7 +216,7 @@ def _problems(kinds: set[type[CarryError]]) -> dict[str, Any]:
     by_status: defaultdict[int, list[type[CarryError]]] = defaultdict(list)
     for kind in leaf_errors():
         if kind in kinds:
-            by_status[STATUS[kind]].append(kind)
+            by_status[kind.status].append(kind)
     return {
         str(status): {
             "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in of_status),

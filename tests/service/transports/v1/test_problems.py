@@ -18,7 +18,6 @@ from service.core.values import Chunk, StreamKey
 from service.pipeline.pipeline import OnReply
 from service.store.base import Conflicted
 from service.transports.v1.pages import reference_html, reference_markdown
-from service.transports.v1.problems import STATUS, status_of
 from tests.service.transports.v1.harness import Harness, harness, problem, rows
 from tests.support.servers import RealServer
 
@@ -26,17 +25,15 @@ ROOT = Path(__file__).parents[4]
 BODY = {"position": 0, "inputs": rows(1).tolist()}
 
 
-def test_every_error_has_exactly_one_status() -> None:
+def test_every_error_has_a_code_of_its_own_and_a_status_of_its_branch() -> None:
     leaves = list(leaf_errors())
-    assert STATUS.keys() == set(leaves)
     assert len({kind.code for kind in leaves}) == len(leaves)
     for kind in leaves:
         assert kind.title, kind
         assert kind.remedy, kind
-        status = status_of(kind("x"))
         failed = issubclass(kind, errors.ServiceFailure) and not issubclass(kind, errors.Overloaded)
-        assert (status >= 500) == failed
-        assert 400 <= status < 600
+        assert (kind.status >= 500) == failed
+        assert 400 <= kind.status < 600
 
 
 def test_the_reference_is_current() -> None:
@@ -65,7 +62,7 @@ async def test_every_error_of_the_pipeline_becomes_its_problem(
 
     monkeypatch.setattr(api.pipeline, "process", fail)
     monkeypatch.setattr(api.pipeline, "enqueue", fail_later)
-    document = problem(await api.chunk(BODY), STATUS[kind], kind.code)
+    document = problem(await api.chunk(BODY), kind.status, kind.code)
     assert document["detail"] == "expected one thing, got another"
     assert document["title"] == kind.title
     assert document["retryable"] is kind.retryable

@@ -17,9 +17,15 @@ from msgspec.structs import replace
 from models.spec.layout import Output
 from service.access.caller import ANYONE
 from service.core import errors
-from service.core.errors import BadRequest, CarryError, Conflict, InvalidInput, ShuttingDown
+from service.core.errors import (
+    BadRequest,
+    CarryError,
+    Conflict,
+    InvalidInput,
+    ShuttingDown,
+    leaf_errors,
+)
 from service.core.values import StreamHead
-from service.transports.v1.problems import STATUS
 from service.transports.v2.grpc import messages
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.admission import MessageRoom
@@ -251,7 +257,7 @@ def test_invalid_request_keeps_its_place_in_its_sequence(
     assert (invalid.stream, invalid.is_dry_run, invalid.appends) == ("m/s", dry_run, True)
 
 
-@pytest.mark.parametrize("kind", STATUS, ids=lambda kind: kind.code)
+@pytest.mark.parametrize("kind", list(leaf_errors()), ids=lambda kind: kind.code)
 def test_every_error_has_a_status_code(kind: type[CarryError]) -> None:
     assert any(base in STATUS_CODES for base in kind.__mro__[:4])
 
