@@ -42,6 +42,10 @@ REQUIRED_COMMANDS: Final = {
     "the number of streams in the metrics": ("DBSIZE", "RANDOMKEY"),
     "quotas and `carry keys`": ("HSET {key} f v", "HDEL {key} f", "HLEN {key}", "HSCAN {key} 0"),
     "rates of access keys": ("TIME", "HSET {key} f v", "HDEL {key} f"),
+    "the topics of consumers": (
+        *("TYPE {key}", "HVALS {key}", "HMGET {key} f", "XINFO GROUPS {key}", "XLEN {key}"),
+        *("XPENDING {key} g", "XRANGE {key} - +", "XREVRANGE {key} + -"),
+    ),
     "watching streams": ("SUBSCRIBE {channel}", "UNSUBSCRIBE {channel}", "PUBLISH {channel} m"),
 }
 """Commands that the service sends to any store, as examples, by what needs them."""

@@ -195,7 +195,7 @@ def test_periods_of_the_shutdown_are_compared(check: Check) -> None:
 def test_permissions_are_those_of_the_access_list_and_the_page() -> None:
     cluster = StoreSettings("redis+cluster://a", durability=Durability.FSYNC)
     commands = [each.split() for each in sum(required_commands(cluster).values(), ())]
-    names = {" ".join(each[: 1 + (each[0] in ("CONFIG", "CLUSTER"))]) for each in commands}
+    names = {" ".join(each[: 1 + (each[0] in ("CONFIG", "CLUSTER", "XINFO"))]) for each in commands}
     allowed = {each[1:].upper().replace("|", " ") for each in PERMISSIONS if each[0] == "+"}
     assert names == allowed
     page = (ROOT / "docs" / "how-to" / "run-a-store.md").read_text()
