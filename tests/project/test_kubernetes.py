@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from service.consumers.config import make_config
 from service.settings import Settings
 from tests.support.monitoring import DASHBOARDS, RULES, check_rules, rule_test
 from tests.support.needs import needs_tools
@@ -31,8 +32,12 @@ OVERLAYS = {
 }
 """Names of the pods of each one's store."""
 
+CONSUMER = "consumer"
+"""The folder of the manifests of consumers, which do not need the base."""
+
 EXTENSIONS = {
-    "Gateway", "GRPCRoute", "HTTPRoute", "PrometheusRule", "ScaledObject", "ServiceMonitor"
+    "Gateway", "GRPCRoute", "HTTPRoute", "PodMonitor", "PrometheusRule", "ScaledObject",
+    "ServiceMonitor",
 }  # fmt: skip
 """Kinds of other projects, whose schemas Kubernetes does not have."""
 
@@ -52,20 +57,31 @@ def rendered(overlay: str) -> str:
 
 
 def manifests(overlay: str) -> dict[str, dict[str, Any]]:
-    """The manifests of an overlay by kind; the dashboards as `Dashboards`."""
+    """The manifests of an overlay by kind; the dashboards as `Dashboards`, and the configuration of
+    a consumer as `Consumer`."""
     found = {}
     for each in yaml.safe_load_all(rendered(overlay)):
-        is_dashboards = each["metadata"]["name"] == "carry-dashboards"
-        found["Dashboards" if is_dashboards else each["kind"]] = each
+        kind = each["kind"]
+        if each["metadata"]["name"] == "carry-dashboards":
+            kind = "Dashboards"
+        elif "consumer.yaml" in each.get("data", {}):
+            kind = "Consumer"
+        assert kind not in found
+        found[kind] = each
     return found
+
+
+def validate(found: dict[str, dict[str, Any]]) -> None:
+    """Check manifests by the schemas of Kubernetes."""
+    for kind, manifest in found.items():
+        if kind not in EXTENSIONS:
+            kubernetes_validate.validate(manifest, "1.32", strict=True)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_manifests_are_valid_and_select_the_same_pods(overlay: str) -> None:
     found = manifests(overlay)
-    for kind, manifest in found.items():
-        if kind not in EXTENSIONS:
-            kubernetes_validate.validate(manifest, "1.32", strict=True)
+    validate(found)
     labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert found["Deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert found["Service"]["spec"]["selector"] == labels
@@ -119,7 +135,7 @@ def test_settings_and_times_fit_together(overlay: str, monkeypatch: pytest.Monke
     }
 
 
-@pytest.mark.parametrize(("overlay", "pods"), OVERLAYS.items())
+@pytest.mark.parametrize(("overlay", "pods"), [*OVERLAYS.items(), (CONSUMER, ["redis"])])
 def test_egress_is_limited_to_the_store(overlay: str, pods: list[str]) -> None:
     found = manifests(overlay)
     store, *others = found["NetworkPolicy"]["spec"]["egress"]
@@ -136,10 +152,71 @@ def test_egress_is_limited_to_the_store(overlay: str, pods: list[str]) -> None:
     assert all(rule["to"] and rule["ports"] for rule in others)
 
 
-def test_image_has_the_tag_of_the_version() -> None:
+@pytest.mark.parametrize("folder", ["base", CONSUMER])
+def test_image_has_the_tag_of_the_version(folder: str) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    (container,) = manifests("base")["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (container,) = manifests(folder)["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == f"carry:{version}"
+
+
+def test_consumers_are_valid_and_apart_from_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = manifests(CONSUMER)
+    validate(found)
+    pod = found["Deployment"]["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
+        assert found[kind]["spec"]["selector"]["matchLabels"] == labels, kind
+    assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    # the service's own selectors do not find them
+    assert manifests("base")["Service"]["spec"]["selector"] != labels
+    (rule,) = found["NetworkPolicy"]["spec"]["ingress"]
+    assert all(set(each) == {"namespaceSelector"} for each in rule["from"])
+
+    (container,) = pod["spec"]["containers"]
+    mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+    volumes = {each["name"]: each for each in pod["spec"]["volumes"]}
+    command, path = container["args"]
+    assert (command, PurePosixPath(path).name) == ("consume", "consumer.yaml")
+    volume = volumes[mounts[str(PurePosixPath(path).parent)]]
+    assert volume["configMap"]["name"] == found["Consumer"]["metadata"]["name"]
+    data = dict(found["ConfigMap"]["data"])
+    file = PurePosixPath(data.pop("CARRY_REDIS_PASSWORD_FILE"))
+    assert mounts[str(file.parent)] == "secrets"
+    for name, value in data.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.load()
+    assert (settings.http.admin_host, urlsplit(data["CARRY_REDIS_URL"]).username) == (
+        "0.0.0.0",
+        "consumer",
+    )
+    (port,) = container["ports"]
+    assert (port["containerPort"], port["name"]) == (settings.http.admin_port, "admin")
+    (endpoint,) = found["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == port["name"]
+    assert {rule["ports"][0]["port"]} == {port["name"]}
+    stopped_s = settings.processes.drain_s + MARGIN_S
+    assert pod["spec"]["terminationGracePeriodSeconds"] > stopped_s
+
+
+@needs_tools("promtool")
+def test_consumers_scale_by_the_lag_of_their_topic(tmp_path: Path) -> None:
+    found = manifests(CONSUMER)
+    config = make_config(yaml.safe_load(found["Consumer"]["data"]["consumer.yaml"]), "manifest")
+    assert config.partitioned
+    scaler = found["ScaledObject"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == found["Deployment"]["metadata"]["name"]
+    trigger = scaler["triggers"][0]["metadata"]
+    series = {
+        f'carry_consumer_lag{{pod="{pod}",topic="{topic}"}}': f"{lag}x9"
+        for pod, topic, lag in (
+            ("a", config.source, 3000), ("b", config.source, 4000), ("b", "other", 9000)
+        )
+    }  # fmt: skip
+    samples = [{"labels": "{}", "value": 7000}]
+    expected = {"expr": trigger["query"], "eval_time": "5m", "exp_samples": samples}
+    check_rules(tmp_path, [rule_test("query", series, promql_expr_test=[expected])])
+    # without metrics KEDA reports an error, and the number of pods stays
+    assert trigger["ignoreNullValues"] == "false"
 
 
 def test_rules_and_dashboards_are_those_of_the_files() -> None:

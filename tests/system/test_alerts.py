@@ -55,6 +55,7 @@ CHUNK = ROUTE % "/v1/models/{model}/streams/{stream}/chunks"
 FLIGHTS = {"model": "flights"}
 OLDEST = 'carry_consumer_oldest_seconds{topic="events"}'
 DEAD_LETTERS = 'carry_consumer_events_total{topic="events",result="dead_letters"}'
+OWNED = 'carry_consumer_topics{topic="events"}'
 EVENTS = {"topic": "events"}
 
 CASES = (
@@ -210,6 +211,14 @@ CASES = (
         5,
         EVENTS,
         "events: the oldest event waits for 1m 1s",
+    ),
+    Case(
+        "CarryTopicWithoutConsumer",
+        {OWNED: "4x60"},
+        {OWNED: "4 stale"},
+        3,
+        EVENTS,
+        "events: no consumer reads it",
     ),
     Case(
         "CarryDeadLetters",
