@@ -32,26 +32,27 @@ class Frame(NamedTuple):
 
 
 class _Envelope(msgspec.Struct, gc=False):
-    """The members of a frame that its error names, undecoded."""
+    """The members of a frame in MessagePack that its error names, undecoded: a byte of the others
+    could be an object."""
 
     id: msgspec.Raw = msgspec.Raw()
     stream: msgspec.Raw = msgspec.Raw()
 
 
-_MODULES: Final = {Media.JSON: msgspec.json, Media.MSGPACK: msgspec.msgpack}
-_DECODERS: Final = {media: module.Decoder(_Envelope) for media, module in _MODULES.items()}
+_ENVELOPE: Final = msgspec.msgpack.Decoder(_Envelope)
 
 
 def read_envelope(media: Media, body: bytes | msgspec.Raw) -> tuple[str | int | None, str | None]:
     """The id of a frame and the stream that it names, without anything else of it; None for
     what is absent or invalid."""
-    members: Any = None
     try:
-        envelope = _DECODERS[media].decode(body)
-        members = {"id": _scalar(envelope.id, media), "stream": _scalar(envelope.stream, media)}
-    except (msgspec.MsgspecError, ValueError, RecursionError):
         if media is Media.JSON:
-            members = _members_with_nan(bytes(body))
+            members = load_json(bytes(body))
+        else:
+            envelope = _ENVELOPE.decode(body)
+            members = {"id": _scalar(envelope.id), "stream": _scalar(envelope.stream)}
+    except (CarryError, msgspec.MsgspecError, ValueError, RecursionError):
+        return None, None
     frame_id = None
     if isinstance(members, dict):
         with suppress(msgspec.ValidationError):
@@ -67,19 +68,11 @@ def stream_of_item(media: Media, element: Any) -> str | None:
     return name if isinstance(name, str) and is_stream_name(name) else None
 
 
-def _members_with_nan(body: bytes) -> Any:
-    """Decode a body with NaN or infinities, which msgspec rejects; None if it is malformed."""
-    try:
-        return load_json(body)
-    except CarryError:
-        return None
-
-
-def _scalar(raw: msgspec.Raw, media: Media) -> Any:
+def _scalar(raw: msgspec.Raw) -> Any:
     """The string or the number in a short value; None for any other."""
     if not 0 < len(memoryview(raw)) <= MAX_SCALAR_BYTES:
         return None
     try:
-        return _MODULES[media].decode(raw, type=str | int)
+        return msgspec.msgpack.decode(raw, type=str | int)
     except (msgspec.MsgspecError, ValueError):
         return None

@@ -1,7 +1,5 @@
 """The pages of the documentation, and the security headers of every page of the service.
 
-    python -m service.transports.v1.pages      prints the tables of docs/reference/errors.md
-
 A page has no content of other hosts, and no code but its own: what it shows, such as a name from
 the model, cannot become code that reads the user's key.
 
@@ -16,7 +14,7 @@ import html
 import json
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -26,14 +24,6 @@ from service.core.errors import CarryError, leaf_errors
 
 FOLDER: Final = Path(__file__).parent
 ASSETS: Final = "/docs/assets"
-
-_HEADINGS: Final = {
-    "BadRequest": "Invalid requests",
-    "AccessDenied": "Access",
-    "NotFound": "Unknown addresses",
-    "StreamRejection": "Rejections by the stream",
-    "ServiceFailure": "Failures of the service",
-}
 
 
 def documentation_html(parameters: Mapping[str, Any]) -> str:
@@ -86,40 +76,19 @@ def _hashes(tag: str, page: str) -> str:
     return "".join([f" 'sha256-{digest}'" for digest in digests])
 
 
-def reference_markdown() -> str:
-    """The tables of `docs/reference/errors.md`: one for each branch of the tree."""
-    parts = []
-    for branch in CarryError.__subclasses__():
-        explanation = " ".join((branch.__doc__ or "").split())
-        parts.append(f"\n## {_HEADINGS[branch.__name__]}\n\n{explanation}\n\n")
-        parts.append(
-            "| code | status | retry | meaning | remedy |\n| --- | --- | --- | --- | --- |\n"
-        )
-        for code, status, retry, meaning, remedy in _entries(branch):
-            remedy = remedy.replace("|", "\\|")
-            anchor = f'<a id="{code}"></a>`{code}`'
-            parts.append(f"| {anchor} | {status} | {retry} | {meaning} | {remedy} |\n")
-    return "".join(parts)
-
-
 def reference_html() -> str:
     """The page of all errors; each code is an anchor."""
     rows = []
-    for code, status, *texts in _entries(CarryError):
-        cells = "".join([f"<td>{html.escape(text)}</td>" for text in texts])
-        rows.append(f'<tr id="{code}"><td><code>{code}</code></td><td>{status}</td>{cells}</tr>')
+    for kind in leaf_errors():
+        cells = [str(kind.status), retry_advice(kind), f"{kind.title}.", kind.remedy]
+        code = f'<tr id="{kind.code}"><td><code>{kind.code}</code></td>'
+        rows.append(code + "".join([f"<td>{html.escape(text)}</td>" for text in cells]) + "</tr>")
     page = (FOLDER / "errors.html").read_text("utf-8")
     return page.replace("ROWS", "".join(rows))
 
 
-def _entries(branch: type[CarryError]) -> Iterator[tuple[str, int, str, str, str]]:
-    """Code, status, whether to retry, meaning and remedy of each error of a branch."""
-    for kind in leaf_errors(branch):
-        retry = "yes" if kind.retryable else "no"
-        if kind.needs_position:
-            retry = "with a position"
-        yield kind.code, kind.status, retry, f"{kind.title}.", kind.remedy
-
-
-if __name__ == "__main__":
-    print(reference_markdown())
+def retry_advice(kind: type[CarryError]) -> str:
+    """Whether to send a request again that failed with this error."""
+    if kind.needs_position:
+        return "with a position"
+    return "yes" if kind.retryable else "no"

@@ -17,7 +17,8 @@ from service.core.errors import CarryError, leaf_errors
 from service.core.values import Chunk, StreamKey
 from service.pipeline.pipeline import OnReply
 from service.store.base import Conflicted
-from service.transports.v1.pages import reference_html, reference_markdown
+from service.transports.v1.pages import reference_html
+from tests.docs.errors_reference import errors_tables
 from tests.service.transports.v1.harness import Harness, harness, problem, rows
 from tests.support.servers import RealServer
 
@@ -38,9 +39,7 @@ def test_every_error_has_a_code_of_its_own_and_a_status_of_its_branch() -> None:
 
 def test_the_reference_is_current() -> None:
     page = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
-    assert page.endswith(reference_markdown()), (
-        "update the page: python -m service.transports.v1.pages"
-    )
+    assert page.endswith(errors_tables()), "update the page: python -m tests.docs.errors_reference"
     for kind in leaf_errors():
         assert f'id="{kind.code}"' in reference_html()
 
