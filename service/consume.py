@@ -6,15 +6,19 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 import structlog
 
 from service.build import build_pipeline
 from service.consumers.config import ConsumerConfig
 from service.consumers.consumer import Consumer
-from service.consumers.metrics import ConsumerMetrics
+from service.consumers.metrics import metrics_of_consumer, metrics_of_relay
+from service.consumers.relay import Relay, Target
 from service.consumers.repartition import Repartitioner
+from service.consumers.shared_topics import SharedTopics
 from service.consumers.store import TopicStore
+from service.consumers.webhook import Webhook
 from service.core.values import Check
 from service.settings import Settings
 from service.store.redis.redis_store import RedisStore
@@ -35,11 +39,18 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
     store = TopicStore(settings.store)
     service = build_pipeline(settings, store=store, model=config.model)
     consumer, recorder = Consumer(service, store, config), service.recorder
+    relay = make_relay(settings, config, store)
 
     async def checks() -> Sequence[Check]:
-        return [*await service.pipeline.readiness(), consumer.check()]
+        found = [*await service.pipeline.readiness(), consumer.check()]
+        return found if relay is None else [*found, relay.check("relay")]
 
-    _stop_on_signals(consumer.stop)
+    def stop() -> None:
+        consumer.stop()
+        if relay is not None:
+            relay.stop()
+
+    _stop_on_signals(stop)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(service)
         await consumer.check_topics()
@@ -49,12 +60,39 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
                 host, port, checks, lambda: (recorder.render(), recorder.content_type)
             )
             log.info("port_bound", host=host, port=await stack.enter_async_context(serving))
-        metrics = ConsumerMetrics(recorder.registry, consumer, config.source)
-        sampling = asyncio.create_task(metrics.run())
-        stack.callback(sampling.cancel)
+        metrics = [metrics_of_consumer(recorder.registry, consumer, config.source)]
+        if relay is not None:
+            stack.push_async_callback(relay.target.close)
+            metrics.append(metrics_of_relay(recorder.registry, relay, config.sink))
+        for each in metrics:
+            stack.callback(asyncio.create_task(each.run()).cancel)
         log.info("ready", model=config.model, source=config.source, sink=config.sink)
-        await consumer.run()
-    log.info("stopped", **consumer.counts)
+        await _run_all([consumer] if relay is None else [consumer, relay])
+    log.info("stopped", **consumer.counts, **({} if relay is None else {"relay": relay.counts}))
+
+
+def make_relay(settings: Settings, config: ConsumerConfig, store: RedisStore) -> Relay | None:
+    """The relay of a configuration's outputs, if it has a target; close its target after use.
+
+    Raises:
+        OperatorError: the target cannot be made.
+    """
+    if config.webhook is None:
+        return None
+    target: Target = Webhook(config.webhook, is_json=config.outputs == "json")
+    keys = config.outboxes(settings.store.keys, is_cluster=settings.store.is_cluster)
+    return Relay(store.topics, keys, config, target)
+
+
+async def _run_all(readers: Sequence[SharedTopics[Any]]) -> None:
+    """Run readers until all of them are stopped; if one fails, stop the others and raise."""
+    tasks = [asyncio.create_task(each.run()) for each in readers]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for each in readers:
+            each.stop()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def repartition(settings: Settings, config: ConsumerConfig, port: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +16,11 @@ from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from service.consumers.config import ConsumerConfig
-    from service.store.topics import TopicStatus
+    from service.store.topics import TopicKeys, TopicStatus
 
 STATUS = "status"
+RATE_INTERVAL_S = 1.0
+"""Time over which the rate of a topic is measured."""
 
 
 def consume(
@@ -129,13 +132,22 @@ def _show_status(
 
     async def show(store: Any) -> None:
         topics = config.topics(space, is_cluster=store.is_cluster)
-        columns = f"{'entries':>9} {'lag':>9} {'pending':>9} {'oldest':>9}"
+        if config.webhook is not None:
+            topics += config.outboxes(space, is_cluster=store.is_cluster)
+
+        async def read(keys: TopicKeys) -> tuple[float, TopicStatus | None]:
+            return time.monotonic(), await store.topics.status(keys)
+
+        earlier = [await read(keys) for keys in topics]
+        await asyncio.sleep(RATE_INTERVAL_S)
+        columns = f"{'entries':>9} {'lag':>9} {'pending':>9} {'oldest':>9} {'rate':>9}"
         typer.echo(f"{'topic':40} {'owner':32} {columns}")
-        for keys in topics:
-            status = await store.topics.status(keys)
+        for keys, (before_s, before) in zip(topics, earlier, strict=True):
+            now_s, status = await read(keys)
             if status is not None:
-                typer.echo(_status_line(keys.topic, status))
-            elif len(topics) == 1:
+                rate = _rate(before, status, now_s - before_s)
+                typer.echo(_status_line(keys.topic, status, rate))
+            elif keys is topics[0] and len(topics) < 3:
                 raise OperatorError(
                     f"there is no topic {keys.topic!r}, or no group {keys.group!r} that reads it"
                 )
@@ -143,9 +155,17 @@ def _show_status(
     run_on_store(redis_url, data_dir, show)
 
 
-def _status_line(name: str, status: TopicStatus) -> str:
+def _rate(before: TopicStatus | None, after: TopicStatus, seconds: float) -> str:
+    """Entries a second that were acknowledged; `?` if the server does not know."""
+    if before is None or before.read is None or after.read is None:
+        return "?"
+    count = after.read - after.pending - before.read + before.pending
+    return f"{max(0, count) / seconds:.0f}/s"
+
+
+def _status_line(name: str, status: TopicStatus, rate: str) -> str:
     lag, oldest = "?" if status.lag is None else str(status.lag), "-"
     if status.oldest_ms is not None:
         oldest = f"{max(0.0, time.time() - status.oldest_ms / 1000):.1f} s"
-    columns = f"{status.entries:9} {lag:>9} {status.pending:9} {oldest:>9}"
+    columns = f"{status.entries:9} {lag:>9} {status.pending:9} {oldest:>9} {rate:>9}"
     return f"{name:40} {status.owner or '-':32} {columns}"

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
+from service.consumers.webhook_config import Secret, WebhookConfig
 from service.core.errors import OperatorError
 from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.keys import KeySpace
@@ -23,7 +31,7 @@ class _Part(BaseModel):
 
 
 class StreamSource(_Part):
-    """Where the name of an entry's stream is: in a field, or constant. One of them."""
+    """Where the name of an entry's stream is: in a field, constant, or its key. One of them."""
 
     field: Name | None = None
     """The field of the entry with the name."""
@@ -31,11 +39,18 @@ class StreamSource(_Part):
     constant: Name | None = None
     """The one stream of all entries."""
 
+    key: bool = False
+    """Whether the name is the entry's key: of a Redis stream its own name."""
+
     def model_post_init(self, _: Any) -> None:
-        if (self.field is None) == (self.constant is None):
-            raise ValueError("expected `field` or `constant`, and not both")
+        if (self.field is not None) + (self.constant is not None) + self.key != 1:
+            raise ValueError("expected `key`, or a mapping of either `field` or `constant`")
         if self.constant is not None and not is_stream_name(self.constant):
             raise ValueError(f"expected as `constant` {STREAM_NAME_RULE}")
+
+
+def _stream_source(given: Any) -> Any:
+    return {"key": True} if given == "key" else given
 
 
 class EventSource(_Part):
@@ -73,7 +88,7 @@ class ConsumerConfig(_Part):
     group: NamePart = "carry"
     """The consumer group; services that each process all events need different ones."""
 
-    stream: StreamSource = StreamSource(field="stream")
+    stream: Annotated[StreamSource, BeforeValidator(_stream_source)] = StreamSource(field="stream")
     event: EventSource = EventSource()
 
     position: Name | None = "position"
@@ -107,6 +122,23 @@ class ConsumerConfig(_Part):
     """Duration of a lease in seconds, after which another consumer acquires the topics of one that
     died. Choose it longer than pauses of a process or the network that should not move topics."""
 
+    webhook: WebhookConfig | None = None
+    """Where the outputs are posted, too."""
+
+    def model_post_init(self, _: Any) -> None:
+        if self.webhook is not None and self.keep:
+            raise ValueError(
+                "keep: expected 0 with `webhook`, since outputs that are not delivered would be "
+                "removed; `delete: true` in `webhook` removes what is delivered"
+            )
+        if self.stream.key and not is_stream_name(self.source):
+            raise ValueError(f"from: expected with `stream: key` {STREAM_NAME_RULE}")
+
+    @property
+    def constant_stream(self) -> str | None:
+        """The one stream of all entries; None if each names its own."""
+        return self.source if self.stream.key else self.stream.constant
+
     def record(self, *, is_cluster: bool) -> TopicRecord:
         """What the consumer group reads and writes.
 
@@ -134,6 +166,17 @@ class ConsumerConfig(_Part):
         """
         record = self.record(is_cluster=is_cluster)
         return record.keys(space, self.keep, deletes=self.delete)
+
+    def outboxes(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
+        """The keys by which a relay reads the output topics.
+
+        Raises:
+            OperatorError: as for `topics`.
+        """
+        deletes = self.webhook is not None and self.webhook.delete
+        names = [keys.outputs for keys in self.topics(space, is_cluster=is_cluster)]
+        group = f"{self.group}/relay"
+        return [TopicKeys.of(name, name, f"{name}:dead", group, deletes=deletes) for name in names]
 
 
 def read_config(path: Path, overrides: Mapping[str, Any]) -> ConsumerConfig:
@@ -186,6 +229,11 @@ def make_config(
         raise OperatorError(f"{origin}: {'; '.join(_explain(error))}") from error
 
 
+_PARTS: Final[dict[str, type[BaseModel]]] = {
+    each.__name__: each for each in (StreamSource, EventSource, WebhookConfig, Secret)
+}
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     known = {field.alias or name for name, field in ConsumerConfig.model_fields.items()}
     for problem in error.errors(include_url=False):
@@ -195,7 +243,12 @@ def _explain(error: ValidationError) -> Iterator[str]:
             among = f" among {', '.join(sorted(known))}" if len(problem["loc"]) == 1 else ""
             message = f"expected a member{among}"
         elif problem["type"] == "model_type":
-            part = StreamSource if place == "stream" else EventSource
+            part = _PARTS[problem["ctx"]["class_name"]]
             message = f"expected a mapping of {', '.join(part.model_fields)}"
-        got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-        yield f"{place}: {message[0].lower()}{message[1:]}{got}"
+        # values of a webhook may be secret
+        shows_value = problem["type"] != "missing" and place.partition(".")[0] not in (
+            "",
+            "webhook",
+        )
+        got = f", got {problem['input']!r}" if shows_value else ""
+        yield f"{place}: {message[0].lower()}{message[1:]}{got}".removeprefix(": ")

@@ -59,7 +59,7 @@ class EventReader:
     def __init__(self, artifact: Artifact, config: ConsumerConfig, settings: RequestSettings):
         self._reader = RequestReader(artifact, settings)
         self._reader.check_accepts_chunks()
-        self._stream, self._constant = _bytes_of(config.stream.field), config.stream.constant
+        self._stream, self._constant = _bytes_of(config.stream.field), config.constant_stream
         self._event = _bytes_of(config.event.field)
         self._position = _bytes_of(config.position)
         self._is_json = config.event.format == "json"
@@ -118,8 +118,7 @@ class EventReader:
         if value is None:
             raise _missing(self._event, values)
         try:
-            # complete, so that no event closes the list that it is put into
-            return _read_json(value) if self._is_json else _transcode(value)
+            return read_document(value, is_json=self._is_json)
         except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
             kind = "JSON" if self._is_json else "MessagePack"
             place = self._event.decode()
@@ -151,8 +150,15 @@ def _bytes_of(name: str | None) -> bytes | None:
     return None if name is None else name.encode()
 
 
-def _transcode(value: bytes) -> msgspec.Raw:
-    """MessagePack as JSON; bytes are a row of float32 values."""
+def read_document(value: bytes, *, is_json: bool) -> msgspec.Raw:
+    """One complete value of JSON, so that it closes nothing that it is put into; of MessagePack
+    as JSON, where bytes are a row of float32 values.
+
+    Raises:
+        msgspec.DecodeError, ValueError, TypeError, RecursionError: it is not one document.
+    """
+    if is_json:
+        return _read_json(value)
     decoded = msgspec.msgpack.decode(value)
     if isinstance(decoded, bytes):
         decoded = np.frombuffer(decoded, "<f4").tolist()

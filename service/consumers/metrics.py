@@ -1,16 +1,17 @@
-"""Metrics of a consumer, sampled once a second."""
+"""Metrics of consumers and relays, sampled once a second."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import structlog
 from prometheus_client import CollectorRegistry
 
-from service.consumers.consumer import Consumer
+from service.consumers.shared_topics import SharedTopics
 from service.core.errors import CarryError
 from service.store.topics import TopicStatus
 from service.telemetry.metrics import makers_of
@@ -22,47 +23,59 @@ STATUS_S_PER_TOPIC: Final = 0.02
 this time for each."""
 
 TOPIC: Final = ("topic",)
-RESULTS: Final = ("committed", "duplicates", "dead_letters", "deleted")
 
 log = structlog.get_logger(__name__)
 
 
-class ConsumerMetrics:
-    """Metrics of one consumer, summed over the partitions of its topic; `run` in its event loop.
+class TopicMetrics:
+    """Metrics of a reader of topics, summed over the partitions; `run` in its event loop.
 
     Args:
-        topic: the label of its series.
+        reader: prefix of their names, such as `consumer`.
+        entries: what an entry is, such as `events`.
+        results: of entries.
+        topic: the label of their series.
     """
 
-    def __init__(self, registry: CollectorRegistry, consumer: Consumer, topic: str):
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        shared: SharedTopics[Any],
+        topic: str,
+        *,
+        reader: str,
+        entries: str,
+        results: Sequence[str],
+    ):
         counter, gauge, _ = makers_of(registry)
-        self._topic = topic
-        self._consumer = consumer
+        prefix = f"carry_{reader}"
+        self._shared = shared
         self._before: Counter[str] = Counter()
-        self._events = counter(
-            "carry_consumer_events",
-            "Events of a topic, by result.",
+        by_result = counter(
+            f"{prefix}_{entries}",
+            f"{entries.capitalize()} of a topic, by result.",
             ("topic", "result"),
         )
-        self._losses = counter(
-            "carry_consumer_topic_losses", "Times that a topic had to be acquired again.", TOPIC
+        self._counters = {result: by_result.labels(topic, result) for result in results}
+        self._counters["losses"] = counter(
+            f"{prefix}_topic_losses", "Times that a topic had to be acquired again.", TOPIC
         ).labels(topic)
+        if "delivered" in results:
+            self._counters["failures"] = counter(
+                f"{prefix}_failures", "Deliveries that failed, each attempt.", TOPIC
+            ).labels(topic)
         self._owned = gauge(
-            "carry_consumer_topics", "Partitions of a topic that this consumer owns.", TOPIC
+            f"{prefix}_topics", "Partitions of a topic that this process owns.", TOPIC
         ).labels(topic)
         self._lag = gauge(
-            "carry_consumer_lag", "Entries of a topic that were not read yet.", TOPIC
+            f"{prefix}_lag", "Entries of a topic that were not read yet.", TOPIC
         ).labels(topic)
         self._pending = gauge(
-            "carry_consumer_pending", "Entries that are not acknowledged yet.", TOPIC
+            f"{prefix}_pending", "Entries that are not acknowledged yet.", TOPIC
         ).labels(topic)
         self._oldest = gauge(
-            "carry_consumer_oldest_seconds",
-            "Age of the oldest entry that is not acknowledged.",
-            TOPIC,
+            f"{prefix}_oldest_seconds", "Age of the oldest entry that is not acknowledged.", TOPIC
         ).labels(topic)
-        for result in RESULTS:
-            self._events.labels(topic, result)
 
     async def run(self) -> None:
         """Sample until it is cancelled."""
@@ -70,22 +83,21 @@ class ConsumerMetrics:
         while True:
             self.sample()
             if time.monotonic() >= read_at_s:
-                interval_s = max(STATUS_INTERVAL_S, STATUS_S_PER_TOPIC * len(self._consumer.topics))
+                interval_s = max(STATUS_INTERVAL_S, STATUS_S_PER_TOPIC * len(self._shared.topics))
                 read_at_s = time.monotonic() + interval_s
                 try:
-                    self.show(await self._consumer.read_status())
+                    self.show(await self._shared.read_status())
                 except CarryError as error:
                     log.warning("lag_unknown", reason=error.detail)
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     def sample(self) -> None:
-        """Copy what the consumer counts."""
-        counts = Counter(self._consumer.counts)
-        for result in RESULTS:
-            self._events.labels(self._topic, result).inc(counts[result] - self._before[result])
-        self._losses.inc(counts["losses"] - self._before["losses"])
+        """Copy what the reader counts."""
+        counts = Counter(self._shared.counts)
+        for name, counter in self._counters.items():
+            counter.inc(counts[name] - self._before[name])
         self._before = counts
-        self._owned.set(self._consumer.count_owned())
+        self._owned.set(self._shared.count_owned())
 
     def show(self, statuses: list[TopicStatus]) -> None:
         """Set the gauges of lag, pending entries and the oldest one."""
@@ -94,3 +106,21 @@ class ConsumerMetrics:
         oldest_ms = min((each.oldest_ms for each in statuses if each.oldest_ms), default=None)
         age_s = 0.0 if oldest_ms is None else time.time() - oldest_ms / 1000
         self._oldest.set(max(0.0, age_s))
+
+
+def metrics_of_consumer(
+    registry: CollectorRegistry, shared: SharedTopics[Any], topic: str
+) -> TopicMetrics:
+    """The metrics of a consumer of events."""
+    results = ("committed", "duplicates", "dead_letters", "deleted")
+    return TopicMetrics(
+        registry, shared, topic, reader="consumer", entries="events", results=results
+    )
+
+
+def metrics_of_relay(
+    registry: CollectorRegistry, shared: SharedTopics[Any], topic: str
+) -> TopicMetrics:
+    """The metrics of a relay of outputs."""
+    results = ("delivered", "dead_letters", "deleted")
+    return TopicMetrics(registry, shared, topic, reader="relay", entries="outputs", results=results)

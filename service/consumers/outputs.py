@@ -14,7 +14,7 @@ from service.codec.reply_writer import ReplyOptions, ReplyWriter
 from service.consumers.where import parse_condition
 from service.core.errors import CarryError
 from service.core.values import FloatRows, StreamHead, StreamKey
-from service.store.topics import Destination, NewEntry
+from service.store.topics import Destination, Entry, NewEntry
 
 OF_ONE_EVENT: Final = ReplyOptions(return_sequences=False)
 
@@ -89,16 +89,15 @@ class OutputWriter:
         ]
 
 
-def dead_letter(
-    entry_id: bytes, fields: Sequence[bytes], error: CarryError, stream: str | None
-) -> NewEntry:
-    """The dead letter of an entry: code and reason of the error, and the original fields."""
+def dead_letter(entry: Entry, code: str, reason: str, stream: str | None) -> NewEntry:
+    """The dead letter of an entry: code and reason, and the original fields."""
     now_ms = time.time_ns() // 1_000_000
+    fields: Sequence[bytes] = entry.fields or ()
     if len(fields) > 2 * MAX_FIELDS:
         fields = (PACKED_FIELDS, _pack(fields))
     added = (
-        "carry-code", error.code, "carry-reason", error.detail, "carry-stream", stream or "",
-        "carry-entry", entry_id, "carry-time", now_ms,
+        "carry-code", code, "carry-reason", reason, "carry-stream", stream or "",
+        "carry-entry", entry.id, "carry-time", now_ms,
     )  # fmt: skip
     return NewEntry(Destination.DEAD_LETTERS, (*added, *fields))
 

@@ -60,8 +60,6 @@ class Repartitioner(SharedTopics["RepartitionedTopic"]):
 class RepartitionedTopic(LeasedTopic):
     """A topic whose entries are moved, one batch at a time."""
 
-    min_read = max_read = AT_ONCE
-
     def __init__(
         self,
         keys: TopicKeys,
@@ -69,7 +67,7 @@ class RepartitionedTopic(LeasedTopic):
         space: KeySpace,
         config: ConsumerConfig,
     ):
-        super().__init__(keys, shared)
+        super().__init__(keys, shared, min_read=AT_ONCE, max_read=AT_ONCE)
         self._space = space
         self._config = config
 
@@ -84,7 +82,7 @@ class RepartitionedTopic(LeasedTopic):
             try:
                 name = self._destination(entry.fields)
             except CarryError as error:
-                letter = dead_letter(entry.id, entry.fields, error, None)
+                letter = dead_letter(entry, error.code, error.detail, None)
                 items.append(("dead_letters", TopicItem([entry.id], [letter])))
             else:
                 parts.setdefault(name, []).append(entry)
@@ -99,7 +97,7 @@ class RepartitionedTopic(LeasedTopic):
 
     def _destination(self, fields: Sequence[bytes]) -> str:
         """The topic of an entry's stream."""
-        stream = self._config.stream.constant
+        stream = self._config.constant_stream
         if stream is None:
             name = (self._config.stream.field or "").encode()
             value = dict(zip(fields[::2], fields[1::2], strict=True)).get(name)

@@ -17,7 +17,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import structlog
 
@@ -59,6 +59,11 @@ an owner that died, whose lease has to expire."""
 STATUS_AT_ONCE: Final = 16
 """Topics whose status is read at a time."""
 
+MIN_READ: Final = 32
+MAX_READ: Final = 512
+"""Most entries of one read. The number doubles while there are more; no commit waits long behind a
+read. A topic with few entries reserves little memory, so that many topics are read at a time."""
+
 POLL_S: Final = 0.001
 """Shortest pause after a read that reached the end of a topic. The pause doubles with each read
 without an entry, up to `longest_poll_s`, and is halved by each one with entries."""
@@ -85,16 +90,18 @@ class LeasedTopic:
         fence: of the current acquisition; None if the topic is not owned.
     """
 
-    min_read: ClassVar[int] = 32
-    max_read: ClassVar[int] = 512
-    """Most entries of one read. The number doubles while there are more; no commit waits long
-    behind a read. A topic with few entries reserves little memory, so that many are read at a
-    time."""
-
-    def __init__(self, keys: TopicKeys, shared: SharedTopics[Any]):
+    def __init__(
+        self,
+        keys: TopicKeys,
+        shared: SharedTopics[Any],
+        *,
+        min_read: int = MIN_READ,
+        max_read: int = MAX_READ,
+    ):
         self.keys = keys
         self.fence: str | None = None
         self._shared = shared
+        self._min_read, self._max_read = min_read, max_read
         self._topics = shared.store
         self._number = self._known_number = 0
         self._failures = 0
@@ -204,19 +211,19 @@ class LeasedTopic:
     async def _read_pending(self) -> None:
         """Read the entries that earlier acquisitions left pending."""
         after = FIRST_PENDING
-        while entries := (await self._read(after, self.min_read))[0]:
+        while entries := (await self._read(after, self._min_read))[0]:
             after = entries[-1].id.decode()
 
     async def _read_new(self) -> None:
         """Read new entries until the topic is released or lost. At its end, pause until the clock
         is at a multiple of the pause, so that one call reads many topics."""
-        pause_s, most = POLL_S, self.min_read
+        pause_s, most = POLL_S, self._min_read
         while not self._is_releasing and self.fence is not None:
             entries, room = await self._read(NEW, most)
             if len(entries) == room:
-                most = min(2 * most, self.max_read)
+                most = min(2 * most, self._max_read)
             else:
-                most = max(most // 2, self.min_read)
+                most = max(most // 2, self._min_read)
                 await asyncio.sleep(pause_s - time.monotonic() % pause_s)
             pause_s = max(POLL_S, pause_s / 2) if entries else 2 * pause_s
             pause_s = min(pause_s, self._shared.longest_poll_s)

@@ -242,7 +242,7 @@ class OwnedTopic(LeasedTopic):
             code=error.code,
             reason=error.detail,
         )
-        letter = dead_letter(entry_id, fields, error, stream)
+        letter = dead_letter(Entry(entry_id, fields), error.code, error.detail, stream)
         if self._config.on_error == "continue" or stream is None:
             condition = condition_of(self._reader.key(stream or ""), error)
             self._write(DEAD, TopicItem([entry_id], [letter], condition=condition))

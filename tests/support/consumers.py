@@ -17,15 +17,38 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from service.build import build_pipeline
+from service.consume import make_relay
 from service.consumers.config import make_config
 from service.consumers.consumer import Consumer
+from service.consumers.relay import Relay
 from service.consumers.store import TopicStore
 from service.settings import Settings
+from service.store.redis.redis_store import RedisStore
 from tests.support.forks import COMMAND, Fork
 from tests.support.pipelines import oracle_outputs
 from tests.support.servers import becomes, until
 
 PROBE: dict[str, Any] = {"model": "probe", "from": "events", "to": "scores", "create": True}
+
+
+@asynccontextmanager
+async def relaying(
+    url: str, settings: dict[str, Any] | None = None, **config: Any
+) -> AsyncIterator[Relay]:
+    """A relay that runs without its consumer; it is stopped at the end."""
+    loaded = Settings.load({"redis_url": url, **(settings or {})})
+    store = RedisStore(loaded.store)
+    await store.start()
+    relay = make_relay(loaded, make_config(PROBE | config, "test"), store)
+    assert relay is not None
+    task = asyncio.create_task(relay.run())
+    try:
+        yield relay
+    finally:
+        relay.stop()
+        await task
+        await relay.target.close()
+        await store.close()
 
 
 @asynccontextmanager

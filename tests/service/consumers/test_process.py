@@ -26,6 +26,8 @@ from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer, real_server, until
 
 RANDOM = np.random.default_rng(7)
+SECRET = "whsec_" + "A" * 44
+WEBHOOK = "model: probe\nfrom: a\nto: b\ncreate: true\nwebhook: {url: http://h, "
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_health_metrics_status_and_graceful_stop(
     shown = carry("consume", "status", "--from", "events", "--redis-url", server.url)
     assert shown.exit_code == 0
     columns = shown.stdout.decode().splitlines()[1].split()
-    assert (columns[0], columns[2:]) == ("events", ["5", "0", "0", "-"])
+    assert (columns[0], columns[2:]) == ("events", ["5", "0", "0", "-", "0/s"])
     consumer.fork.send_signal(signal.SIGTERM)
     assert consumer.fork.wait(60) == 0
     assert consumer.lines()[-1]["message"] == "stopped"
@@ -130,11 +132,32 @@ def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
         ("model: other\nfrom: events\nto: scores\n", "model: expected one of probe"),
         ("- a\n", "expected a mapping, got list"),
         ("a: [", "expected YAML"),
-        ("model: probe\nfrom: events\nto: scores\nstream: {}\n", "stream: expected `field`"),
+        (
+            "model: probe\nfrom: events\nto: scores\nstream: {}\n",
+            "stream: expected `key`, or a mapping",
+        ),
         ("model: probe\nfrom: nothing\nto: scores\n", "expected a stream 'nothing'"),
         ("model: probe\nfrom: a\nto: a\n", "expected different topics, got 'a', 'a' and 'a:dead'"),
         ("model: probe\nfrom: a\nto: b\ndead_letters: a\n", "expected different topics"),
         ("model: probe\nfrom: a\nto: b\nstream: x\n", "stream: expected a mapping of field, con"),
+        ("model: probe\nfrom: a/b\nto: b\nstream: key\n", "from: expected with `stream: key` 1 to"),
+        (f"{WEBHOOK}secret: x}}", "webhook.secret: expected whsec_ and at least 24 bytes"),
+        (f"{WEBHOOK}secret: {{env: NO_SUCH}}}}", "webhook.secret: expected the variable NO_SUCH"),
+        (f"{WEBHOOK}secret: {{file: /none}}}}", "webhook.secret: /none cannot be read"),
+        (f"{WEBHOOK}secret: {SECRET}}}\nkeep: 9", "keep: expected 0 with `webhook`"),
+        (f"{WEBHOOK}secret: {SECRET}, ca_file: /none}}", "webhook.ca_file: /none: "),
+        (
+            f"{WEBHOOK}secret: {SECRET}, headers: {{a: \u00e9}}}}",
+            "webhook.headers.a: expected print",
+        ),
+        (f"{WEBHOOK}secret: {SECRET}, headers: {{'a b': c}}}}", "webhook.headers: expected names"),
+        (f"{WEBHOOK}secret: {SECRET}, batch: 0}}", "webhook.batch: input should be greater"),
+        (
+            WEBHOOK.replace("http://h", "ftp://h") + "secret: x}",
+            "webhook.url: expected http://HOST",
+        ),
+        (WEBHOOK.replace("http://h", "http://u:p@h") + "secret: x}", "without credentials"),
+        (WEBHOOK.replace("http://h", "http://h:99999") + "secret: x}", "webhook.url: port out of"),
     ],
 )
 def test_an_invalid_configuration_is_an_error_with_its_place(
@@ -148,3 +171,4 @@ def test_an_invalid_configuration_is_an_error_with_its_place(
     error = result.stderr.splitlines()[-1]
     assert error.startswith("carry: ")
     assert message in error
+    assert SECRET not in error

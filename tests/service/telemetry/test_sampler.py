@@ -12,8 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from models.spec.state import State
-from service.consumers.consumer import Consumer
-from service.consumers.metrics import ConsumerMetrics
+from service.consumers.metrics import metrics_of_consumer, metrics_of_relay
+from service.consumers.shared_topics import SharedTopics
 from service.core.errors import Conflict, StoreRefused
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
 from service.pipeline.state_cache import OVERHEAD_BYTES, StateCache
@@ -132,8 +132,9 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     sampler = sampler_of(recorder, ObservedStore(), StateCache(0))
     sampler.sample()
     sampler.record_streams({})
-    consumer = SimpleNamespace(counts={}, count_owned=lambda: 0)
-    ConsumerMetrics(recorder.registry, cast(Consumer, consumer), "events").sample()
+    shared = cast(SharedTopics[Any], SimpleNamespace(counts={}, count_owned=lambda: 0))
+    metrics_of_consumer(recorder.registry, shared, "events").sample()
+    metrics_of_relay(recorder.registry, shared, "scores").sample()
     page = (ROOT / "docs/reference/metrics.md").read_text()
     documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")

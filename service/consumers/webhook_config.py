@@ -1,0 +1,100 @@
+"""Configuration of a webhook, and of values that are secret."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from service.core.errors import OperatorError
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
+
+
+class Secret(BaseModel):
+    """A value outside the configuration: in an environment variable, or in a file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    env: str | None = None
+    file: Path | None = None
+
+    def model_post_init(self, _: object) -> None:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("expected `env` or `file`, and not both")
+
+
+def read_secret(value: str | Secret, place: str) -> str:
+    """The value of a secret; a string is the value itself.
+
+    Args:
+        place: the member of the configuration, for errors.
+
+    Raises:
+        OperatorError: there is no such variable, or the file cannot be read.
+    """
+    if isinstance(value, str):
+        return value
+    if value.file is not None:
+        try:
+            return value.file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OperatorError(f"{place}: {value.file} cannot be read: {error}") from error
+    found = os.environ.get(value.env or "")
+    if found is None:
+        raise OperatorError(f"{place}: expected the variable {value.env}, which is not set")
+    return found.strip()
+
+
+class WebhookConfig(BaseModel):
+    """Where outputs are posted, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    url: str
+    """The receiver, http or https."""
+
+    secret: str | Secret
+    """The secret that signs requests, in base64, as `{env: NAME}` or `{file: PATH}`; several,
+    separated by whitespace, while a receiver moves to a new one."""
+
+    headers: dict[str, str | Secret] = {}
+    """Headers of each request, such as `authorization`."""
+
+    batch: Annotated[int, Field(ge=1, le=1000)] = 100
+    """Most outputs of a request."""
+
+    timeout_s: Annotated[float, Field(ge=0.1, le=300)] = 15.0
+    """Duration in seconds after which a request has failed."""
+
+    ca_file: Path | None = None
+    """Certificates of the authorities that the receiver's is verified with, in PEM, instead of the
+    public ones."""
+
+    on_error: Literal["continue", "halt"] = "continue"
+    """What follows a rejection of an output: it becomes a dead letter and the relay continues; or
+    the relay halts, and tries again until the output is accepted."""
+
+    delete: bool = False
+    """Whether delivered entries are deleted from the output topic."""
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        _ = parts.port  # raises what is wrong with it
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ValueError("expected http://HOST/... or https://HOST/..., without credentials")
+        return url
+
+    @field_validator("headers")
+    @classmethod
+    def _check_headers(cls, headers: dict[str, str | Secret]) -> dict[str, str | Secret]:
+        for name in headers:
+            if not _HEADER_NAME(name):
+                raise ValueError(f"expected names of headers, got {name!r}")
+        return headers
