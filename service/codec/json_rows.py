@@ -160,6 +160,27 @@ class JsonRowsDecoder:
             items.append(RowsChunk(steps, position, epoch, stream))
         return items
 
+    def decode_values(self, text: bytes, count: int, *, has_batch: bool) -> Steps | None:
+        """The steps of a list of `count` rows, or of the numbers in them; None for another list.
+
+        Args:
+            has_batch: whether the list of rows may be in a further list, alone.
+        """
+        try:
+            lists: Any = self._parser.parse(text)
+            brackets = 1
+            if text.find(b"[", 1) < 0:
+                numbers = memoryview(lists.as_buffer(of_type="d"))
+            else:
+                is_batch = has_batch and len(lists) == 1 and len(lists[0]) == count
+                numbers = self._numbers(lists[0] if is_batch else lists)
+                brackets += is_batch + count
+            if numbers.nbytes != count * self._features * _F8.itemsize:
+                return None
+            return Steps(Feed.INPUTS, count, None, self._rows(text, numbers, brackets))
+        except _PARSER_ERRORS:
+            return None
+
     def _read(
         self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
     ) -> tuple[simdjson.Array, int | None, str | None]:

@@ -142,6 +142,18 @@ class RequestReader:
             with_stream(key.stream, error)
             raise
 
+    def rows_in_json(self, text: bytes, count: int, *, has_batch: bool) -> Steps | None:
+        """The steps of `count` rows, as in `JsonRowsDecoder.decode_values`; None if they are
+        unusual, and `steps` reads them.
+
+        Raises:
+            InvalidInput
+        """
+        steps = self._json_rows.decode_values(text, count, has_batch=has_batch)
+        if steps is not None and self.steps.has_codes:
+            self.steps.check_codes(steps)
+        return steps
+
     def frame(self, body: bytes, media: Media, stream: str | None) -> Frame:
         """The chunk of a live socket's frame, or its error.
 

@@ -74,8 +74,12 @@ class CountedServer:
             for steps, together in product(STEPS, TOGETHER)
         }
         for together in (1, 32):
-            for name, sequence in (("V2", LONG_SEQUENCE), ("V2 start", 1)):
-                options = {"media": "perf", "sequence": sequence}
+            for name, media, sequence in (
+                ("V2", "perf", LONG_SEQUENCE),
+                ("V2 start", "perf", 1),
+                ("V2 JSON", "perf-json", LONG_SEQUENCE),
+            ):
+                options = {"media": media, "sequence": sequence}
                 loads[f"{together} x {STEPS[0]}, {name}"] = (STEPS[0], together, options)
         for media in ("msgpack", "json"):
             name = f"{ITEMS} x {STEPS[0]} in one request, {media}"

@@ -33,10 +33,10 @@ from tests.support.service import Service
 
 BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
-BESIDE_LOADS = ("json", "msgpack", "v2", "perf", "grpc", "websocket", "events")
+BESIDE_LOADS = ("json", "msgpack", "v2", "perf", "perf-json", "grpc", "websocket", "events")
 """Chunks of rows as JSON, as MessagePack, and as binary tensors of the V2 protocol over HTTP, as
-Triton's perf_analyzer sends them too, and in streams of gRPC; MessagePack over WebSockets; events
-of real departures as JSON."""
+Triton's perf_analyzer sends them too, there in JSON as well, and in streams of gRPC; MessagePack
+over WebSockets; events of real departures as JSON."""
 BESIDE_FIELDS = {"chunks/s": "chunks_per_s", "CPU": "cpu_us_per_chunk", "p50": "p50_ms"}
 COUNTED_WINDOWS, COUNTED_CHUNKS = 16, 16
 BATCHES, MANY_CONNECTIONS = (1, 8, 32, 64, 128), 4

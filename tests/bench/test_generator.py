@@ -11,13 +11,14 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import orjson
 import ormsgpack
 import pytest
 
 from tests.bench import generator
 from tests.bench.generator import Load, draw_arrivals, make_streams
-from tests.bench.traffic import Traffic, TrafficSpec, WrongReplyError
+from tests.bench.traffic import PERF, Media, Traffic, TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies
 
 pytestmark = pytest.mark.harness
@@ -182,16 +183,20 @@ def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     assert (load.latencies_s > STALL_S / 2).sum() >= during
 
 
-def test_perf_traffic_has_sequences_of_new_numbers_that_start_at_position_0() -> None:
-    values, steps = BODIES.values("perf"), (3, 3, 3, 3)
-    spec = TrafficSpec("/v2/models/m/infer", "perf", "inputs", values, steps, "a", 1, sequence=2)
+@pytest.mark.parametrize("media", PERF)
+def test_perf_traffic_has_sequences_of_new_numbers_that_start_at_position_0(media: Media) -> None:
+    values, steps = BODIES.values(media), (3, 3, 3, 3)
+    spec = TrafficSpec("/v2/models/m/infer", media, "inputs", values, steps, "a", 1, sequence=2)
     traffic, sent = Traffic(spec), []
     for position in (3, 6, 3):
         request, ticket = traffic.request()
         head, _, body = request.partition(b"\r\n\r\n")
         json_bytes = int(re.search(rb"\r\nInference-Header-Content-Length: (\d+)\r\n", head)[1])
-        assert len(body) - json_bytes == len(values[0])
-        parameters = orjson.loads(body[:json_bytes])["parameters"]
+        document = orjson.loads(body[:json_bytes])
+        [tensor], parameters = document["inputs"], document["parameters"]
+        binary = np.frombuffer(body[json_bytes:], "<f4")
+        sent_rows = np.array(tensor.get("data", binary), np.float32).reshape(tensor["shape"])
+        assert (sent_rows == BODIES.rows[len(sent)]).all()
         sent.append((parameters["sequence_start"], parameters["sequence_end"]))
         with pytest.raises(WrongReplyError, match=rf"expected positions \[{position}\]"):
             traffic.accept(ticket, b'{"parameters":{"position":4}}')

@@ -27,10 +27,12 @@ from tests.support.v2_messages import infer_request, message_class, read_outputs
 SAMPLED_CHUNKS = 24
 """Chunks of the sampled stream whose replies are kept; the oracle that checks them is slow."""
 
-Media = Literal["json", "msgpack", "v2", "perf", "grpc", "websocket"]
+Media = Literal["json", "msgpack", "v2", "perf", "perf-json", "grpc", "websocket"]
 """`v2` and `grpc` are the V2 protocol with binary tensors, over HTTP and in streams of gRPC; `perf`
-is V2 over HTTP in the bytes of Triton's perf_analyzer: sequences of a few requests, each of a new
-number, without positions; `websocket` is MessagePack in frames of sockets for many streams."""
+and `perf-json` are V2 over HTTP in the bytes of Triton's perf_analyzer, with tensors in the binary
+format and in JSON: sequences of a few requests, each of a new number, without positions;
+`websocket` is MessagePack in frames of sockets for many streams."""
+PERF: tuple[Media, ...] = ("perf", "perf-json")
 Ticket = tuple[tuple[int, int], ...]
 """The streams of a request, each with the position that its reply must give."""
 
@@ -86,20 +88,27 @@ def write_frame(content: Any) -> bytes:
 
 
 def write_perf_request(
-    path: str, sequence_id: int, chunk: int, chunks: int, rows: bytes, steps: int
+    path: str, sequence_id: int, chunk: int, chunks: int, rows: bytes, steps: int, *, is_json: bool
 ) -> bytes:
-    """A whole request as perf_analyzer sends it: one chunk of those of a sequence."""
-    tensor = {"name": "inputs", "datatype": "FP32", "shape": [1, steps, len(rows) // 4 // steps]}
-    tensor["parameters"] = {"binary_data_size": len(rows)}
+    """A whole request as perf_analyzer sends it: one chunk of those of a sequence.
+
+    Args:
+        rows: float32, or with `is_json` a flat list.
+    """
+    values = rows.count(b",") + 1 if is_json else len(rows) // 4
+    tensor = {"name": "inputs", "datatype": "FP32", "shape": [1, steps, values // steps]}
+    if is_json:
+        tensor["data"], rows, media = orjson.Fragment(rows), b"", "application/json"
+    else:
+        tensor["parameters"], media = {"binary_data_size": len(rows)}, "application/octet-stream"
     parameters = {"sequence_id": sequence_id, "sequence_start": chunk == 0}
     parameters["sequence_end"] = chunk == chunks - 1
-    outputs = [{"name": "out", "parameters": {"binary_data": True}}]
+    outputs = [{"name": "out", "parameters": {"binary_data": not is_json}}]
     members = {"id": str((1 << 48) + sequence_id * chunks + chunk), "parameters": parameters}
     header = orjson.dumps(members | {"inputs": [tensor], "outputs": outputs})
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nUser-Agent: libcurl-agent/1.0\r\n"
     head += f"Accept: */*\r\nInference-Header-Content-Length: {len(header)}\r\n"
-    head += "Content-Type: application/octet-stream\r\n"
-    head += f"Content-Length: {len(header) + len(rows)}\r\n\r\n"
+    head += f"Content-Type: {media}\r\nContent-Length: {len(header) + len(rows)}\r\n\r\n"
     return b"%b%b%b" % (head.encode(), header, rows)
 
 
@@ -128,6 +137,9 @@ def read_v2_reply(body: bytes) -> dict[str, Any]:
     reply, at = json.JSONDecoder().raw_decode(body.decode("latin-1"))
     outputs = {}
     for output in reply["outputs"]:
+        if "data" in output:
+            outputs[output["name"]] = output["data"]
+            continue
         size = output["parameters"]["binary_data_size"]
         outputs[output["name"]] = np.frombuffer(body[at : at + size], "<f4")
         at += size
@@ -137,7 +149,7 @@ def read_v2_reply(body: bytes) -> dict[str, Any]:
 def read_positions(body: bytes, media: Media) -> list[int | None]:
     """The position that a reply's body gives for each of its chunks, None where it gives none;
     raises WrongReplyError where the body cannot be decoded."""
-    if media in ("v2", "perf"):
+    if media == "v2" or media in PERF:
         found = _V2_POSITION.search(body)
         return [found and int(found[1])]
     if media == "grpc":
@@ -171,7 +183,7 @@ class TrafficSpec:
     may_reject: bool = False  # whether the server may answer 429; otherwise that ends the run
     is_sampled: bool = False  # whether the first replies to stream 0 are kept
     grpc_port: int = 0  # of the server that messages of gRPC are sent to
-    sequence: int = 20  # chunks of a sequence of `perf`, after which its stream is another one
+    sequence: int = 20  # chunks of a sequence of `PERF`, after which its stream is another one
 
     def name(self, stream: int) -> str:
         return f"{self.prefix}-{stream:07d}"
@@ -197,8 +209,9 @@ class Traffic:
         is_json = spec.media == "json"
         self._values = [orjson.Fragment(value) if is_json else value for value in spec.values]
         self._per_request = max(1, spec.items)
-        is_perf = spec.media == "perf"
-        self._sampled_chunks = min(SAMPLED_CHUNKS, spec.sequence) if is_perf else SAMPLED_CHUNKS
+        self._is_perf = spec.media in PERF
+        most = spec.sequence if self._is_perf else SAMPLED_CHUNKS
+        self._sampled_chunks = min(SAMPLED_CHUNKS, most)
         self._first_sequence = zlib.crc32(spec.prefix.encode()) << 24
 
     @property
@@ -224,11 +237,17 @@ class Traffic:
             name = content["stream"]
             request = write_v2_request(spec.path, name, position, value, spec.steps[body])
             return request, tuple(ticket)
-        if spec.media == "perf":
+        if self._is_perf:
             number, chunk = divmod(self._chunks[stream], spec.sequence)
             sequence_id = self._first_sequence + number * spec.streams + stream
             request = write_perf_request(
-                spec.path, sequence_id, chunk, spec.sequence, value, spec.steps[body]
+                spec.path,
+                sequence_id,
+                chunk,
+                spec.sequence,
+                value,
+                spec.steps[body],
+                is_json=spec.media == "perf-json",
             )
             return request, tuple(ticket)
         if spec.media == "grpc":
@@ -257,7 +276,7 @@ class Traffic:
                 self.sampled.append(reply)
             self.events += spec.steps[spec.body(stream, chunk)]
             self._chunks[stream] = chunk + 1
-            is_new = spec.media == "perf" and (chunk + 1) % spec.sequence == 0
+            is_new = self._is_perf and (chunk + 1) % spec.sequence == 0
             self._position[stream] = 0 if is_new else after
             # in a closed loop, the connection that was just answered takes the first one
             (self._free.appendleft if spec.is_sticky else self._free.append)(stream)

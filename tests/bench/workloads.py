@@ -30,7 +30,14 @@ from models.pretrained.departures import flight_events
 from models.spec.model import parse_spec
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime, open_runtimes
-from tests.bench.traffic import Media, TrafficSpec, WrongReplyError, read_grpc_reply, read_v2_reply
+from tests.bench.traffic import (
+    PERF,
+    Media,
+    TrafficSpec,
+    WrongReplyError,
+    read_grpc_reply,
+    read_v2_reply,
+)
 from tests.support.detection import sensor_model
 from tests.support.models import PRETRAINED
 from tests.support.oracle import contracting_weights, oracle_step
@@ -208,9 +215,10 @@ class Bodies:
         """Each block as the member of a body."""
         if self.events is not None:
             return self.events
-        if media != "json":
+        if media not in ("json", "perf-json"):
             return tuple(rows.astype("<f4").tobytes() for rows in self.rows)
-        return tuple(orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY) for rows in self.rows)
+        values = (rows if media == "json" else rows.ravel() for rows in self.rows)
+        return tuple(orjson.dumps(each, option=orjson.OPT_SERIALIZE_NUMPY) for each in values)
 
 
 def flights_bodies(artifact: Artifact) -> Bodies:
@@ -258,7 +266,7 @@ def make_traffic(
     # of several models `NAME-0`, `NAME-1` and so on
     model = artifact.spec.name if "models" not in rest else f"{artifact.spec.name[:-2]}-{{1}}"
     path = f"/v1/models/{model}/{route}"
-    if media in ("v2", "perf"):
+    if media == "v2" or media in PERF:
         path = f"/v2/models/{artifact.spec.name}/infer"
     elif media == "grpc":
         path = artifact.spec.name
@@ -271,7 +279,7 @@ _READ: Mapping[Media, Callable[[bytes], Any]] = {
     "json": orjson.loads,
     "msgpack": ormsgpack.unpackb,
     "v2": read_v2_reply,
-    "perf": read_v2_reply,
+    **dict.fromkeys(PERF, read_v2_reply),
     "grpc": read_grpc_reply,
     "websocket": lambda body: ormsgpack.unpackb(body)["reply"],
 }

@@ -40,6 +40,9 @@ COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 _ID_AT_START: Final = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)(?=")').match
 """An id without escapes, where clients send it."""
 
+_CUT_DATA: Final = b"[\0]"
+"""In the place of the values of a tensor that are cut; no valid JSON has it."""
+
 _FEW: Final = Meta(max_length=256)
 """Bounds the lists of tensors and parameters."""
 
@@ -148,41 +151,62 @@ def decode_request(body: bytes, json_bytes: int | None, model: str, version: str
 
 
 class CutRequest(msgspec.Struct, frozen=True, gc=False):
-    """The JSON of a request of a sequence, cut at its id and its parameters: the rest is the same
-    in all requests of most clients, so that it need not be decoded again.
+    """The JSON of a request of a sequence, cut at its id, its parameters and the values of its
+    tensor: the rest is the same in all requests of most clients, so that it need not be decoded
+    again.
 
     Attributes:
         before: what precedes the parameters; without the beginning up to the id, if that is first.
         after: what follows the parameters.
+        data: the values, a list in JSON; None if they are in the binary format.
     """
 
     before: bytes
     after: bytes
     id: str
     parameters: InferParameters
+    data: bytes | None
 
     def is_correct(self) -> bool:
-        """Whether the cuts are at the id and the parameters of a valid request.
+        """Whether the cuts are at the id, the parameters and the first values of a valid request.
 
-        They are if other values there become the id and the parameters: up to a cut the parser of
-        JSON has read the same, so that any value there has the same effect.
+        They are if other values there become the id, the parameters and the values: up to a cut the
+        parser of JSON has read the same, so that any value there has the same effect.
         """
         has_id = not self.before.startswith(b"{")
         for number in (1, 2):
             lead = b'{"id":"%d' % number if has_id else b""
             text = b'%b%b{"sequence_id":%d}%b' % (lead, self.before, number, self.after)
             try:
+                text = text.replace(_CUT_DATA, b"[%d]" % number)
                 decoded = decode(Media.JSON, text, _Request)
             except CarryError:
                 return False
             request_id = str(number) if has_id else ""
             if decoded.id != request_id or decoded.parameters != {"sequence_id": number}:
                 return False
+            if self.data is not None and decoded.inputs[0].data != [number]:
+                return False
         return True
 
 
-def cut_request(text: bytes) -> CutRequest | None:
-    """Cut the JSON of a request; None if it is long, unusual or invalid. The cuts may be wrong."""
+def cut_request(text: bytes, *, is_all: bool) -> CutRequest | None:
+    """Cut the JSON of a request; None if it is long, unusual or invalid. The cuts may be wrong.
+
+    Args:
+        is_all: whether no tensors in the binary format follow it.
+    """
+    data = None
+    if is_all:
+        # lists of numbers, up to the next member or the end of the tensor
+        named = text.find(b'"data"')
+        opening, brace = text.find(b"[", named), text.find(b"}", named)
+        quote = text.find(b'"', opening, brace)
+        closing = text.rfind(b"]", opening, brace if quote < 0 else quote)
+        if named < 0 or opening < 0 or closing < 0:
+            return None
+        data = text[opening : closing + 1]
+        text = b"%b%b%b" % (text[:opening], _CUT_DATA, text[closing + 1 :])
     if len(text) > MAX_CUT_BYTES:
         return None
     start = _ID_AT_START(text)
@@ -194,7 +218,7 @@ def cut_request(text: bytes) -> CutRequest | None:
     if (parameters := decode_parameters(text[first:end])) is None:
         return None
     request_id = "" if start is None else start[1].decode()
-    return CutRequest(text[begin:first], text[end:], request_id, parameters)
+    return CutRequest(text[begin:first], text[end:], request_id, parameters, data)
 
 
 def reply_document(reply: InferReply) -> dict[str, Any]:

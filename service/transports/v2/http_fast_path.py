@@ -1,9 +1,8 @@
-"""Fast path for chunks by V2 with binary tensors: parsed from the socket buffer, no ASGI scope.
+"""Fast path for chunks by V2 over HTTP: parsed from the socket buffer, no ASGI scope.
 
 As the fast path of the HTTP API, it accepts a strict subset: a complete, valid request for one
-short chunk of a sequence, tensors after its JSON, and binary outputs. Anything else is None, and
-the slow path reads it from its first byte and makes the errors. Responses have the same bytes as
-the slow path's.
+short chunk of a sequence. Anything else is None, and the slow path reads it from its first byte and
+makes the errors. Responses have the same bytes as the slow path's.
 """
 
 from __future__ import annotations
@@ -57,10 +56,9 @@ _REPLY: Final = (
     b'"tag":"%%b","replayed":%%b%%b},"outputs":%b}'
 )
 _RESPONSE: Final = (
-    b"HTTP/1.1 200 OK\r\n"
-    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n"
-    b"content-type: application/octet-stream\r\nx-request-id: %b\r\n%b\r\n%b"
+    b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: %b\r\nx-request-id: %b\r\n%b\r\n%b"
 )
+_BINARY, _JSON = b"application/octet-stream", b"application/json"
 
 
 class FastInferPath(FastChunkRoute):
@@ -78,20 +76,21 @@ class FastInferPath(FastChunkRoute):
         self._templates = Memo(_reply_template, CACHED_SIGNATURES)
 
     def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
-        cut = cut_request(body[:details])
+        is_json = details == len(body)
+        if (cut := cut_request(body[:details], is_all=is_json)) is None:
+            return False
+        by_default = cut.parameters.binary_by_default
+        shape = request.codec, line[2], cut.before, cut.after, by_default
+        signature = self._signatures.get(shape)
         try:
-            if cut is None or cut.parameters.false_alarms_per_day is not None:
-                return self._read_whole(request, line, details, body)
-            by_default = cut.parameters.binary_by_default
-            shape = request.codec, line[2], cut.before, cut.after, by_default
-            signature = self._signatures.get(shape)
             if signature is not None:
                 return self._read_rows(request, cut, signature, body[details:])
             is_read = self._read_whole(request, line, details, body)
         except CarryError:
             return False
         # the cuts last: to verify them takes as long as to decode the request twice
-        has_rows = request.chunk is not None and is_of_rows(request.details, len(body) - details)
+        data_bytes = None if is_json else len(body) - details
+        has_rows = request.chunk is not None and is_of_rows(request.details, data_bytes)
         if has_rows and cut.is_correct():
             if len(self._signatures) >= CACHED_SIGNATURES:
                 self._signatures.clear()
@@ -99,13 +98,14 @@ class FastInferPath(FastChunkRoute):
         return is_read
 
     def _read_rows(
-        self, request: FastRequest, cut: CutRequest, signature: Signature, rows: bytes
+        self, request: FastRequest, cut: CutRequest, signature: Signature, binary: bytes
     ) -> bool:
-        """Read a request of a known shape."""
+        """Read a request of a known shape, whose values are cut out of its JSON or follow it."""
         if (key := self._admit(request, cut.parameters)) is None:
             return request.rejection is not None
+        data, is_json = cut.data or binary, cut.data is not None
         request.details = call = self._inference.read_rows(
-            signature, cut.id, key, cut.parameters, rows, request.deadline_s
+            signature, cut.id, key, cut.parameters, data, request.deadline_s, is_json=is_json
         )
         if call is None or not isinstance(call.work, Chunk):
             return False
@@ -122,7 +122,7 @@ class FastInferPath(FastChunkRoute):
             return request.rejection is not None
         call = self._inference.read(request.caller, decoded, request.deadline_s)
         signature, chunk = call.signature, call.work
-        if not signature.has_binary or not isinstance(chunk, Chunk):
+        if not isinstance(chunk, Chunk):
             return False
         if signature.steps * served.outputs.size > LONG_VALUES:
             return False
@@ -148,6 +148,7 @@ class FastInferPath(FastChunkRoute):
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         call: InferCall = request.details
         template, head = self._templates[call.signature], reply.head
+        has_binary = call.signature.has_binary
         if template is None:
             body, json_bytes = encode_reply(reply_to_chunk(call, reply))
         else:
@@ -159,19 +160,26 @@ class FastInferPath(FastChunkRoute):
                 b"true" if reply.replayed else b"false",
                 b',"created":true' if reply.created else b"",
             )
-            body, json_bytes = text + binary_values(reply.outputs), len(text)
-        return _RESPONSE % (json_bytes, len(body), request.request_id, header_lines, body)
+            if has_binary:
+                body, json_bytes = text + binary_values(reply.outputs), len(text)
+            else:
+                body = b"%b%b}]}" % (text, encode_json(reply.outputs.ravel()))
+        length, media = b"", _JSON
+        if has_binary:
+            length, media = b"%b: %d\r\n" % (_HEADER_LENGTH, json_bytes), _BINARY
+        return _RESPONSE % (length, len(body), media, request.request_id, header_lines, body)
 
 
 def _reply_template(signature: Signature) -> bytes | None:
-    """The JSON of a reply, to be formatted, if it has one output, binary, with the same shape in
-    every reply; else None."""
+    """The JSON of a reply up to the values of its output, to be formatted, if it has one output,
+    with the same shape in every reply; else None."""
     output = constant_output(signature)
     if output is None:
         return None
     outputs = encode_json([output_document(output)])
     constants = (signature.codec.served.name.encode(), VERSION.encode(), outputs)
-    return _REPLY % tuple([each.replace(b"%", b"%%") for each in constants])
+    template = _REPLY % tuple([each.replace(b"%", b"%%") for each in constants])
+    return template if output.is_binary else template[: template.rindex(b"[")]
 
 
 def _error_response(
@@ -182,6 +190,7 @@ def _error_response(
 
 
 def _read_json_length(values: dict[bytes, bytes]) -> int | None:
-    """The length of the JSON in a body; None leaves the request to the slow path."""
-    json_bytes = values.get(_HEADER_LENGTH, b"")
+    """The length of the JSON in a body, without a header all of it; None leaves the request to the
+    slow path."""
+    json_bytes = values.get(_HEADER_LENGTH, values[b"content-length"])
     return int(json_bytes) if json_bytes.isdigit() and len(json_bytes) <= 9 else None

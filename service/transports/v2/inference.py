@@ -195,22 +195,35 @@ class Inference:
         identity: str,
         key: StreamKey,
         parameters: InferParameters,
-        rows: bytes,
+        data: bytes,
         deadline_s: float,
+        *,
+        is_json: bool = False,
     ) -> InferCall | None:
-        """Read a chunk of rows in the binary format, as `read` does, of a signature that
-        `is_of_rows`; None if their length is not its.
+        """Read a chunk of rows, as `read` does, of a signature that `is_of_rows`; None if there are
+        more or less of them, or they are unusual.
+
+        Args:
+            data: the rows in the binary format, or a list in JSON.
 
         Raises:
             InvalidInput, ChunkTooLong
         """
-        if len(rows) != _rows_bytes(signature) or parameters.false_alarms_per_day is not None:
+        reader, steps = signature.codec.reader, None
+        if is_json:
+            has_batch = signature.batch is not None
+            steps = reader.rows_in_json(data, signature.steps, has_batch=has_batch)
+        elif len(data) == _rows_bytes(signature):
+            steps = reader.steps.packed_rows(data, "", reader.limits.chunk)
+        if steps is None:
             return None
-        reader = signature.codec.reader
+        rate = parameters.false_alarms_per_day
+        if rate is not None:
+            steps = reader.steps.add_options(steps, "", None, rate, is_chunk=True)
         chunk = reader.build_chunk(
             parameters.position,
             parameters.epoch,
-            reader.steps.packed_rows(rows, "", reader.limits.chunk),
+            steps,
             key,
             None,
             starts_over=parameters.starts_over,
@@ -344,15 +357,19 @@ def _reply(
     return InferReply(served.name, VERSION, call.id, parameters, tensors)
 
 
-def is_of_rows(call: InferCall, data_bytes: int) -> bool:
-    """Whether a call has rows in the binary format, of as many bytes, and nothing else, so that
-    further ones of its signature can be read by `read_rows`."""
+def is_of_rows(call: InferCall, data_bytes: int | None) -> bool:
+    """Whether a call has rows and nothing else, so that further ones of its signature can be read
+    by `read_rows`.
+
+    Args:
+        data_bytes: of its tensors in the binary format; None if its rows are in JSON.
+    """
     signature, chunk = call.signature, call.work
     return (
         isinstance(chunk, Chunk)
         and chunk.steps.rows is not None
         and not chunk.steps.resets
-        and data_bytes == _rows_bytes(signature)
+        and data_bytes in (None, _rows_bytes(signature))
         and signature.codec.served.blocks is None
         and not signature.has_state
     )
@@ -374,7 +391,7 @@ def constant_output(signature: Signature) -> OutputTensor | None:
         return None
     lead = () if signature.batch is None else (1,)
     shape = (*lead, signature.steps, *output_shape(output))
-    return OutputTensor(output.name, np.zeros(shape, np.float32))
+    return OutputTensor(output.name, np.zeros(shape, np.float32), selected.is_binary)
 
 
 def _stack(values: Sequence[NDArray[Any]], has_batch: bool) -> NDArray[Any]:

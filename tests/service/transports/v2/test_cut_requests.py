@@ -79,7 +79,7 @@ def fill(text: str, request_id: str, parameters: str) -> bytes:
 
 def cut(text: bytes) -> CutRequest | None:
     """The request cut, if the cuts are right."""
-    request = cut_request(text)
+    request = cut_request(text, is_all=False)
     return request if request is not None and request.is_correct() else None
 
 
