@@ -38,6 +38,12 @@ Partitioned = Annotated[
 ]
 Group = Annotated[str | None, typer.Option(help="The consumer group.")]
 Stream = Annotated[str | None, typer.Option(help="Of this stream only.")]
+Outputs = Annotated[
+    bool,
+    typer.Option(
+        "--outputs", help="Outputs that a webhook rejected, instead of events; needs --config."
+    ),
+]
 
 
 @dlq_app.command("list")
@@ -47,6 +53,7 @@ def list_letters(
     partitioned: Partitioned = None,
     stream: Stream = None,
     limit: Annotated[int, typer.Option(min=1, help="Most dead letters.")] = 100,
+    outputs: Outputs = False,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
 ) -> None:
@@ -67,7 +74,7 @@ def list_letters(
                     return
 
     overrides = {"from": source, "partitioned": partitioned}
-    _run(config, overrides, redis_url, data_dir, show)
+    _run(config, overrides, redis_url, data_dir, show, outputs=outputs)
 
 
 @dlq_app.command("show")
@@ -76,6 +83,7 @@ def show_letter(
     config: Config = None,
     source: Source = None,
     partitioned: Partitioned = None,
+    outputs: Outputs = False,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
 ) -> None:
@@ -91,7 +99,7 @@ def show_letter(
         raise OperatorError(f"there is no dead letter {letter_id!r}")
 
     overrides = {"from": source, "partitioned": partitioned}
-    _run(config, overrides, redis_url, data_dir, show)
+    _run(config, overrides, redis_url, data_dir, show, outputs=outputs)
 
 
 @dlq_app.command("replay")
@@ -112,6 +120,7 @@ def replay_letters(
     discard: Annotated[
         bool, typer.Option("--discard", help="Delete them instead of adding them again.")
     ] = False,
+    outputs: Outputs = False,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
 ) -> None:
@@ -138,7 +147,7 @@ def replay_letters(
             raise OperatorError(f"there is no dead letter {names}")
 
     overrides = {"from": source, "group": group, "partitioned": partitioned}
-    _run(config, overrides, redis_url, data_dir, replay)
+    _run(config, overrides, redis_url, data_dir, replay, outputs=outputs)
 
 
 async def _replay_stream(
@@ -189,14 +198,19 @@ def _run(
     redis_url: str | None,
     data_dir: Path | None,
     action: Any,
+    *,
+    outputs: bool,
 ) -> None:
     from service.consumers.config import read_any_config
     from service.settings import Settings
 
+    if outputs and path is None:
+        raise OperatorError("--outputs: expected --config")
     config = read_any_config(path, overrides)
     space = Settings.load().store.keys
 
     async def act(store: Any) -> None:
-        await action(store, config.topics(space, is_cluster=store.is_cluster), config)
+        topics_of = config.outboxes if outputs else config.topics
+        await action(store, topics_of(space, is_cluster=store.is_cluster), config)
 
     run_on_store(redis_url, data_dir, act)

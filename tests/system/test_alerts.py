@@ -57,6 +57,9 @@ OLDEST = 'carry_consumer_oldest_seconds{topic="events"}'
 DEAD_LETTERS = 'carry_consumer_events_total{topic="events",result="dead_letters"}'
 OWNED = 'carry_consumer_topics{topic="events"}'
 EVENTS = {"topic": "events"}
+NOT_DELIVERED = 'carry_relay_oldest_seconds{topic="scores"}'
+REJECTED = 'carry_relay_outputs_total{topic="scores",result="dead_letters"}'
+SCORES = {"topic": "scores"}
 
 CASES = (
     Case(
@@ -227,6 +230,22 @@ CASES = (
         2,
         EVENTS,
         "events: events could not be processed",
+    ),
+    Case(
+        "CarryOutputsNotDelivered",
+        {NOT_DELIVERED: "60x60"},
+        {NOT_DELIVERED: "61x60"},
+        5,
+        SCORES,
+        "scores: the oldest output waits for 1m 1s for the webhook",
+    ),
+    Case(
+        "CarryOutputsRejected",
+        {REJECTED: "3x60"},
+        {REJECTED: "0 0 1x60"},
+        2,
+        SCORES,
+        "scores: the webhook rejected outputs",
     ),
 )
 

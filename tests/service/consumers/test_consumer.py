@@ -75,6 +75,17 @@ async def test_each_event_has_its_output_once_and_in_order(
     assert consumer.counts == {"committed": 800}
 
 
+@pytest.mark.parametrize("stream", ["key", {"key": True}, {"constant": "events"}], ids=str)
+async def test_all_entries_of_a_topic_may_be_of_one_stream(
+    server: RealServer, client: Any, artifact: Artifact, stream: Any
+) -> None:
+    rows = rows_of(RANDOM, 10)
+    add(client, "events", *[{"event": json.dumps(row.tolist())} for row in rows])
+    async with consuming(server.url, artifact, stream=stream):
+        await until_count(client, "scores", 10)
+    assert_outputs(artifact, outputs_of(client, "scores")["events"], rows)
+
+
 async def test_a_stream_that_is_queued_twice_has_one_chunk_at_a_time(
     server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

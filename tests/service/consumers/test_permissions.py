@@ -15,9 +15,10 @@ from carry_client import Producer
 from models.artifact.artifact import Artifact
 from tests.support.cluster import Cluster, shared_cluster
 from tests.support.command import carry
-from tests.support.consumers import assert_outputs, consuming, outputs_of
+from tests.support.consumers import assert_outputs, consuming, outputs_of, relaying
 from tests.support.pages import ROOT
 from tests.support.pipelines import rows_of
+from tests.support.receiver import receiving
 from tests.support.servers import KINDS, RealServer, becomes, emptied, free_port, real_server
 
 __all__ = ["shared_cluster"]
@@ -132,4 +133,9 @@ async def test_consumer_and_producer_may_do_their_work_on_a_cluster(
             await becomes(lambda: consumer.counts["committed"] == 15, "the outputs")
         for name, each in rows.items():
             assert_outputs(artifact, outputs(client)[name], each)
+        async with receiving() as receiver:
+            config = {"url": receiver.url, "secret": "A" * 44}
+            async with relaying(url, {"partitions": PARTITIONS}, webhook=config):
+                await becomes(lambda: receiver.count() == 15, "the delivery of the outputs")
+        assert receiver.outputs() == outputs(client)
         assert denied(*shared_cluster.nodes) == set()

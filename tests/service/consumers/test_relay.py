@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import re
+import socket
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import standardwebhooks
+import uvicorn
 
 from models.artifact.artifact import Artifact
 from service.consumers.relay import DELIVERIES_AT_ONCE
@@ -23,6 +27,7 @@ from tests.support.consumers import (
     outputs_of,
     relaying,
 )
+from tests.support.pages import ROOT
 from tests.support.pipelines import rows_of
 from tests.support.receiver import Receiver, Request, receiving, reply
 from tests.support.servers import RealServer, becomes, server, shared_server
@@ -98,6 +103,31 @@ async def test_outputs_arrive_signed_and_in_order(
     expected = fields | {"position": int(fields["position"]), "time": int(fields["time"])}
     expected |= {"entry": first["entry"], "outputs": json.loads(fields["outputs"])}
     assert first == expected
+
+
+async def test_the_receiver_of_the_guide_gets_each_output_once(
+    server: RealServer,
+    client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guide = (ROOT / "docs" / "how-to" / "consume-events.md").read_text()
+    [source] = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.setenv("WEBHOOK_SECRET", SECRET)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    add(client, "scores", *[output("a", at) for at in (0, 1, 1, 2)])
+    receiver = uvicorn.Server(uvicorn.Config(names["app"], log_config=None))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = asyncio.create_task(receiver.serve(sockets=[listening]))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/outputs"
+        config = {"url": url, "secret": {"env": "WEBHOOK_SECRET"}}
+        async with relaying(server.url, webhook=config):
+            await until_acknowledged(client)
+        receiver.should_exit = True
+        await serving
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("('a'")]
+    assert lines == [f"('a', 'e1') {at} {{'out': {at}}}" for at in range(3)]
 
 
 async def test_a_changed_body_or_another_secret_does_not_verify(
