@@ -48,6 +48,11 @@ def has_positions(stream: str) -> bool:
     return int(stream[1:]) % 2 == 0
 
 
+def number_field(stream: str) -> str:
+    """The field with an event's number in its stream: `position`, or one that no consumer reads."""
+    return "position" if has_positions(stream) else "number"
+
+
 class Events:
     """The events of all streams, which a seed determines: the same however often they are read."""
 

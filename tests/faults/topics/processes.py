@@ -7,8 +7,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,9 @@ from tests.support.servers import RealServer, until
 SERVES_S: Final = 60.0
 DOWN_S: Final = 0.2
 STOP_S: Final = 30.0
+ASKED_S: Final = 1.0
+GROWTH_BYTES: Final = 64 << 20
+"""A file is rewritten between faults after it has doubled and grown by this."""
 
 
 class ConsumerProcess:
@@ -91,6 +95,7 @@ class ServerStore:
         self.servers = [self.server]
         self.url = self.server.url
         self._files, self._copy = folder / "appendonlydir", folder / "copy"
+        self._appended = AppendOnlyFiles(self.servers)
 
     def start(self) -> None:
         self.server.start()
@@ -106,9 +111,14 @@ class ServerStore:
         """The server that is to break."""
         return self.server
 
+    def count_failovers(self) -> int:
+        """How many failovers there were."""
+        return 0
+
     def wait_until_whole(self) -> None:
-        """Wait until the store serves."""
+        """Wait until the store serves, and its file is short."""
         until(self.server.answers, "the store", SERVES_S)
+        self._appended.wait_until_short()
 
     def prepare_rollback(self, _: int) -> None:
         """Copy the files: a prefix of what they hold in the end, as a crash would leave it."""
@@ -132,6 +142,7 @@ class ClusterStore:
         self._cluster = Cluster("valkey", folder, NO_REWRITE)
         self.servers, self.url = self._cluster.nodes, self._cluster.url
         self.start, self.stop = self._cluster.form, self._cluster.stop
+        self._appended = AppendOnlyFiles(self.servers)
 
     def connect(self) -> Any:
         """A client of the store."""
@@ -144,8 +155,15 @@ class ClusterStore:
         primaries = [node for node in self.servers if node.is_primary()]
         return primaries[pick % len(primaries)]
 
+    def count_failovers(self) -> int | None:
+        """A number that grows with each failover; None while no node tells it."""
+        for node in self.servers:
+            with suppress(*ERRORS), redis.Redis(port=node.port, socket_timeout=ASKED_S) as client:
+                return int(client.cluster("INFO")["cluster_current_epoch"])
+        return None
+
     def wait_until_whole(self) -> None:
-        """Wait until every replica is in sync."""
+        """Wait until every replica is in sync, and all files are short."""
 
         def is_whole() -> bool:
             with suppress(AssertionError, *ERRORS):
@@ -154,6 +172,7 @@ class ClusterStore:
             return False
 
         until(is_whole, "a whole cluster", 2 * SERVES_S)
+        self._appended.wait_until_short()
 
     def fail_over(self, pick: int) -> None:
         """Kill a primary until its replica is promoted."""
@@ -179,6 +198,37 @@ class ClusterStore:
         replica.resume()
         until(replica.is_primary, "the promotion", SERVES_S)
         primary.start()
+
+
+class AppendOnlyFiles:
+    """The append-only files of servers, which read all of them when they start.
+
+    Most of a file is states that were overwritten since. And a node that was in sync with another
+    primary has its data in no file until it has rewritten it: a kill before would lose all of it.
+    """
+
+    def __init__(self, servers: Sequence[RealServer]):
+        self._servers = servers
+        self._rewritten_bytes = dict.fromkeys(servers, 0)
+
+    def wait_until_short(self) -> None:
+        """Rewrite those that are long; wait until none is being rewritten."""
+        for server in self._servers:
+            until(partial(self._is_short, server), "a short file", SERVES_S, 0.05)
+
+    def _is_short(self, server: RealServer) -> bool:
+        with suppress(*ERRORS):
+            facts = server.ask("INFO", "persistence")
+            if facts["aof_rewrite_in_progress"] or facts["aof_rewrite_scheduled"]:
+                self._rewritten_bytes[server] = 0
+                return False
+            size = int(facts["aof_current_size"])
+            least = self._rewritten_bytes[server] or size
+            self._rewritten_bytes[server] = least
+            if size < 2 * least + GROWTH_BYTES:
+                return True
+            server.ask("BGREWRITEAOF")
+        return False
 
 
 def suspend(send_signal: Callable[[int], None], seconds: float) -> None:

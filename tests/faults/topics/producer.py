@@ -2,13 +2,15 @@
 
 A burst is appended whole or not at all. Where its outcome is unknown it is appended again, and now
 and then although it was acknowledged: events with positions are duplicates then, others are more
-events. So what was produced is what the topics hold in the end.
+events. So what was produced is what the topics hold in the end, which `check` compares with what
+was acknowledged.
 """
 
 from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +20,7 @@ import redis
 from redis.exceptions import RedisClusterException
 
 from tests.faults.stores import ERRORS
-from tests.faults.topics.layout import Events, has_positions, partition_of, topic
+from tests.faults.topics.layout import Events, number_field, partition_of, topic
 
 LONGEST_BURST: Final = 40
 RETRIES, LATE_RETRIES = 0.05, 0.03
@@ -29,13 +31,9 @@ PAGE: Final = 1_000
 PAGES_BEHIND: Final = 4
 
 APPEND: Final = """
-for at = 1, #ARGV, 3 do
-  if ARGV[at + 2] == '' then
-    redis.call('XADD', KEYS[1], '*', 'stream', ARGV[at], 'event', ARGV[at + 1])
-  else
-    redis.call('XADD', KEYS[1], '*', 'stream', ARGV[at], 'event', ARGV[at + 1],
-      'position', ARGV[at + 2])
-  end
+for at = 4, #ARGV do
+  redis.call('XADD', KEYS[1], '*', 'stream', ARGV[1], 'event', ARGV[at],
+    ARGV[2], string.format('%d', ARGV[3] + at - 4))
 end
 """
 UNAVAILABLE: Final = (redis.RedisError, RedisClusterException, *ERRORS)
@@ -53,6 +51,8 @@ class Producer(threading.Thread):
     Attributes:
         lock: held while a burst is appended; whoever takes it suspends the producer.
         appended: events that were acknowledged, not counting those of retries.
+        acknowledged: the bursts that were acknowledged, each at which moment.
+        told: of each stream, behind the last event that was acknowledged.
         seen: what happened, and how often.
     """
 
@@ -67,7 +67,8 @@ class Producer(threading.Thread):
         super().__init__(daemon=True)
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.appended, self.seen = 0, Counter[str]()
-        self._next = dict.fromkeys(streams, 0)
+        self.acknowledged: list[tuple[float, Burst]] = []
+        self.told = dict.fromkeys(streams, 0)
         self._events, self._connect, self._may_append = events, connect, may_append
         self._random = random.Random(seed)
         self._client: Any = None
@@ -80,12 +81,13 @@ class Producer(threading.Thread):
                 self.stopped.wait(PAUSE_S)
                 continue
             with self.lock:
-                stream = self._random.choice(list(self._next))
-                start = self._next[stream]
+                stream = self._random.choice(list(self.told))
+                start = self.told[stream]
                 burst = (stream, start, start + self._random.randint(1, LONGEST_BURST))
                 if not self._append(burst):
                     continue
-                self._next[stream] = burst[2]
+                self.told[stream] = burst[2]
+                self.acknowledged.append((time.monotonic(), burst))
                 self.appended += burst[2] - start
                 earlier = [*earlier[-20:], burst]
                 if self._random.random() < RETRIES:
@@ -94,30 +96,27 @@ class Producer(threading.Thread):
                     self._append_again(self._random.choice(earlier))
 
     def find_positions(self) -> None:
-        """Continue each stream with positions behind its last event in its topic: the store may
-        have lost some. Called while the lock is held and the store serves."""
+        """Continue each stream behind its last event in its topic: the store may have lost some.
+        Called while the lock is held and the store serves."""
         client = self._connect()
-        streams = [stream for stream in self._next if has_positions(stream)]
-        for partition in set(map(partition_of, streams)):
-            of_topic = {stream for stream in streams if partition_of(stream) == partition}
+        for partition in set(map(partition_of, self.told)):
+            of_topic = {stream for stream in self.told if partition_of(stream) == partition}
             for stream, last in _find_last(client, topic(partition), of_topic).items():
-                lost = self._next[stream] - last - 1
+                lost = self.told[stream] - last - 1
                 self.seen["events lost by the store, appended again"] += lost
-                self._next[stream] = last + 1
+                self.told[stream] = last + 1
         client.close()
 
     def _append_again(self, burst: Burst) -> None:
         # a burst that the store has lost since would leave a gap
-        if burst[2] <= self._next[burst[0]]:
+        if burst[2] <= self.told[burst[0]]:
             self.seen["bursts appended again"] += self._append(burst)
 
     def _append(self, burst: Burst) -> bool:
         """Append a burst until it is acknowledged, or the producer is stopped; whether it was."""
         stream, start, end = burst
-        arguments: list[Any] = []
         rows = self._events.read(stream, start, end - start)
-        for position, row in enumerate(rows.tolist(), start):
-            arguments += (stream, str(row), position if has_positions(stream) else "")
+        arguments = [stream, number_field(stream), start, *map(str, rows.tolist())]
         name = topic(partition_of(stream))
         while not self.stopped.is_set():
             try:
@@ -134,7 +133,7 @@ class Producer(threading.Thread):
 
 
 def _find_last(client: Any, name: str, streams: set[str]) -> dict[str, int]:
-    """The largest position of each stream in a topic; -1 without any."""
+    """The number of each stream's last event in a topic; -1 without any."""
     last, before, remaining = dict.fromkeys(streams, -1), "+", PAGES_BEHIND
     while remaining and (entries := client.xrevrange(name, before, "-", PAGE)):
         # retries may be behind the events that they repeat
@@ -142,6 +141,7 @@ def _find_last(client: Any, name: str, streams: set[str]) -> dict[str, int]:
         for _, fields in entries:
             stream = fields[b"stream"].decode()
             if stream in streams:
-                last[stream] = max(last[stream], int(fields[b"position"]))
+                number = int(fields[number_field(stream).encode()])
+                last[stream] = max(last[stream], number)
         before = f"({entries[-1][0].decode()}"
     return last

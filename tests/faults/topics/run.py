@@ -40,6 +40,9 @@ BACKLOG, BACKLOG_S = 200, 2.0
 OWNED_S: Final = 8.0
 """How long a fault waits for consumers to acquire topics."""
 
+NOTICED_S: Final = 30.0
+"""A failover loses what was acknowledged no longer before it was noticed."""
+
 IDLE_S: Final = 30.0
 """A run fails if nothing is appended or acknowledged for this long between its faults."""
 
@@ -77,10 +80,12 @@ class TopicRun:
     seen: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
+    failovers_s: list[float] = field(default_factory=list)  # when they were noticed
     lag: int = 0  # entries that are not acknowledged; -1 while that is not known
 
     def inject(self, kind: str) -> None:
         """Inject one fault."""
+        self.store.wait_until_whole()
         time.sleep(self.random.uniform(0.05, 0.4))
         FAULTS[kind][0](self)
         self.seen[kind] += 1
@@ -210,10 +215,15 @@ class TopicRun:
 
     def supervise(self) -> None:
         """Start consumers that have ended, and read the lag, until the run ends."""
+        known = self.store.count_failovers()
         while not self.ended.wait(0.1):
             for consumer in self.consumers:
                 consumer.supervise()
             self.lag = read_lag(self.store)
+            count = self.store.count_failovers()
+            if count not in (None, known):
+                known = count
+                self.failovers_s.append(time.monotonic())
 
     def wait_for_events(self, count: int) -> bool:
         """Wait until as many events were appended; returns whether they were."""
@@ -239,9 +249,25 @@ class TopicRun:
             time.sleep(0.05)
         return True
 
+    def _is_explained(self, stream: str, start: int, end: int) -> bool:
+        """Whether a failover explains that the store has lost acknowledged events of a stream: it
+        was noticed soon after each of them was acknowledged for the last time."""
+        acknowledged_s = {
+            (burst[0], number): moment_s
+            for producer in self.producers
+            for moment_s, burst in producer.acknowledged
+            for number in range(max(start, burst[1]), min(end, burst[2]))
+            if burst[0] == stream
+        }
+        return all(
+            any(0 <= failover_s - moment_s < NOTICED_S for failover_s in self.failovers_s)
+            for moment_s in acknowledged_s.values()
+        )
+
     def check(self) -> None:
         """Check the topics, and what the consumers logged."""
-        self.findings += check_topics(self.store.connect(), self.seen)
+        told = {name: end for each in self.producers for name, end in each.told.items()}
+        self.findings += check_topics(self.store.connect(), told, self._is_explained, self.seen)
         for consumer in self.consumers:
             logged = consumer.lines('"exception":')
             self.findings += [f"{consumer.name} logged {line}" for line in logged[:3]]
