@@ -88,7 +88,17 @@ class EventReader:
 
         Raises:
             InvalidName, InvalidInput, MalformedBody: naming the field.
+            InternalError: a defect, which is logged.
         """
+        try:
+            return self._read(entry)
+        except CarryError:
+            raise
+        except Exception as error:
+            log.exception("entry_failed", entry=entry.id.decode())
+            raise InternalError(f"it could not be read: {type(error).__name__}") from error
+
+    def _read(self, entry: Entry) -> Event:
         fields = entry.fields or ()
         values = dict(zip(fields[::2], fields[1::2], strict=False))
         stream = self._constant

@@ -21,6 +21,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import structlog
 
+from service.consumers.arrivals import Arrivals
 from service.consumers.assignment import assign_topics
 from service.consumers.config import ConsumerConfig
 from service.core.errors import CarryError
@@ -64,15 +65,11 @@ MAX_READ: Final = 512
 """Most entries of one read. The number doubles while there are more; no commit waits long behind a
 read. A topic with few entries reserves little memory, so that many topics are read at a time."""
 
-POLL_S: Final = 0.001
-"""Shortest pause after a read that reached the end of a topic. The pause doubles with each read
-without an entry, up to `longest_poll_s`, and is halved by each one with entries."""
+POLL_S: Final = 0.0003
+"""Pause between two reads of topics that cannot be watched, for each of them; at least
+`MIN_POLL_S`."""
 
-IDLE_POLL_S: Final = 0.0003
-"""Longest pause between two reads of topics without entries, for each of them; at least
-`MIN_IDLE_POLL_S`."""
-
-MIN_IDLE_POLL_S: Final = 0.01
+MIN_POLL_S: Final = 0.01
 
 RETRY_S: Final = 0.05
 """Pause before a topic is acquired again, doubled with each failure in a row up to 32 times."""
@@ -108,6 +105,7 @@ class LeasedTopic:
         self._is_releasing = False
         self._unacknowledged: dict[bytes, None] = {}
         self._last_read = b""
+        self._arrivals = Arrivals(self._topics, keys)
 
     # What subclasses do with the topic
 
@@ -146,6 +144,7 @@ class LeasedTopic:
     def release(self) -> None:
         """Stop reading; `run` ends once what is processed is committed."""
         self._is_releasing = True
+        self._arrivals.wake()
 
     async def _acquire(self) -> bool:
         """Try to acquire the topic; returns whether it is owned now."""
@@ -172,6 +171,7 @@ class LeasedTopic:
         self._failures += 1
         self._shared.counts["losses"] += 1
         self.fence = None
+        self._arrivals.wake()
         log.warning("topic_lost", topic=self.keys.topic, reason=reason)
 
     async def renew(self) -> None:
@@ -215,18 +215,17 @@ class LeasedTopic:
             after = entries[-1].id.decode()
 
     async def _read_new(self) -> None:
-        """Read new entries until the topic is released or lost. At its end, pause until the clock
-        is at a multiple of the pause, so that one call reads many topics."""
-        pause_s, most = POLL_S, self._min_read
+        """Read new entries until the topic is released or lost."""
+        most = self._min_read
+        self._arrivals.restart()
         while not self._is_releasing and self.fence is not None:
             entries, room = await self._read(NEW, most)
             if len(entries) == room:
                 most = min(2 * most, self._max_read)
-            else:
+            elif not self._is_releasing and self.fence is not None:
                 most = max(most // 2, self._min_read)
-                await asyncio.sleep(pause_s - time.monotonic() % pause_s)
-            pause_s = max(POLL_S, pause_s / 2) if entries else 2 * pause_s
-            pause_s = min(pause_s, self._shared.longest_poll_s)
+                last = entries[-1].id if entries else None
+                await self._arrivals.wait(last, self._shared.poll_s)
 
     async def _read(self, after: str, most: int) -> tuple[Sequence[Entry], int]:
         """Read and process entries, as many as there is memory for; returns them and that
@@ -313,7 +312,7 @@ class SharedTopics(Generic[AnyTopic]):
         name: of this process, unique among all.
         counts: entries by result; and `losses` of topics.
         topics: the topics that are assigned to this process, by name.
-        longest_poll_s: longest pause between two reads of a topic without entries.
+        poll_s: pause between two reads of a topic that cannot be watched.
     """
 
     def __init__(
@@ -331,7 +330,7 @@ class SharedTopics(Generic[AnyTopic]):
         self.start = "0" if config.start == "beginning" else "$"
         self.counts: Counter[str] = Counter()
         self.topics: dict[str, AnyTopic] = {}
-        self.longest_poll_s = MIN_IDLE_POLL_S
+        self.poll_s = MIN_POLL_S
         self._keys = {each.topic: each for each in keys}
         self._pool = pool
         self._room = room
@@ -403,7 +402,7 @@ class SharedTopics(Generic[AnyTopic]):
             elif owner != self.name and task is not None and moves < MOVES_AT_ONCE:
                 self.topics[name].release()
                 moves += 1
-        self.longest_poll_s = max(MIN_IDLE_POLL_S, IDLE_POLL_S * len(self.topics))
+        self.poll_s = max(MIN_POLL_S, POLL_S * len(self.topics))
 
     async def _renew_leases(self) -> None:
         while True:

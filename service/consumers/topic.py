@@ -21,7 +21,7 @@ import structlog
 from service.consumers.config import ConsumerConfig
 from service.consumers.events import Event, EventReader
 from service.consumers.outputs import Condition, OutputWriter, condition_of, dead_letter
-from service.consumers.shared_topics import POLL_S, LeasedTopic, SharedTopics
+from service.consumers.shared_topics import LeasedTopic, SharedTopics
 from service.consumers.waiting import WaitingEvents
 from service.core.errors import (
     AlreadyApplied,
@@ -41,6 +41,8 @@ from service.store.topics import ChunkCommit, Entry, TopicItem, TopicKeys
 DEAD: Final = "dead_letters"
 MAX_ATTEMPTS: Final = 3
 """How often an event that fails with an internal error is computed before it is rejected."""
+
+DRAIN_POLL_S: Final = 0.001
 
 OnReply = Callable[[Reply | CarryError], None]
 
@@ -106,7 +108,7 @@ class OwnedTopic(LeasedTopic):
         the events that wait."""
         self._shared.release(self._waiting.clear())
         while self._submitted or self._writing is not None:
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(DRAIN_POLL_S)
             self._shared.release(self._waiting.clear())
         for _, item in self._rejected:
             self._shared.release(len(item.ids))

@@ -11,6 +11,7 @@ did (`Unclear`, or one of these errors), it acquires the topic again and reads w
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from enum import Enum
@@ -29,6 +30,9 @@ pending."""
 
 NEW: Final = ">"
 """Reads entries that were never delivered."""
+
+END: Final = "$"
+"""The last entry of a topic, as an id."""
 
 FIRST_PENDING: Final = "0"
 """Reads pending entries, from the first one on."""
@@ -272,6 +276,14 @@ class Topics(Protocol):
         self, keys: TopicKeys, fence: str, after: str, count: int
     ) -> Sequence[Entry] | Unclear:
         """Read entries: `NEW` ones, or pending ones behind an id."""
+
+    def watch(self, keys: TopicKeys, after: str, noticed: asyncio.Future[bool]) -> bool:
+        """Watch a topic once for entries behind an id (`END`: behind its present end); returns
+        whether it can be watched now. An entry may go unnoticed.
+
+        Args:
+            noticed: resolved once there may be such an entry; with True if there is one.
+        """
 
     async def commit(
         self,

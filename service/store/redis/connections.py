@@ -104,10 +104,15 @@ class ConnectionFactory:
             **self.options,
         )
 
-    def create_connection(self) -> AbstractConnection:
-        """Make a dedicated connection; its user has to detect an unresponsive server."""
+    def create_connection(self, protocol: int = 2) -> AbstractConnection:
+        """Make a dedicated connection; its user has to detect an unresponsive server.
+
+        Args:
+            protocol: version of RESP.
+        """
         # Without a socket timeout it writes at once, in the order of the calls.
-        pool = BlockingConnectionPool(max_connections=1, socket_timeout=None, **self.options)
+        options = {**self.options, "protocol": protocol, "socket_timeout": None}
+        pool = BlockingConnectionPool(max_connections=1, **options)
         connection: AbstractConnection = pool.make_connection()
         return connection
 

@@ -73,17 +73,24 @@ class ReplyReader(asyncio.Protocol):
 
     Args:
         on_reply: called with each reply, in order; an error reply is an instance of RedisError. If
-            it raises, the connection ends. A push message of RESP3 is no reply.
+            it raises, the connection ends.
+        on_push: called with each push message of RESP3, which is no reply; None to ignore them.
 
     Attributes:
         ended: resolved once with the reason; no reply is passed on afterwards.
     """
 
-    def __init__(self, transport: asyncio.Transport, on_reply: Callable[[Any], None]):
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        on_reply: Callable[[Any], None],
+        on_push: Callable[[list[Any]], None] | None = None,
+    ):
         transport.set_protocol(self)
         self.transport = transport
         self.ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._on_reply = on_reply
+        self._on_push = on_push
         self._parser = hiredis.Reader(
             protocolError=InvalidResponse,
             replyError=DefaultParser.parse_error,
@@ -97,6 +104,8 @@ class ReplyReader(asyncio.Protocol):
             while not self.ended.done() and (reply := parser.gets()) is not _NOT_ENOUGH:
                 if type(reply) is not hiredis.PushNotification:
                     self._on_reply(reply)
+                elif self._on_push is not None:
+                    self._on_push(reply)
         except Exception as error:
             self.end(error)
 

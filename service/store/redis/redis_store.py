@@ -173,6 +173,7 @@ class RedisStore(Store):
 
     async def close(self) -> None:
         await self.monitor.close()
+        await self.topics.close()
         await self._router.close()
 
     @property

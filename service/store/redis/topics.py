@@ -29,6 +29,7 @@ from service.store.redis.outcomes import (
     read_value,
 )
 from service.store.redis.router import Router
+from service.store.redis.topic_watch import TopicWatch
 from service.store.topics import (
     CONSUMER,
     NOT_PENDING,
@@ -81,6 +82,7 @@ class RedisTopics(Topics):
         self._records = self.space.topics
         self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
         self._max_reply_bytes = settings.reply_max_bytes
+        self._watch = TopicWatch(router)
         self._reads: dict[int, list[_Read]] = {}
         self._reading: set[asyncio.Task[None]] = set()
         self._lease_script = Script.load("topic_lease")
@@ -89,6 +91,10 @@ class RedisTopics(Topics):
         self._join_script = Script.load("topic_join")
         self._append_script = Script.load("topic_append")
         self._replay_script = Script.load("topic_replay")
+
+    async def close(self) -> None:
+        """Close what watches the topics."""
+        await self._watch.close()
 
     async def acquire(
         self, keys: TopicKeys, owner: str, fence: str, lease_s: float, start: str
@@ -199,6 +205,9 @@ class RedisTopics(Topics):
             self._router.refresh()
         log.error("store_refused", topic=name, reason=text)
         return StoreRefused(f"the store at {self._router.redacted_url} refused {name!r}: {text}")
+
+    def watch(self, keys: TopicKeys, after: str, noticed: asyncio.Future[bool]) -> bool:
+        return self._watch.watch(keys.topic, after, noticed)
 
     async def commit(
         self,

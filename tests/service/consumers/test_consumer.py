@@ -19,6 +19,7 @@ from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
 from service.codec.request_reader import RequestReader
 from service.consumers.consumer import Consumer
+from service.consumers.events import EventReader
 from service.consumers.topic import OwnedTopic
 from service.core.errors import OperatorError
 from service.store.redis.topics import RedisTopics
@@ -322,6 +323,29 @@ async def test_events_whose_chunk_failed_unexpectedly_are_processed_again_in_ord
             await until_count(client, "scores", 30)
     assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
     assert [each["event"] for each in logged if each.get("exc_info")] == ["chunk_failed"]
+
+
+async def test_an_entry_that_cannot_be_read_unexpectedly_is_a_dead_letter(
+    server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, read = rows_of(RANDOM, 30), EventReader._value
+
+    def fail_on_planted(reader: EventReader, values: dict[bytes, bytes]) -> Any:
+        if b"planted" in values:
+            raise RuntimeError("planted")
+        return read(reader, values)
+
+    monkeypatch.setattr(EventReader, "_value", fail_on_planted)
+    entries = [fields_of("a", row) for row in rows]
+    with capture_logs() as logged:
+        async with consuming(server.url, artifact):
+            add(client, "events", *entries[:10], entries[10] | {"planted": "1"}, *entries[10:])
+            await until_count(client, "scores", 30)
+            await until_count(client, "events:dead", 1)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+    assert letters(client)[0]["carry-code"] == "internal_error"
+    assert [each["event"] for each in logged if each.get("exc_info")] == ["entry_failed"]
+    assert pending(client) == 0
 
 
 async def test_an_unexpected_error_of_a_renewal_ends_the_consumer(

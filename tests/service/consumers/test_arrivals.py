@@ -1,0 +1,125 @@
+"""How a consumer waits for new entries: it reads when there are some, and does not read in vain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from models.artifact.artifact import Artifact
+from service.consumers.arrivals import Arrivals
+from service.store.redis.topics import RedisTopics
+from service.store.topics import END, TopicKeys
+from tests.support.consumers import (
+    add,
+    assert_outputs,
+    consuming,
+    fields_of,
+    outputs_of,
+    until_count,
+)
+from tests.support.pipelines import rows_of
+from tests.support.servers import RealServer, becomes, server, shared_server
+
+__all__ = ["server", "shared_server"]
+
+RANDOM = np.random.default_rng(5)
+KEYS = TopicKeys.of("events", "scores", "events:dead", "carry")
+NEVER_S = 600.0
+
+
+class Watched(RedisTopics):
+    """Topics whose watches the test ends."""
+
+    def __init__(self) -> None:
+        self.watches: list[tuple[str, asyncio.Future[bool]]] = []
+
+    def watch(self, keys: TopicKeys, after: str, noticed: asyncio.Future[bool]) -> bool:
+        self.watches.append((after, noticed))
+        return True
+
+
+@pytest.fixture
+def client(server: RealServer) -> Iterator[Any]:
+    with server.client() as client:
+        yield client
+
+
+async def wait(arrivals: Arrivals, topics: Watched, last: bytes | None, *, found: bool) -> str:
+    """Wait, until the watch notices something; returns the id behind which it looked."""
+    waiting = asyncio.create_task(arrivals.wait(last, NEVER_S))
+    count = len(topics.watches)
+    await becomes(lambda: len(topics.watches) > count, "a watch")
+    after, noticed = topics.watches[-1]
+    if not noticed.done():
+        noticed.set_result(found)
+    await waiting
+    return after
+
+
+async def test_a_watch_looks_behind_the_last_entry_that_was_read() -> None:
+    topics = Watched()
+    arrivals = Arrivals(topics, KEYS)
+    assert await wait(arrivals, topics, None, found=False) == END
+    assert await wait(arrivals, topics, b"7-0", found=False) == "7-0"
+    assert await wait(arrivals, topics, None, found=False) == "7-0"
+
+
+async def test_entries_that_others_of_the_group_read_are_not_looked_for_again() -> None:
+    """Otherwise each look would find them, and the topic would be read without a pause."""
+    topics = Watched()
+    arrivals = Arrivals(topics, KEYS)
+    assert await wait(arrivals, topics, b"7-0", found=True) == "7-0"
+    assert await wait(arrivals, topics, None, found=False) == END
+
+
+async def test_a_released_topic_waits_no_longer() -> None:
+    topics = Watched()
+    arrivals = Arrivals(topics, KEYS)
+    waiting = asyncio.create_task(arrivals.wait(None, NEVER_S))
+    await becomes(lambda: topics.watches, "a watch")
+    arrivals.wake()
+    await waiting
+
+
+async def test_no_arrival_is_missed(
+    server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.consumers.arrivals.UNNOTICED_S", NEVER_S)
+    """A topic that has had an entry is watched behind it: nothing depends on further reads."""
+    rows = rows_of(RANDOM, 40)
+    add(client, "events", fields_of("a", rows[0]))
+    async with consuming(server.url, artifact):
+        for at, row in enumerate(rows[1:], 1):
+            await until_count(client, "scores", at)
+            add(client, "events", fields_of("a", row))
+        await until_count(client, "scores", len(rows))
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+
+
+async def test_events_are_read_where_the_server_permits_no_watch(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = rows_of(RANDOM, 20)
+    with capture_logs() as lines, without_tracking(client):
+        async with consuming(server.url, artifact):
+            for at, row in enumerate(rows):
+                add(client, "events", fields_of("a", row))
+                await until_count(client, "scores", at + 1)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+    assert "topics_not_watched" in {each["event"] for each in lines}
+
+
+@contextmanager
+def without_tracking(client: Any) -> Iterator[None]:
+    """The default user may not use `CLIENT TRACKING`."""
+    client.execute_command("ACL", "SETUSER", "default", "-client|tracking")
+    try:
+        yield
+    finally:
+        client.execute_command("ACL", "SETUSER", "default", "+client|tracking")
