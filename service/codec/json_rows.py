@@ -7,7 +7,6 @@ for what both accept.
 
 from __future__ import annotations
 
-import re
 from contextvars import Context
 from itertools import chain, permutations
 from typing import Any, Final
@@ -20,23 +19,19 @@ from service.codec.field_rules import MAX_FRAME_ID_CHARS, MAX_POSITION, is_epoch
 from service.core.values import Feed, FloatRows, Steps, is_stream_name
 
 MAX_BYTES: Final = 256 * 1024
-"""Longest body that simdjson parses at once: its parser keeps its memory, and takes up to 0.5 us
-for a byte of hostile numbers. The rows of a longer chunk are parsed in pieces."""
-
-PIECE_BYTES: Final = 32 * 1024
+"""Longest body for the parser that is kept, with its memory. A longer one gets a parser of its own,
+and its numbers are checked before, since simdjson takes up to 0.5 us for a byte of hostile ones."""
 
 MAX_LONG_BYTES: Final = 2 * 2**20
-"""Longest body whose rows are parsed in pieces; longer ones are decoded in another thread."""
+"""Longest body that simdjson parses; longer ones are decoded in another thread."""
 
-MAX_EXPONENTS: Final = 4096
-"""Most numbers with an exponent in a long body. simdjson takes up to 6 us for one of 20 digits, and
-at most 50 ns for a byte of numbers without an exponent, however many digits they have."""
+MAX_EXPONENTS: Final = 8192
+"""Most numbers with an exponent in a long body. simdjson takes up to 8 us for one of many digits,
+and at most 50 ns for a byte of numbers without exponents, however many digits they have."""
 
 _F4: Final = np.dtype("<f4")
 _F8: Final = np.dtype(np.float64)
 _INPUTS: Final = b'"inputs"'
-_INPUTS_BEGIN: Final = re.compile(rb'"inputs"[ \t\r\n]*:[ \t\r\n]*\[')
-_BETWEEN_ROWS: Final = re.compile(rb"\][ \t\r\n]*,[ \t\r\n]*\[")
 _NEAR_BEGIN: Final = 512
 """A body of rows has `inputs` within this many bytes; other bodies are not parsed by simdjson."""
 
@@ -104,18 +99,11 @@ class JsonRowsDecoder:
         if not is_usual or len(body) > MAX_LONG_BYTES:
             return None
         try:
-            long_rows = None
-            if len(body) > MAX_BYTES:
-                body, long_rows = self._cut_long_rows(body)
-            members: Any = self._parser.parse(body)
+            members: Any = self._parse(body)
             lists, position, epoch = self._read(members, orders)
-            if long_rows is None:
-                rows = self._rows(body, self._numbers(lists), 1 + len(lists))
-            elif len(lists):
-                raise ValueError("rows elsewhere")
-            else:
-                rows = long_rows
-            chunk = RowsChunk(Steps(Feed.INPUTS, len(rows), None, rows), position, epoch)
+            count = len(lists)
+            rows = self._rows(body, self._numbers(lists), 1 + count)
+            chunk = RowsChunk(Steps(Feed.INPUTS, count, None, rows), position, epoch)
             if orders is FRAME_MEMBERS:
                 chunk.stream, chunk.id = members.get("stream"), members.get("id")
                 if not (isinstance(chunk.stream, str | None) and _is_frame_id(chunk.id)):
@@ -128,10 +116,10 @@ class JsonRowsDecoder:
         """The chunks of a body for many streams, whose rows are views of one array; None if one is
         no chunk of rows in the usual form."""
         is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, _NEAR_BEGIN) > 0
-        if not is_usual or len(body) > MAX_BYTES:
+        if not is_usual or len(body) > MAX_LONG_BYTES:
             return None
         try:
-            members: Any = self._parser.parse(body)
+            members: Any = self._parse(body)
             if tuple(members) != ("chunks",):
                 return None
             chunks = members["chunks"]
@@ -181,6 +169,18 @@ class JsonRowsDecoder:
         except _PARSER_ERRORS:
             return None
 
+    def _parse(self, body: bytes) -> Any:
+        """Parse a body.
+
+        Raises:
+            ValueError: it is not JSON, or may take too long.
+        """
+        if len(body) <= MAX_BYTES:
+            return self._parser.parse(body)
+        if sum([len(body) - len(body.replace(each, b"")) for each in (b"e", b"E")]) > MAX_EXPONENTS:
+            raise ValueError("perhaps hostile numbers")
+        return simdjson.Parser().parse(body)
+
     def _read(
         self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
     ) -> tuple[simdjson.Array, int | None, str | None]:
@@ -216,35 +216,6 @@ class JsonRowsDecoder:
         if not 0 < count <= self._max_rows or not is_shaped or numbers.nbytes != size_bytes:
             raise ValueError("another shape")
         return numbers
-
-    def _cut_long_rows(self, body: bytes) -> tuple[bytes, FloatRows]:
-        """Cut the rows out of a long body and parse them in pieces; returns the body without them,
-        and the rows.
-
-        Raises:
-            ValueError, TypeError: they are not certainly rows, or may take too long.
-        """
-        begin, end = _INPUTS_BEGIN.search(body, 0, _NEAR_BEGIN), body.rfind(b"]")
-        if begin is None or end < begin.end():
-            raise ValueError("no list of rows")
-        exponents = sum([len(body) - len(body.replace(each, b"")) for each in (b"e", b"E")])
-        if exponents > MAX_EXPONENTS:
-            raise ValueError("perhaps hostile numbers")
-        parts: list[FloatRows] = []
-        at = begin.end()
-        while at < end:
-            between = _BETWEEN_ROWS.search(body, min(at + PIECE_BYTES, end), end)
-            stop = end if between is None else between.start() + 1
-            parts.append(self._piece(b"[%b]" % body[at:stop]))
-            at = end if between is None else between.end() - 1
-            if sum(map(len, parts)) > self._max_rows:
-                raise ValueError("too many rows")
-        return body[: begin.end()] + body[end:], np.concatenate(parts)
-
-    def _piece(self, text: bytes) -> FloatRows:
-        """Some of the rows of a long body; raises as `_rows`."""
-        lists: Any = self._parser.parse(text)
-        return self._rows(text, self._numbers(lists), 1 + len(lists))
 
     def _rows(self, body: bytes, numbers: bytes | memoryview, brackets: int) -> FloatRows:
         """Rows [T, F] of flattened numbers.

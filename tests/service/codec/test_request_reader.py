@@ -23,7 +23,7 @@ from service.codec.json_rows import (
     FRAME_MEMBERS,
     MAX_BYTES,
     MAX_EXPONENTS,
-    PIECE_BYTES,
+    MAX_LONG_BYTES,
     JsonRowsDecoder,
 )
 from service.codec.media import Media
@@ -379,7 +379,7 @@ def test_incomplete_rows_are_not_completed_by_other_chunks(
 def test_number_beyond_float32_among_many_is_found(
     codecs: Mapping[str, ModelCodec], count: int, largest: float
 ) -> None:
-    """Also in a body whose rows are parsed in pieces."""
+    """Also in a body that is too long for the parser that is kept."""
     codec = codec_of(codecs["probe"].served.artifact, RequestSettings(max_chunk_steps=30_000))
     inputs = [[0.0, 1.0, 2.0]] * count + [[largest, 0.0, 0.0]]
     body = dumps({"inputs": inputs})
@@ -397,11 +397,13 @@ LONG_ROWS = [[at / 8, -1.5, 2.0] for at in range(20_000)]
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n", "\t:\r\n")], ids=repr)
 @pytest.mark.parametrize("first", ["inputs", "position", "epoch"])
-def test_long_rows_are_parsed_in_pieces(first: str, separators: tuple[str, str]) -> None:
+def test_long_rows_are_decoded_without_an_object_for_each_number(
+    first: str, separators: tuple[str, str]
+) -> None:
     members = {"inputs": LONG_ROWS, "position": 7, "epoch": EPOCH}
     body = {first: members.pop(first)} | members
     text = json.dumps(body, separators=separators).encode()
-    assert len(text) > max(MAX_BYTES, 3 * PIECE_BYTES)
+    assert MAX_BYTES < len(text) < MAX_LONG_BYTES
     chunk = JsonRowsDecoder(3, len(LONG_ROWS)).decode(text)
     assert chunk is not None
     assert (chunk.position, chunk.epoch, chunk.steps.length) == (7, EPOCH, len(LONG_ROWS))
@@ -413,16 +415,14 @@ def test_long_rows_are_parsed_in_pieces(first: str, separators: tuple[str, str])
 
 
 LONG_TEXT = json.dumps({"position": 7, "inputs": LONG_ROWS}, separators=(",", ":")).encode()
-BOUNDARY = LONG_TEXT.index(b"],[", LONG_TEXT.index(b"[[") + 1 + PIECE_BYTES)
-"""Where the first piece ends."""
-CUTS = [0, BOUNDARY, len(LONG_TEXT) - 2]
 
 
 @settings(max_examples=60)
 @given(
     at=st.one_of(
+        st.integers(0, 40),
         st.integers(0, len(LONG_TEXT)),
-        st.builds(lambda cut, by: max(0, cut + by), st.sampled_from(CUTS), st.integers(-9, 40)),
+        st.integers(len(LONG_TEXT) - 20, len(LONG_TEXT)),
     ),
     removed=st.integers(0, 4),
     added=st.text('[]{},:".1e "', max_size=4),
@@ -440,7 +440,7 @@ def test_changed_long_body_means_what_it_means_in_plain_python(
     np.testing.assert_array_equal(chunk.steps.rows, np.float32(document["inputs"]))
 
 
-UNUSUAL_PIECES = {
+UNUSUAL_ROWS = {
     "a row of another width": (b"],[", b",1],["),
     "a list for a number": (b",2.0],[", b",[2.0]],["),
     "rows that complete each other": (b",2.0],[", b"],[2.0,"),
@@ -454,10 +454,10 @@ UNUSUAL_PIECES = {
 }
 
 
-@pytest.mark.parametrize("name", UNUSUAL_PIECES)
-@pytest.mark.parametrize("at", [0, BOUNDARY - 9, BOUNDARY + 9])
-def test_unusual_piece_leaves_a_long_body_to_the_other_decoder(at: int, name: str) -> None:
-    found, replacement = UNUSUAL_PIECES[name]
+@pytest.mark.parametrize("name", UNUSUAL_ROWS)
+@pytest.mark.parametrize("at", [0, len(LONG_TEXT) // 2])
+def test_unusual_row_leaves_a_long_body_to_the_other_decoder(at: int, name: str) -> None:
+    found, replacement = UNUSUAL_ROWS[name]
     text = LONG_TEXT[:at] + LONG_TEXT[at:].replace(found, replacement, 1)
     assert text != LONG_TEXT
     assert JsonRowsDecoder(3, len(LONG_ROWS)).decode(text) is None
@@ -468,3 +468,14 @@ def test_many_exponents_leave_a_long_body_to_the_other_decoder(number: bytes) ->
     decoder = JsonRowsDecoder(3, len(LONG_ROWS))
     assert decoder.decode(LONG_TEXT.replace(b"-1.5", number, MAX_EXPONENTS)) is not None
     assert decoder.decode(LONG_TEXT.replace(b"-1.5", number, MAX_EXPONENTS + 1)) is None
+
+
+def test_long_request_for_many_streams_is_decoded_without_an_object_for_each_number() -> None:
+    items = [{"stream": f"s{at}", "inputs": LONG_ROWS[:100], "position": at} for at in range(200)]
+    text = json.dumps({"chunks": items}).encode()
+    assert MAX_BYTES < len(text) < MAX_LONG_BYTES
+    decoded = JsonRowsDecoder(3, 100).decode_items(text, len(items))
+    assert decoded is not None
+    assert [(each.stream, each.position) for each in decoded] == [(f"s{n}", n) for n in range(200)]
+    for each in decoded:
+        np.testing.assert_array_equal(each.steps.rows, np.float32(LONG_ROWS[:100]))
