@@ -23,13 +23,12 @@ from service.codec.pieces import encode_pieces
 from service.codec.reply_writer import (
     ReplyOptions,
 )
-from service.core import errors
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.transports.v1.call import Call, invalid_value
 from service.transports.v1.context import ModelCodec
 from service.transports.v1.route import Route, parameter
-from service.transports.v1.table import RETURN_SEQUENCES, STORE
+from service.transports.v1.table import RETURN_SEQUENCES
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/outputs"
 HEARTBEAT_S: Final = 15.0
@@ -86,7 +85,6 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         },
         content={"text/event-stream": {"schema": {"type": "string"}}},
         parameters=(_FROM, _LAST_EVENT_ID, RETURN_SEQUENCES),
-        problems=(*STORE, errors.ShuttingDown),
         tag="streams",
     )
     app.router.routes.append(route)

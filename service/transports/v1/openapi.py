@@ -20,8 +20,10 @@ from models.events.parse import event_json_schema, example_event
 from service.codec.body_types import ForkBody, StateBody, known_future_schema
 from service.codec.media import Media
 from service.codec.reply_types import EXAMPLE_STREAM
+from service.core.errors import leaf_errors
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ApiContext
+from service.transports.v1.problems import PROBLEM_JSON, problem
 from service.transports.v1.reply_types import Problem
 from service.transports.v1.route import Route
 
@@ -32,6 +34,11 @@ ACCESS_KEY = {
     "description": "An access key that `carry keys create` printed, or a token that it signed.",
 }
 SCHEMAS = "#/components/schemas/"
+
+RETRY_AFTER = {
+    "description": "Seconds to wait before the same request is sent again, if it may be.",
+    "schema": {"type": "integer", "minimum": 1},
+}
 
 TAGS = [
     {"name": "chunks", "description": "Send events, get outputs."},
@@ -93,8 +100,30 @@ def openapi_document(
         "paths": paths,
         "components": {
             "schemas": dict(sorted(components.items())),
+            "responses": {
+                "Rejected": _problem_response("The request is rejected", range(400, 500)),
+                "Failed": _problem_response("The service failed", range(500, 600)),
+            },
             "securitySchemes": {"access_key": ACCESS_KEY},
         },
+    }
+
+
+def _problem_response(description: str, statuses: range) -> dict[str, Any]:
+    """The response with a problem document, with an example of each code of these statuses."""
+    examples = {
+        kind.code: {
+            "summary": f"{kind.status}: {kind.title}",
+            "value": problem(kind(f"{kind.title}."), "6f1d0c2e9a7b4853"),
+        }
+        for kind in leaf_errors()
+        if kind.status in statuses
+    }
+    schema = {"$ref": f"{SCHEMAS}Problem"}
+    return {
+        "description": f"{description}: `code` says why, and `/docs/errors` what to do.",
+        "headers": {"Retry-After": RETRY_AFTER},
+        "content": {PROBLEM_JSON: {"schema": schema, "examples": examples}},
     }
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from starlette import routing
 from starlette.requests import Request
@@ -23,38 +22,13 @@ from starlette.types import Scope
 from service.access.caller import Verb
 from service.codec.media import SERVED
 from service.codec.reply_types import EXAMPLE_STREAM
-from service.core import errors
-from service.core.errors import CarryError, leaf_errors
 from service.core.values import STREAM_NAME
-from service.server import errors as http_errors
 from service.transports.v1.call import Call
-from service.transports.v1.problems import LATER, PROBLEM_JSON, problem
 
 Parameter = dict[str, Any]
 """A parameter as in the OpenAPI document."""
 
 Endpoint = Callable[[Any], Coroutine[Any, Any, Response]]
-
-_ANY = (
-    errors.InvalidInput,
-    http_errors.MalformedRequest,
-    http_errors.DuplicateField,
-    http_errors.HeadTooLarge,
-    http_errors.HostNotAllowed,
-    http_errors.ExpectationFailed,
-    http_errors.RequestTimeout,
-    http_errors.TooManyConnections,
-    errors.Unauthenticated,
-    errors.Forbidden,
-    errors.InternalError,
-)
-_OF_BODY = (errors.MalformedBody, errors.BodyTooLarge, errors.UnsupportedMediaType)
-_RETRY_AFTER = {
-    "Retry-After": {
-        "description": "Seconds to wait before the same request is sent again, if it may be.",
-        "schema": {"type": "integer", "minimum": 1},
-    }
-}
 
 
 def parameter(
@@ -69,6 +43,12 @@ def parameter(
         "schema": dict(schema),
     }
 
+
+PROBLEMS: Final = {
+    "4XX": {"$ref": "#/components/responses/Rejected"},
+    "5XX": {"$ref": "#/components/responses/Failed"},
+}
+"""The responses with a problem document, which every route may have."""
 
 _OF_PATH = (
     parameter(
@@ -124,7 +104,6 @@ class Route(NamedRoute):
         headers: of these replies.
         parameters: besides those of the path and the request's id, which every route has.
         body: the component of its body.
-        problems: its errors besides those that follow from the rest: a body may be malformed.
         is_health: whether it is one of health: it answers in JSON, and probes use HEAD.
     """
 
@@ -138,7 +117,6 @@ class Route(NamedRoute):
     headers: Mapping[str, Any] = field(default_factory=dict)
     parameters: tuple[Parameter, ...] = ()
     body: str | None = None
-    problems: tuple[type[CarryError], ...] = ()
     is_health: bool = False
     tag: str = ""
 
@@ -170,7 +148,7 @@ class Route(NamedRoute):
         if not self.is_health:
             of_path = [each for each in _OF_PATH if f"{{{each['name']}}}" in self.path]
             operation["parameters"] = [*of_path, *self.parameters, _REQUEST_ID]
-            operation["responses"] |= _problems(self._errors())
+            operation["responses"] |= PROBLEMS
         return operation
 
     def _reply(self, description: str) -> dict[str, Any]:
@@ -186,20 +164,6 @@ class Route(NamedRoute):
             reply["headers"] = self.headers
         return reply
 
-    def _errors(self) -> set[type[CarryError]]:
-        kinds: set[type[CarryError]] = {*_ANY, *self.problems}
-        if self.body is not None:
-            kinds.update(_OF_BODY)
-        if self.reply is not None:
-            kinds.add(errors.NotAcceptable)
-        if "{model}" in self.path:
-            kinds.add(errors.ModelNotFound)
-        if "{stream}" in self.path:
-            kinds.add(errors.InvalidName)
-        if IF_MATCH["name"] in self.header_names:
-            kinds.update((errors.InvalidPrecondition, errors.StateChanged))
-        return kinds
-
 
 def _security(verbs: Iterable[Verb], *, is_health: bool) -> list[dict[str, list[str]]]:
     """Security requirements of an operation: any one verb, or none in a service without keys."""
@@ -209,30 +173,3 @@ def _security(verbs: Iterable[Verb], *, is_health: bool) -> list[dict[str, list[
 
 def _reference(component: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{component}"}
-
-
-def _problems(kinds: set[type[CarryError]]) -> dict[str, Any]:
-    """The problem responses of a route, one per status, with an example per code."""
-    by_status: defaultdict[int, list[type[CarryError]]] = defaultdict(list)
-    for kind in leaf_errors():
-        if kind in kinds:
-            by_status[kind.status].append(kind)
-    return {
-        str(status): {
-            "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in of_status),
-            **({"headers": _RETRY_AFTER} if status in LATER else {}),
-            "content": {
-                PROBLEM_JSON: {
-                    "schema": _reference("Problem"),
-                    "examples": {
-                        kind.code: {
-                            "summary": kind.title,
-                            "value": problem(kind(f"{kind.title}."), "6f1d0c2e9a7b4853"),
-                        }
-                        for kind in of_status
-                    },
-                }
-            },
-        }
-        for status, of_status in sorted(by_status.items())
-    }

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec.reply_types import EXAMPLE_EPOCH, EXAMPLE_TAG, ChunkReply, ForecastReply
-from service.core import errors
 from service.transports.v1 import reply_types
 from service.transports.v1.call import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter
@@ -78,28 +77,6 @@ _PAGE: Final = (
     parameter("query", "limit", "About how many streams.", {"type": "integer", "minimum": 1}),
 )
 
-STORE: Final = (errors.StoreUnavailable, errors.StoreRefused)
-_COMMIT: Final = (*STORE, errors.OutcomeUnknown, errors.NotDurable)
-_ENGINE: Final = (
-    errors.NotFinite,
-    errors.Overloaded,
-    errors.LimitExceeded,
-    errors.DeadlineExceeded,
-    errors.InferenceTimeout,
-    errors.ShuttingDown,
-)
-_STORED: Final = (errors.StreamNotFound, errors.StateDamaged, *STORE)
-_OVERWRITING: Final = (
-    errors.DeadlineExceeded,
-    errors.Overloaded,
-    errors.LimitExceeded,
-    errors.StreamExists,
-    errors.StateIncompatible,
-    errors.Conflict,
-    errors.StateDamaged,
-    *_COMMIT,
-)
-
 
 ROUTES: Final = (
     Route(
@@ -112,24 +89,6 @@ ROUTES: Final = (
         headers={**_ETAG, **_TIMING},
         parameters=(*_OPTIONS, IF_MATCH, _TIMEOUT),
         body="Chunk",
-        problems=(
-            errors.ChunkTooLong,
-            errors.ChunksUnsupported,
-            errors.FinalUnsupported,
-            errors.ResetsUnsupported,
-            errors.EpochMismatch,
-            errors.PositionAhead,
-            errors.PositionBehind,
-            errors.AlreadyApplied,
-            errors.InputKindMismatch,
-            errors.StreamFinal,
-            errors.StateIncompatible,
-            errors.Conflict,
-            errors.StateDamaged,
-            *_COMMIT,
-            *_ENGINE,
-            errors.StreamOverloaded,
-        ),
     ),
     Route(
         "POST",
@@ -140,11 +99,6 @@ ROUTES: Final = (
         reply=reply_types.ManyReply,
         parameters=(*_OPTIONS, _TIMEOUT),
         body="Many",
-        problems=(
-            errors.ChunksUnsupported,
-            errors.InvalidPrecondition,
-            errors.LimitExceeded,
-        ),
     ),
     Route(
         "POST",
@@ -155,15 +109,6 @@ ROUTES: Final = (
         reply=reply_types.PredictReply,
         parameters=(*_OPTIONS, _RETURN_STATE_TOKEN, _TIMEOUT),
         body="Predict",
-        problems=(
-            errors.ChunkTooLong,
-            errors.StateTokenInvalid,
-            errors.StateTokenOfOtherModel,
-            errors.StateTokenOfOtherVersion,
-            errors.InputKindMismatch,
-            *STORE,
-            *_ENGINE,
-        ),
     ),
     Route(
         "GET",
@@ -174,7 +119,6 @@ ROUTES: Final = (
         reply=reply_types.StreamInfo,
         headers=_ETAG,
         parameters=(IF_MATCH,),
-        problems=_STORED,
     ),
     Route(
         "DELETE",
@@ -183,7 +127,6 @@ ROUTES: Final = (
         verbs=(Verb.DELETE,),
         replies={204: "Deleted."},
         parameters=(IF_MATCH,),
-        problems=(*_STORED, *_COMMIT, errors.Conflict),
     ),
     Route(
         "GET",
@@ -194,7 +137,6 @@ ROUTES: Final = (
         reply=reply_types.StateReply,
         headers=_ETAG,
         parameters=(IF_MATCH,),
-        problems=(*_STORED, errors.StateIncompatible),
     ),
     Route(
         "PUT",
@@ -206,7 +148,6 @@ ROUTES: Final = (
         headers=_ETAG,
         parameters=(IF_MATCH,),
         body="StateBody",
-        problems=(errors.ChunksUnsupported, *_OVERWRITING),
     ),
     Route(
         "POST",
@@ -218,7 +159,6 @@ ROUTES: Final = (
         headers=_ETAG,
         parameters=({**IF_MATCH, "description": "ETags of the stream `to`, to overwrite it."},),
         body="ForkBody",
-        problems=(errors.StreamNotFound, *_OVERWRITING),
     ),
     Route(
         "GET",
@@ -228,7 +168,6 @@ ROUTES: Final = (
         replies={200: "One page."},
         reply=reply_types.StreamList,
         parameters=(parameter("query", "prefix", _PREFIX, _TEXT), *_PAGE),
-        problems=(errors.InvalidName, *STORE),
     ),
     Route(
         "DELETE",
@@ -238,7 +177,6 @@ ROUTES: Final = (
         replies={200: "Deleted."},
         reply=reply_types.Deleted,
         parameters=(parameter("query", "prefix", _PREFIX, _TEXT, required=True), *_PAGE),
-        problems=(errors.InvalidName, errors.Conflict, *_COMMIT),
     ),
     Route(
         "POST",
@@ -250,14 +188,6 @@ ROUTES: Final = (
         headers=_ETAG,
         parameters=(IF_MATCH, _TIMEOUT),
         body="Forecast",
-        problems=(
-            errors.ForecastUnsupported,
-            errors.PositionAhead,
-            errors.PositionBehind,
-            errors.StateIncompatible,
-            *_STORED,
-            *_ENGINE,
-        ),
     ),
     Route(
         "GET",
@@ -283,7 +213,6 @@ ROUTES: Final = (
         replies={200: "The topics."},
         reply=reply_types.TopicList,
         parameters=(parameter("query", "partitions", "True adds each partition.", _OFF),),
-        problems=(errors.LimitExceeded, *STORE),
     ),
     Route(
         "GET",
@@ -297,7 +226,6 @@ ROUTES: Final = (
             parameter("query", "group", "The consumer group.", {**_TEXT, "default": "carry"}),
             parameter("query", "limit", "About how many.", {"type": "integer", "minimum": 1}),
         ),
-        problems=(errors.LimitExceeded, *STORE),
     ),
 )
 
