@@ -44,6 +44,8 @@ NEEDED: Mapping[tuple[str, str], set[Verb]] = {
     ("DELETE", "/v1/models/{model}/streams"): {Verb.DELETE},
     ("GET", "/v1/models"): {Verb.MODELS},
     ("GET", "/v1/models/{model}"): {Verb.MODELS},
+    ("GET", "/v1/topics"): {Verb.METRICS},
+    ("GET", "/v1/topics/outputs"): {Verb.WATCH},
     ("GET", "/openapi.json"): {Verb.MODELS},
     ("GET", "/metrics"): {Verb.METRICS},
     ("GET", "/health/store"): {Verb.METRICS},
