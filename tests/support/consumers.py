@@ -119,13 +119,13 @@ def interleaved(rows: dict[str, NDArray[np.float32]]) -> Sequence[dict[str, Any]
 class ConsumerProcess:
     """A `carry consume` process and its log."""
 
-    def __init__(self, log: Path, *words: str):
+    def __init__(self, log: Path, *words: str, **environment: str):
         self._log = log
         with log.open("wb") as stderr:
             files = [subprocess.DEVNULL, stderr, stderr]
             with open(os.devnull, "rb") as nothing:
                 files[0] = nothing
-                self.fork = Fork([COMMAND, "consume", *words], dict(os.environ), files)
+                self.fork = Fork([COMMAND, "consume", *words], {**os.environ, **environment}, files)
 
     def lines(self) -> list[dict[str, Any]]:
         lines = self._log.read_bytes().splitlines()

@@ -162,7 +162,6 @@ export function TopicView({ group, topic: name }: { group: string; topic: string
               ["Lag", figures(topic)[0]],
               ["Pending", figures(topic)[1]],
               ["Oldest", figures(topic)[2]],
-              ["Entries", whole(topic.entries)],
               ["Consumers", whole(topic.owners.length)],
             ]}
           />
@@ -171,6 +170,7 @@ export function TopicView({ group, topic: name }: { group: string; topic: string
               of={[
                 ["model", <a href={modelAddress(model)}>{model}</a>],
                 ["group", group],
+                ["entries", whole(topic.entries)],
                 ["output topic", topic.outputs],
                 ["dead letters", topic.dead_letters],
                 ["owners", topic.owners.join(" ") || "none"],

@@ -91,7 +91,10 @@ def _progress(statuses: Iterable[TopicStatus], now_ms: int) -> TopicProgress:
     """The sums of these topics, and the oldest entry."""
     statuses = [*statuses]
     pending = sum(status.pending for status in statuses)
-    read = _sum(status.read for status in statuses)
+    # the server does not know it of a group that has read nothing
+    read = _sum(
+        0 if status.read is None and status.lag is not None else status.read for status in statuses
+    )
     oldest_ms = min(
         (status.oldest_ms for status in statuses if status.oldest_ms is not None), default=None
     )
