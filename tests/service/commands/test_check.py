@@ -199,6 +199,6 @@ def test_permissions_are_those_of_the_access_list_and_the_page() -> None:
     allowed = {each[1:].upper().replace("|", " ") for each in PERMISSIONS if each[0] == "+"}
     assert names == allowed
     page = (ROOT / "docs" / "how-to" / "run-a-store.md").read_text()
-    table = page[page.index("The user needs these commands") :].partition("\n## ")[0]
+    table = page[page.index("The user needs these commands") :].partition("\n##")[0]
     assert names == set(re.findall(r"`([A-Z]+(?: [A-Z]+)?)`", table))
     assert len(REQUIRED_COMMANDS) == len(required_commands(cluster))
