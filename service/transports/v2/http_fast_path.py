@@ -12,6 +12,7 @@ from binascii import hexlify
 from collections.abc import Hashable
 from typing import Final
 
+from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
 from service.codec.media import Media, encode_json
@@ -76,58 +77,61 @@ class FastInferPath(FastChunkRoute):
         self._templates = Memo(_reply_template, CACHED_SIGNATURES)
 
     def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
-        is_json = details == len(body)
-        if (cut := cut_request(body[:details], is_all=is_json)) is None:
-            return False
-        by_default = cut.parameters.binary_by_default
-        shape = request.codec, line[2], cut.before, cut.after, by_default
-        signature = self._signatures.get(shape)
+        cut = cut_request(body[:details], is_all=details == len(body))
         try:
-            if signature is not None:
-                return self._read_rows(request, cut, signature, body[details:])
-            is_read = self._read_whole(request, line, details, body)
+            if cut is None or (key := self._admit(request, cut.parameters)) is None:
+                return request.rejection is not None
+            by_default = cut.parameters.binary_by_default
+            shape = request.codec, line[2], cut.before, cut.after, by_default
+            signature = self._signatures.get(shape)
+            if signature is None:
+                call = self._read_whole(request, cut, line[2], details, body)
+                if call is not None and self._can_repeat(call, cut, len(body) - details):
+                    if len(self._signatures) >= CACHED_SIGNATURES:
+                        self._signatures.clear()
+                    self._signatures[shape] = call.signature
+            else:
+                values = body[details:] if cut.data is None else cut.data
+                call = self._inference.read_rows(
+                    signature,
+                    cut.id,
+                    key,
+                    cut.parameters,
+                    values,
+                    request.deadline_s,
+                    is_json=cut.data is not None,
+                )
         except CarryError:
             return False
-        # the cuts last: to verify them takes as long as to decode the request twice
-        data_bytes = None if is_json else len(body) - details
-        has_rows = request.chunk is not None and is_of_rows(request.details, data_bytes)
-        if has_rows and cut.is_correct():
-            if len(self._signatures) >= CACHED_SIGNATURES:
-                self._signatures.clear()
-            self._signatures[shape] = request.details.signature
-        return is_read
-
-    def _read_rows(
-        self, request: FastRequest, cut: CutRequest, signature: Signature, binary: bytes
-    ) -> bool:
-        """Read a request of a known shape, whose values are cut out of its JSON or follow it."""
-        if (key := self._admit(request, cut.parameters)) is None:
-            return request.rejection is not None
-        data, is_json = cut.data or binary, cut.data is not None
-        request.details = call = self._inference.read_rows(
-            signature, cut.id, key, cut.parameters, data, request.deadline_s, is_json=is_json
-        )
         if call is None or not isinstance(call.work, Chunk):
             return False
-        request.chunk = call.work
+        request.chunk, request.details = call.work, call
         return True
 
     def _read_whole(
-        self, request: FastRequest, line: re.Match[bytes], json_bytes: int, body: bytes
-    ) -> bool:
-        """Read a request of any shape."""
-        served, version = request.codec.served, "" if line[2] is None else line[2].decode()
-        decoded = decode_request(body, json_bytes, served.name, version)
-        if self._admit(request, decoded.parameters) is None:
-            return request.rejection is not None
+        self,
+        request: FastRequest,
+        cut: CutRequest,
+        version: bytes | None,
+        json_bytes: int,
+        body: bytes,
+    ) -> InferCall | None:
+        """Read a request of any shape; None if its reply is long, or it was cut at other parameters
+        than its own."""
+        served = request.codec.served
+        decoded = decode_request(body, json_bytes, served.name, (version or b"").decode())
+        admitted = replace(cut.parameters, sequence_id=cut.parameters.stream)
+        if decoded.parameters != admitted:
+            return None
         call = self._inference.read(request.caller, decoded, request.deadline_s)
-        signature, chunk = call.signature, call.work
-        if not isinstance(chunk, Chunk):
-            return False
-        if signature.steps * served.outputs.size > LONG_VALUES:
-            return False
-        request.chunk, request.details = chunk, call
-        return True
+        is_long = call.signature.steps * served.outputs.size > LONG_VALUES
+        return None if is_long else call
+
+    @staticmethod
+    def _can_repeat(call: InferCall, cut: CutRequest, data_bytes: int) -> bool:
+        """Whether requests that differ where this one is cut need not be decoded as a whole."""
+        # the cuts last: to verify them takes as long as to decode the request twice
+        return is_of_rows(call, None if cut.data else data_bytes) and cut.is_correct()
 
     def _admit(self, request: FastRequest, parameters: InferParameters) -> StreamKey | None:
         """Set the stream and the deadline of a request; returns the key of its stream. None if it

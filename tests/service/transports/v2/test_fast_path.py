@@ -6,7 +6,7 @@ Each request is sent to two servers of one application, with the fast path and w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from service.transports.v2 import http_fast_path
 from service.transports.v2.http_body import decode_request
 from service.transports.v2.http_fast_path import FastInferPath
 from tests.service.engine.batching import patch_admission
-from tests.service.transports.v1.harness import Harness, harness
+from tests.service.transports.v1.harness import EVENT, LATER, Harness, harness
 from tests.service.transports.v1.raw_http import (
     HOST,
     answer,
@@ -86,6 +86,16 @@ def infer_json(
     return request(text, *lines, first=first)
 
 
+def infer_events(
+    events: Sequence[Mapping[str, Any]], change: Callable[[bytes], bytes] = lambda text: text
+) -> bytes:
+    """A request with events in JSON."""
+    tensor = {"name": "events", "datatype": "BYTES", "shape": [len(events)]}
+    inputs = [{**tensor, "data": [orjson.dumps(event).decode() for event in events]}]
+    text = orjson.dumps({"inputs": inputs, "parameters": {"sequence_id": 1000, "position": 0}})
+    return request(change(text), first="POST /v2/models/small/infer HTTP/1.1")
+
+
 FAST: dict[str, bytes] = {
     "created": infer(position=0),
     "started over": infer(sequence_start=True, position=0),
@@ -104,7 +114,13 @@ FAST: dict[str, bytes] = {
     "resets": infer(change=lambda text: text.replace(b"}}]", b"}}," + RESETS + b"]", 1)),
     "no resets": infer(change=lambda text: text.replace(b"}}]", b"}}," + NO_RESETS + b"]", 1)),
     "duplicate member": infer(change=lambda text: text.replace(b"{", b'{"id":"a","id":"b",', 1)),
+    "long JSON": infer(change=lambda text: text + b" " * 4096),
+    "JSON, escaped": infer_json(change=lambda text: text.replace(b'"data"', b'"d\\u0061ta"')),
     "JSON outputs": infer(binary_data_output=False),
+    "events": infer_events([EVENT, LATER]),
+    "events and JSON around them": infer_events(
+        [EVENT, LATER], change=lambda text: text + b" " * 4096
+    ),
     "one output in JSON": infer(
         outputs=[{"name": "steep", "parameters": {"binary_data": False}}], position=0
     ),
@@ -137,7 +153,6 @@ FAST: dict[str, bytes] = {
 SLOW: dict[str, bytes] = {
     "stateless": infer(sequence_id=0),
     "dry run": infer(dry_run=True),
-    "long JSON": infer(change=lambda text: text + b" " * 4096),
     "stateless in JSON": infer_json(sequence_id=0),
     "JSON of less than its header says": infer_json(length=3),
     "JSON of more than its header says": infer_json(length=-3),
@@ -146,7 +161,10 @@ SLOW: dict[str, bytes] = {
     "JSON, too few": infer_json(data=[*range(11)]),
     "JSON, ragged": infer_json(data=[[*range(5)], [*range(7)]]),
     "JSON, a string": infer_json(data=["1", *range(11)]),
-    "JSON, escaped": infer_json(change=lambda text: text.replace(b'"data"', b'"d\\u0061ta"')),
+    "no event": infer_events([{}]),
+    "other parameters of the same name": infer_json(
+        change=lambda text: text.replace(b"}}", b'},"parameters":{"sequence_id":"a1000"}}', 1)
+    ),
     "JSON, rate of alarms": infer_json(false_alarms_per_day=0.5),
     "no model": infer(first="POST /v2/models/none/infer HTTP/1.1"),
     "other version": infer(first="POST /v2/models/probe/versions/2/infer HTTP/1.1"),
@@ -270,7 +288,12 @@ async def test_repeated_requests_are_cut_and_get_the_responses_of_the_slow_path(
     assert whole == {
         "duplicate member",
         "resets",
+        "long JSON",
+        "events",
+        "events and JSON around them",
         "JSON with resets",
+        "JSON, escaped",
+        "JSON, a string",
         "other version",
         "JSON of less than its header says",
     }
@@ -302,9 +325,13 @@ async def test_repeated_start_starts_its_stream_over(ports: Ports) -> None:
 async def test_overload_responses_are_those_of_the_slow_path(
     ports: Ports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The fast path decodes nothing for them, even of a request of a new shape."""
+    decoded: list[bytes] = []
+    monkeypatch.setattr(http_fast_path, "decode_request", decoded.append)
     patch_admission(monkeypatch)
     [slow] = await converse(ports.slow, infer())
     [fast] = await converse(ports.fast, infer())
+    assert not decoded
     assert slow.startswith(b"HTTP/1.1 429 ")
     assert b"carry-error: overloaded\r\n" in slow
     assert steady(fast) == steady(slow)
