@@ -30,8 +30,7 @@ DEFAULT_GROUP: Final = "carry"
 async def get_topics(request: Request) -> Response:
     """List the topics of consumers.
 
-    Each topic that a consumer group reads: how far, by whom, and where the outputs go. Kafka's
-    topics are not listed.
+    Each topic that a consumer group reads: how far, by whom, and where the outputs go.
     """
     caller, api = caller_of(request), api_of(request)
     adds_partitions = flag(query(request, ["partitions"]), "partitions", default=False)
