@@ -16,6 +16,36 @@ from tests.support.servers import until, until_async
 
 BROWSER = "chromium"
 
+_LOW_CONTRAST = """
+(() => {
+  const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+  const linear = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) =>
+    0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const behind = (element) => {
+    for (; element; element = element.parentElement) {
+      const color = parse(getComputedStyle(element).backgroundColor);
+      if (color[3] !== 0) return color;
+    }
+  };
+  const low = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || !element.checkVisibility()) continue;
+    if (element.closest(":disabled")) continue;
+    const [one, other] = [parse(getComputedStyle(element).color), behind(element)].map(luminance);
+    const contrast = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    if (contrast < 4.5) low.push([texts.currentNode.data, contrast]);
+  }
+  return low;
+})()
+"""
+"""Texts with a contrast below 4.5 (WCAG 2, level AA); disabled controls are exempt."""
+
+_NAMED = {"button", "link", "searchbox", "textbox", "image", "img", "dialog", "navigation"}
+"""Roles of controls, images and landmarks, which need a name for screen readers."""
+
 
 class Page:
     """One page of a browser.
@@ -69,6 +99,14 @@ class Page:
         """Press a key, which may type a text."""
         await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, text=text)
         await self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key)
+
+    async def assert_accessible(self) -> None:
+        """Check the contrast of texts, and that everything that needs a name has one."""
+        assert await self.evaluate(_LOW_CONTRAST) == []
+        tree = (await self.call("Accessibility.getFullAXTree"))["nodes"]
+        nodes = [node for node in tree if not node["ignored"]]
+        named = [node for node in nodes if node.get("role", {}).get("value") in _NAMED]
+        assert [node for node in named if not node.get("name", {}).get("value")] == []
 
     def _record(self, message: Any) -> None:
         parameters = message.get("params", {})

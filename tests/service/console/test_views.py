@@ -177,6 +177,7 @@ async def test_topics_have_rates_fold_their_partitions_and_show_their_newest_out
         await page.evaluate("document.querySelector('tbody button').click()")
         await page.until(f"{cells}[1]?.[0] === '{part['topic']}'")
         assert (await page.evaluate(cells))[1][-1] == part["owner"]
+        await page.assert_accessible()
         await page.evaluate("document.querySelector('tbody button').click()")
         await page.until(f"{cells}.length === 1")
 
@@ -184,6 +185,7 @@ async def test_topics_have_rates_fold_their_partitions_and_show_their_newest_out
         await page.until(f"{cells}[0]?.[0] === 'a/b'")
         shown = (await page.evaluate(cells))[0]
         assert (shown[1], shown[3]) == ("7", "0.25, 0.5")
+        await page.assert_accessible()
         link = await page.evaluate("document.querySelector('tbody a').hash")
         assert link == "#/models/probe/streams/a%2Fb"
         assert float((await page.evaluate(SHOWN))["Lag"].replace(",", "")) == 1200

@@ -111,8 +111,12 @@ export function Topics() {
         <a href={modelAddress(topic.model)}>{topic.model}</a>,
         number(rates.of(topic)),
         ...figures(topic),
-        <button aria-expanded={isUnfolded} onClick={() => setUnfolded(name)}>
-          {topic.owners.length === 0 ? "none" : whole(topic.owners.length)}
+        <button
+          aria-expanded={isUnfolded}
+          aria-label={`${topic.owners.length} consumers, partitions of ${topic.topic}`}
+          onClick={() => setUnfolded(name)}
+        >
+          {whole(topic.owners.length)}
         </button>,
       ],
       ...partitions.map((each) => [
