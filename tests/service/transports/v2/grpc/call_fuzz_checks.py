@@ -158,8 +158,8 @@ async def test_random_frames_raise_nothing_and_leave_nothing_held(seed: int) -> 
     failures: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, failure: failures.append(failure))
     admission, connections = server._servicer._admission, server._connections
-    rooms = (admission.messages, admission.public)
-    slots = (admission.calls, admission.probes, admission.streams)
+    rooms = (admission.messages, admission.public_messages)
+    slots = (admission.calls, admission.public)
     with capture_logs() as events:
         for _ in range(CONNECTIONS):
             connection = Http2Connection(connections, read_head, server._servicer.accept)
