@@ -240,7 +240,11 @@ class FaultInjector:
         for proxy in proxies:
             proxy.cut = cut
         try:
-            await asyncio.wait_for(done.acquire(), _LONGEST_WAIT_S)
+            first = asyncio.ensure_future(done.acquire())
+            # on a busy machine workers take long to start
+            up = asyncio.ensure_future(self.deployment.wait_until_up())
+            await asyncio.wait({first, up}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait_for(first, _LONGEST_WAIT_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_MORE_S):
                     while count < _CUTS:

@@ -3,18 +3,15 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import redis
 
 from tests.faults.history import Loss
-from tests.faults.stores import DOWN_S, LAG_S, NO_REWRITE, SERVES_S, ReplicatedStore
+from tests.faults.stores import DOWN_S, NO_REWRITE, SERVES_S, ReplicatedStore
 from tests.faults.traffic import Traffic
 from tests.support.sentinels import NAME, Sentinel, has_replica
 from tests.support.servers import RealServer, until
-
-DOWN_AFTER_MS: Final = 4000
-"""Longer than a busy machine suspends the proxies: a failover that no fault caused is no fault."""
 
 
 class MonitoredServer(RealServer):
@@ -69,7 +66,7 @@ class SentinelStore(ReplicatedStore):
             client.execute_command("REPLICAOF", "127.0.0.1", primary.announced_port)
             client.config_rewrite()
         for sentinel in self._sentinels:
-            sentinel.monitor(primary.announced_port, 2, DOWN_AFTER_MS)
+            sentinel.monitor(primary.announced_port, 2)
             sentinel.start()
         self._wait_until_whole()
 
@@ -84,7 +81,10 @@ class SentinelStore(ReplicatedStore):
 
     def _find_rollback(self, since_s: float, struck_s: float, ended_s: float) -> Loss:
         # the primary that was killed acts as one until the Sentinels demote it
-        return Loss("lost before its replica followed", since_s, since_s + LAG_S)
+        return Loss("lost before its replica followed", since_s, since_s)
+
+    def _promote(self, replica: RealServer) -> None:
+        until(lambda: self._sentinels[0].fails_over_to(replica), "the promotion", SERVES_S, 0.1)
 
     def stop_sentinels(self) -> None:
         """Kill all Sentinels, and restart the primary, so that its connections break."""
@@ -116,9 +116,9 @@ class SentinelStore(ReplicatedStore):
     def _choose(self, pick: int) -> MonitoredServer:
         return self.servers[pick % len(self.servers)]
 
-    def _find_loss(self, what: str, struck_s: float) -> Loss:
+    def _find_loss(self, what: str, since_s: float, struck_s: float) -> Loss:
         self._wait_until_whole()
-        return Loss(f"a server was {what}", struck_s - LAG_S, struck_s, time.monotonic())
+        return Loss(f"a server was {what}", since_s, struck_s)
 
     def _wait_until_whole(self) -> None:
         """Wait until one server follows the other, and all Sentinels know both."""
@@ -128,6 +128,7 @@ class SentinelStore(ReplicatedStore):
             return (
                 len(primaries) == 1
                 and has_replica(primaries[0])
+                and all(server.has_complete_file() for server in self.servers)
                 and all(_knows(each, primaries[0].announced_port) for each in self._sentinels)
             )
 

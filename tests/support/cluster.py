@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from tests.support.servers import RealServer, emptied, free_port, has_complete_file, until
+from tests.support.servers import RealServer, emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600
 """Node timeout before a failover; short, for clusters that fail over by themselves."""
@@ -228,15 +228,14 @@ def _shards(node: ClusterNode) -> list[tuple[str, list[str]]]:
 
 def _is_synced(node: ClusterNode) -> bool:
     """Whether a node serves, as a replica or with one, and its file is complete."""
-    with node.client() as client:
-        if b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
-            return False
-        facts = client.info("replication")
-        if facts["role"] == "slave":
-            is_synced = facts["master_link_status"] == "up"
-        else:
-            is_synced = facts["connected_slaves"] > 0 and facts["slave0"]["state"] == "online"
-        return is_synced and has_complete_file(client)
+    if b"cluster_state:ok" not in node.ask("CLUSTER", "INFO"):
+        return False
+    facts = node.ask("INFO", "replication")
+    if facts["role"] == "slave":
+        is_synced = facts["master_link_status"] == "up"
+    else:
+        is_synced = facts["connected_slaves"] > 0 and facts["slave0"]["state"] == "online"
+    return is_synced and node.has_complete_file()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import redis
@@ -14,8 +14,9 @@ from tests.support.servers import RealServer, free_port, real_server, until
 
 NAME = "main"
 PASSWORD = "of-the-sentinels"
-DOWN_AFTER_MS = 1000
-"""How long a server may be silent before a failover; a busy machine suspends a process for less."""
+DOWN_AFTER_MS = 60_000
+"""How long a server may be silent before a failover. Tests fail over by command: a busy machine
+suspends a process for seconds, and a failover that no test caused loses what it wrote."""
 
 
 class Sentinel(RealServer):
@@ -25,14 +26,14 @@ class Sentinel(RealServer):
         super().__init__(kind, folder)
         self.port, self._password = free_port(), password
 
-    def monitor(self, port: int, quorum: int = 1, down_after_ms: int = DOWN_AFTER_MS) -> None:
+    def monitor(self, port: int, quorum: int = 1) -> None:
         """Write the configuration, with the port of the primary; before the first start."""
         (self.folder / "sentinel.conf").write_text(
             f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
             f"logfile {self.folder}/sentinel.log\n"
             + (f"requirepass {self._password}\n" if self._password else "")
             + f"sentinel monitor {NAME} 127.0.0.1 {port} {quorum}\n"
-            f"sentinel down-after-milliseconds {NAME} {down_after_ms}\n"
+            f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}\n"
             f"sentinel failover-timeout {NAME} 4000\n"
         )
 
@@ -47,6 +48,15 @@ class Sentinel(RealServer):
     def primary_port(self) -> int:
         """The port of the server that it names as the primary."""
         return int(self.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME)[1])
+
+    def fails_over_to(self, replica: RealServer) -> bool:
+        """Whether the server is a primary; otherwise start a failover, unless one is running. The
+        Sentinel abandons one if a busy machine suspends the server for long."""
+        if replica.is_primary():
+            return True
+        with suppress(redis.RedisError):
+            self.ask("SENTINEL", "FAILOVER", NAME)
+        return False
 
     def knows_replica(self) -> bool:
         """Whether it knows one replica, which is up."""
@@ -77,6 +87,11 @@ class Monitored:
     def has_failed_over(self) -> bool:
         """Whether the Sentinel names the server that was the replica at the start."""
         return self.sentinel.primary_port() == self.replica_port
+
+    def fail_over(self) -> None:
+        """Make the Sentinel promote the replica, as if the primary were down."""
+        until(lambda: self.sentinel.fails_over_to(self.replica), "the promotion", poll_s=0.1)
+        until(self.has_failed_over, "the Sentinel's answer")
 
 
 def has_replica(server: RealServer) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from service.core.errors import OutcomeUnknown, StoreUnavailable
 from service.store.base import Store
 from service.store.embedded import server_arguments, server_binary
 from service.store.redis.redis_store import RedisStore
@@ -62,6 +64,23 @@ async def until_async(condition: Callable[[], Awaitable[Any]], what: str = "the 
     return value
 
 
+async def rejection(attempt: Callable[[], Awaitable[Any]], reason: str) -> StoreUnavailable:
+    """The rejection of what a store does with a short deadline. It is tried until the rejection
+    names the reason: a server that a busy machine suspends until the deadline names none."""
+
+    async def rejected() -> StoreUnavailable | None:
+        try:
+            result = await attempt()
+        except StoreUnavailable as error:
+            return error if re.search(reason, str(error)) else None
+        assert result is not None, f"expected {reason}"
+        assert isinstance(result[0], OutcomeUnknown), f"expected {reason}, got {result}"
+        return None
+
+    error: StoreUnavailable = await until_async(rejected, f"a rejection with {reason}")
+    return error
+
+
 async def becomes(condition: Callable[[], Any], what: str) -> None:
     """Poll like `until_async`, a condition that awaits nothing."""
 
@@ -74,16 +93,6 @@ async def becomes(condition: Callable[[], Any], what: str) -> None:
 def written(client: redis.Redis) -> None:
     """Wait until the server has written all acknowledged commands to its file."""
     until(lambda: client.info("persistence")["aof_buffer_length"] == 0, "the file's write")
-
-
-def has_complete_file(client: redis.Redis) -> bool:
-    """Whether a kill of the server loses nothing: its file contains all acknowledged commands.
-
-    After a full resynchronisation a replica's file is that of before, until it is rewritten.
-    """
-    facts = client.info("persistence")
-    is_rewriting = facts["aof_rewrite_in_progress"] or facts["aof_rewrite_scheduled"]
-    return facts["aof_enabled"] and not is_rewriting and facts["aof_buffer_length"] == 0
 
 
 def server_program(kind: str) -> str:
@@ -176,14 +185,22 @@ class RealServer:
         """How much a primary has written; WAIT tells it only for the connection that wrote."""
         return int(self.ask("INFO", "replication")["master_repl_offset"])
 
+    def has_complete_file(self) -> bool:
+        """Whether a kill loses nothing: the server's file contains all acknowledged commands.
+
+        After a full resynchronisation a replica's file is that of before, until it is rewritten.
+        """
+        facts = self.ask("INFO", "persistence")
+        is_rewriting = facts["aof_rewrite_in_progress"] or facts["aof_rewrite_scheduled"]
+        return facts["aof_enabled"] and not is_rewriting and facts["aof_buffer_length"] == 0
+
     def has_in_file(self, offset: int) -> bool:
         """Whether the server follows a primary, and its file contains what that wrote until the
         offset."""
-        with self.client() as client:
-            facts = client.info("replication")
-            is_behind = facts["role"] == "master" or facts["slave_repl_offset"] < offset
-            is_synced = not is_behind and facts["master_link_status"] == "up"
-            return is_synced and has_complete_file(client)
+        facts = self.ask("INFO", "replication")
+        is_behind = facts["role"] == "master" or facts["slave_repl_offset"] < offset
+        is_synced = not is_behind and facts["master_link_status"] == "up"
+        return is_synced and self.has_complete_file()
 
     def configure(self, name: str, value: str | int) -> None:
         """Run CONFIG SET; `restore` undoes it."""
@@ -279,6 +296,12 @@ async def opened(url: str, **settings: Any) -> AsyncIterator[Store]:
         yield store
     finally:
         await store.close()
+
+
+async def start_store(url: str, **settings: Any) -> None:
+    """Open and start a store, and close it."""
+    async with opened(url, **settings):
+        pass
 
 
 @pytest.fixture(scope="session", params=KINDS)
