@@ -12,7 +12,7 @@ from service.core.values import StreamState
 from service.store.base import Committed
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
-from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until, written
+from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
 from tests.support.streams import Streams, committed, key
 
 pytestmark = needs_tools("redis-cli")
@@ -57,18 +57,22 @@ async def test_deleted_data_is_gone_after_the_files_are_rewritten(
         primary.client() as client,
     ):
         until(lambda: client.set("probe", "") and client.wait(1, 1000), "the replica in step")
+
+        def wait_for_replica() -> None:
+            """Wait until both files have what was written."""
+            offset = primary.replication_offset()
+            until(lambda: replica.has_in_file(offset), "the replica's file")
+            until(primary.has_complete_file, "the file")
+
         deleted, kept = streams.creation(key("deleted-name")), streams.creation(key("kept-name"))
         async with opened(primary.url, tombstone_ttl_s=0.2) as store:
             await committed(store, deleted, kept)
-            client.wait(1, 10_000)
+            wait_for_replica()
             for server in (primary, replica):
-                with server.client() as reader:
-                    written(reader)
                 assert in_files(server, values(deleted.new))
             assert await store.delete(deleted.key) == Committed()
-        client.wait(1, 10_000)
         until(lambda: not list(client.scan_iter("*deleted-name")), "the end of the tombstone")
-        client.wait(1, 10_000)
+        wait_for_replica()
         for server in (primary, replica):
             with server.client() as reader:
                 assert not list(reader.scan_iter("*deleted-name"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -154,9 +155,11 @@ def key(stream: str, model: str = "flights") -> StreamKey:
     return StreamKey(model, stream)
 
 
-async def load(store: Store, keys: Sequence[StreamKey]) -> list[Loaded]:
+async def load(
+    store: Store, keys: Sequence[StreamKey], deadline_s: float = math.inf
+) -> list[Loaded]:
     """Load streams and decode them."""
-    return list(map(decode_value, keys, await store.load(keys)))
+    return list(map(decode_value, keys, await store.load(keys, deadline_s)))
 
 
 async def absence(store: Store, key: StreamKey) -> StreamHead | None:

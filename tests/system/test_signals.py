@@ -248,10 +248,10 @@ def test_outage_of_the_store_is_reported_and_survived(
     second = {**body, "position": 2}
     path = "/v1/models/probe/streams/a"
     with (
-        running(tmp_path, probe.path, redis_url=store.url, CARRY_STORE_WAIT_S="0.5") as service,
+        running(tmp_path, probe.path, redis_url=store.url, CARRY_STORE_WAIT_S="2") as service,
         httpx.Client(base_url=service.url, timeout=30) as client,
     ):
-        client.post(f"{path}/chunks", json=body).raise_for_status()
+        until(lambda: answered(client.post(f"{path}/chunks", json=body)), "the first reply")
         store.kill()
         short = {"carry-timeout": "0.5"}
         for response in (
@@ -263,6 +263,12 @@ def test_outage_of_the_store_is_reported_and_survived(
         assert client.get("/health/ready").json()["failing"] == ["store"]
         assert service.is_live()
         store.start()
-        assert client.get(path).json()["position"] == 2
-        assert client.post(f"{path}/chunks", json=second).json()["position"] == 4
-        assert client.get("/health/ready").status_code == 200
+        until(lambda: client.get(path).json().get("position") == 2, "the stream")
+        reply = until(lambda: answered(client.post(f"{path}/chunks", json=second)), "a reply")
+        assert reply["position"] == 4
+        until(lambda: client.get("/health/ready").status_code == 200, "readiness")
+
+
+def answered(response: httpx.Response) -> Any:
+    """The reply to a chunk, if it was applied."""
+    return response.json() if response.status_code == 200 else None

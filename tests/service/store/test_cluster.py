@@ -22,7 +22,7 @@ from service.store.base import Committed, Conflicted, Store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster, ClusterNode
-from tests.support.servers import emptied, opened, until, until_async
+from tests.support.servers import emptied, opened, rejection, until, until_async
 from tests.support.streams import (
     Commit,
     Streams,
@@ -354,7 +354,9 @@ async def test_requests_wait_for_the_majority_and_recover(
         try:
             await asyncio.to_thread(until, lambda: _refuses(left, "CLUSTERDOWN"), "CLUSTERDOWN")
             second = streams.next(first)
-            error = await until_async(lambda: _rejected(store, second, "CLUSTERDOWN"))
+            error = await rejection(
+                lambda: store.commit(columns(second), time.monotonic() + 1), "CLUSTERDOWN"
+            )
             assert error.retryable
             assert error.facts["retry_after_s"] > 0
             check = await store.monitor.check()
@@ -365,17 +367,6 @@ async def test_requests_wait_for_the_majority_and_recover(
             for node in down:
                 node.resume()
         assert await waiting == [Committed()]
-
-
-async def _rejected(store: Store, commit: Commit, reply: str) -> StoreUnavailable | None:
-    """The rejection of a commit with a short deadline, if it names a server's reply: it names none
-    where a busy machine suspends the server until then."""
-    try:
-        (result,) = await store.commit(columns(commit), time.monotonic() + 1)
-    except StoreUnavailable as error:
-        return error if reply in error.detail else None
-    assert isinstance(result, OutcomeUnknown), result
-    return None
 
 
 def _refuses(node: ClusterNode, word: str) -> bool:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from structlog.testing import capture_logs
 
-from service.core.errors import StoreRefused, StoreUnavailable
+from service.core.errors import StoreRefused
 from service.store.capabilities import Lease, LeaseRequest, Quota
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
@@ -30,6 +30,8 @@ from tests.support.servers import (
     free_port,
     opened,
     real_server,
+    rejection,
+    start_store,
     until,
 )
 from tests.support.streams import Streams, assert_stored, committed, key, same_stream
@@ -88,10 +90,10 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="Python does not ask for it")
 async def test_a_ca_certificate_without_key_usage_is_explained(tmp_path: Path) -> None:
     with behind_tls(make_certificates(tmp_path)) as (_, at):
-        store = RedisStore(StoreSettings(f"rediss://{at}", store_wait_s=0.5))
-        with pytest.raises(StoreUnavailable, match=r"ssl_ca_certs.*keyUsage with keyCertSign"):
-            await store.start()
-        await store.close()
+        await rejection(
+            lambda: start_store(f"rediss://{at}", store_wait_s=0.5),
+            r"ssl_ca_certs.*keyUsage with keyCertSign",
+        )
 
 
 def test_unusable_tls_files_are_named(certificates: Certificates, tmp_path: Path) -> None:
