@@ -76,7 +76,14 @@ def test_make_targets_and_their_options_exist() -> None:
     assert named >= {"bench", "faults", "load", "model"}
 
 
-@pytest.mark.parametrize("command", ["replay", "serve", "streams", "train", "import", "evaluate"])
+GROUPS = ("dlq", "keys", "streams")
+"""Commands of commands."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*GROUPS, "consume", "evaluate", "import", "produce", "replay", "serve", "train"],
+)
 def test_carry_commands_and_their_options_exist(command: str) -> None:
     named = 0
     for page, code in pages_code():
@@ -84,7 +91,7 @@ def test_carry_commands_and_their_options_exist(command: str) -> None:
             if name != command:
                 continue
             words = rest.split()
-            inner = words[:1] if command == "streams" and words and words[0].islower() else []
+            inner = words[:1] if command in GROUPS and words and words[0].islower() else []
             for option in _OPTION.findall(rest):
                 assert option in carry_options(command, *inner), f"{page}: carry {command} {option}"
             named += 1
