@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 CONCURRENT_REQUESTS = 8
 """Number of concurrent requests when a command acts on many streams."""
 
-DELETE_LIMIT = 10_000
-"""About how many streams one request deletes."""
-
 PAGE_STREAMS = 1000
 """Streams that are submitted together: it bounds the memory of their requests."""
 
@@ -73,25 +70,6 @@ def _service(url: str) -> Iterator[Carry]:
         raise OperatorError(line) from problem
 
 
-def _path(model: str, stream: str | None = None) -> str:
-    from carry_client import model_path, stream_path
-
-    return f"{model_path(model)}/streams" if stream is None else stream_path(model, stream)
-
-
-def _names(client: Carry, model: str, prefix: str) -> Iterator[str]:
-    """Yield the name of each stream once, page by page."""
-    seen: set[str] = set()
-    cursor: str | None = ""
-    while cursor is not None:
-        page: Any = client.request("GET", _path(model), params={"prefix": prefix, "cursor": cursor})
-        for name in page["streams"]:
-            if name not in seen:
-                seen.add(name)
-                yield name
-        cursor = page["cursor"]
-
-
 @streams_app.command("list")
 def list_streams(
     model: Model,
@@ -101,7 +79,7 @@ def list_streams(
 ) -> None:
     """Print the names of a model's streams, one per line."""
     with _service(url) as client:
-        for name in islice(_names(client, model, prefix), limit or None):
+        for name in islice(client.model(model).streams(prefix), limit or None):
             typer.echo(name)
 
 
@@ -113,8 +91,10 @@ def show_stream(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Print a stream's position, epoch and tag as JSON."""
+    from carry_client import stream_path
+
     with _service(url) as client:
-        path = _path(model, stream) + ("/state" if state else "")
+        path = stream_path(model, stream) + ("/state" if state else "")
         typer.echo(json.dumps(client.request("GET", path), indent=2))
 
 
@@ -127,20 +107,16 @@ def delete_streams(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Delete one stream, or all streams with a prefix."""
+    from carry_client import stream_path
+
     _confirm(model, stream, prefix, yes, "Delete {}?")
     with _service(url) as client:
         if stream is not None:
-            client.request("DELETE", _path(model, stream))
+            client.request("DELETE", stream_path(model, stream))
             typer.echo(f"deleted {stream}")
             return
-        deleted: int = 0
-        cursor: str | None = ""
-        with show_progress("deleting") as show:
-            while cursor is not None:
-                options: Any = {"prefix": prefix or "", "limit": DELETE_LIMIT, "cursor": cursor}
-                page: Any = client.request("DELETE", _path(model), params=options)
-                deleted, cursor = deleted + page["deleted"], page["cursor"]
-                show(deleted)
+        with show_progress("deleting"):
+            deleted = client.model(model).delete_streams(prefix or "")
         typer.echo(f"deleted {deleted:,} streams")
 
 
@@ -157,16 +133,19 @@ def reset_streams(
     A stream is deleted only if it has not changed since its version was read; its next chunk then
     starts at position 0. Streams of the version that is served now are kept.
     """
+    from carry_client import model_path, stream_path
+
     _confirm(model, stream, prefix, yes, "Delete {}, if another version wrote the state?")
     outcomes: Counter[str] = Counter()
     # a failure ends the command; a second run continues from there
     with _service(url) as client, ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        served: Any = client.request("GET", _path(model).removesuffix("/streams"))
+        served: Any = client.request("GET", model_path(model))
 
         def reset(name: str) -> str:
-            return _reset(client, _path(model, name), served["fingerprint"])
+            return _reset(client, stream_path(model, name), served["fingerprint"])
 
-        names = list(_names(client, model, prefix or "")) if stream is None else [stream]
+        named = client.model(model).streams(prefix or "") if stream is None else [stream]
+        names = list(named)
         with show_progress("resetting", len(names)) as show:
             for first in range(0, len(names), PAGE_STREAMS):
                 for outcome in pool.map(reset, names[first : first + PAGE_STREAMS]):

@@ -74,7 +74,7 @@ async def test_list_and_show(carry: Commands) -> None:
 async def test_delete_one_or_all_with_a_prefix(
     carry: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.commands.streams.DELETE_LIMIT", 20)
+    monkeypatch.setattr("carry_client.models.DELETE_LIMIT", 20)
     await carry.fill(*MANY, "other")
     deleted = await carry("delete", "probe", "other", "--yes")
     assert (deleted.exit_code, deleted.stdout) == (0, "deleted other\n")
