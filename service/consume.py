@@ -13,7 +13,7 @@ import structlog
 from service.build import build_pipeline
 from service.consumers.config import ConsumerConfig
 from service.consumers.consumer import Consumer
-from service.consumers.metrics import metrics_of_consumer, metrics_of_relay
+from service.consumers.metrics import TopicMetrics
 from service.consumers.relay import Relay, Target
 from service.consumers.repartition import Repartitioner
 from service.consumers.shared_topics import SharedTopics
@@ -60,10 +60,10 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
                 host, port, checks, lambda: (recorder.render(), recorder.content_type)
             )
             log.info("port_bound", host=host, port=await stack.enter_async_context(serving))
-        metrics = [metrics_of_consumer(recorder.registry, consumer, config.source)]
+        metrics = [TopicMetrics(recorder.registry, consumer, config.source, "consumer")]
         if relay is not None:
             stack.push_async_callback(relay.target.close)
-            metrics.append(metrics_of_relay(recorder.registry, relay, config.sink))
+            metrics.append(TopicMetrics(recorder.registry, relay, config.sink, "relay"))
         for each in metrics:
             stack.callback(asyncio.create_task(each.run()).cancel)
         log.info("ready", model=config.model, source=config.source, sink=config.sink)

@@ -245,10 +245,12 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "model_type":
             part = _PARTS[problem["ctx"]["class_name"]]
             message = f"expected a mapping of {', '.join(part.model_fields)}"
+        if message[1:2].islower():
+            message = f"{message[0].lower()}{message[1:]}"
         # values of a webhook may be secret
         shows_value = problem["type"] != "missing" and place.partition(".")[0] not in (
             "",
             "webhook",
         )
         got = f", got {problem['input']!r}" if shows_value else ""
-        yield f"{place}: {message[0].lower()}{message[1:]}{got}".removeprefix(": ")
+        yield f"{place}: {message}{got}".removeprefix(": ")

@@ -49,6 +49,35 @@ class Event(msgspec.Struct, eq=False):
     is_alone: bool = False
 
 
+class StreamNames:
+    """Reads the names of the streams of entries.
+
+    Attributes:
+        field: the field with the name; empty if all entries are of one stream.
+    """
+
+    def __init__(self, config: ConsumerConfig):
+        self._constant = config.constant_stream
+        self.field = (config.stream.field or "").encode()
+
+    def read(self, values: Mapping[bytes, bytes]) -> str:
+        """The name of the stream of an entry with these fields.
+
+        Raises:
+            InvalidInput, InvalidName: naming the field.
+        """
+        if self._constant is not None:
+            return self._constant
+        name = values.get(self.field)
+        if name is None:
+            raise _missing(self.field, values)
+        stream = name.decode("latin-1")
+        if not is_stream_name(stream):
+            place = self.field.decode()
+            raise InvalidName(f"{place}: expected {STREAM_NAME_RULE}, got {stream[:300]!r}")
+        return stream
+
+
 class EventReader:
     """Reads the entries of a topic for one model.
 
@@ -59,7 +88,7 @@ class EventReader:
     def __init__(self, artifact: Artifact, config: ConsumerConfig, settings: RequestSettings):
         self._reader = RequestReader(artifact, settings)
         self._reader.check_accepts_chunks()
-        self._stream, self._constant = _bytes_of(config.stream.field), config.constant_stream
+        self._names = StreamNames(config)
         self._event = _bytes_of(config.event.field)
         self._position = _bytes_of(config.position)
         self._is_json = config.event.format == "json"
@@ -77,11 +106,10 @@ class EventReader:
 
     def stream(self, fields: Sequence[bytes]) -> str | None:
         """The name of an entry's stream; None if it names none that is allowed."""
-        if self._constant is not None:
-            return self._constant
-        name = dict(zip(fields[::2], fields[1::2], strict=False)).get(self._stream or b"")
-        text = None if name is None else name.decode("latin-1")
-        return text if text is not None and is_stream_name(text) else None
+        try:
+            return self._names.read(dict(zip(fields[::2], fields[1::2], strict=False)))
+        except CarryError:
+            return None
 
     def read(self, entry: Entry) -> Event:
         """Read an entry.
@@ -101,15 +129,7 @@ class EventReader:
     def _read(self, entry: Entry) -> Event:
         fields = entry.fields or ()
         values = dict(zip(fields[::2], fields[1::2], strict=False))
-        stream = self._constant
-        if stream is None:
-            name = values.get(self._stream or b"")
-            if name is None:
-                raise _missing(self._stream, values)
-            stream = name.decode("latin-1")
-            if not is_stream_name(stream):
-                place = (self._stream or b"").decode()
-                raise InvalidName(f"{place}: expected {STREAM_NAME_RULE}, got {stream[:300]!r}")
+        stream = self._names.read(values)
         position = None
         if self._position is not None and (digits := values.get(self._position)) is not None:
             position = _parse_position(self._position, digits)
@@ -117,7 +137,7 @@ class EventReader:
 
     def _value(self, values: Mapping[bytes, bytes]) -> msgspec.Raw:
         if self._event is None:
-            names = (self._stream, self._position)
+            names = (self._names.field, self._position)
             flat = {
                 _decode(name): _flat_value(value, is_text=name in self._texts)
                 for name, value in values.items()

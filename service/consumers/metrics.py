@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -23,30 +23,27 @@ STATUS_S_PER_TOPIC: Final = 0.02
 this time for each."""
 
 TOPIC: Final = ("topic",)
+Reader = Literal["consumer", "relay"]
+COUNTED: Final[dict[Reader, tuple[str, Sequence[str]]]] = {
+    "consumer": ("events", ("committed", "duplicates", "dead_letters", "deleted")),
+    "relay": ("outputs", ("delivered", "dead_letters", "deleted")),
+}
+"""The entries of each reader, and their results."""
 
 log = structlog.get_logger(__name__)
 
 
 class TopicMetrics:
-    """Metrics of a reader of topics, summed over the partitions; `run` in its event loop.
+    """Metrics of a consumer or a relay, summed over the partitions; `run` in its event loop.
 
     Args:
-        reader: prefix of their names, such as `consumer`.
-        entries: what an entry is, such as `events`.
-        results: of entries.
         topic: the label of their series.
     """
 
     def __init__(
-        self,
-        registry: CollectorRegistry,
-        shared: SharedTopics[Any],
-        topic: str,
-        *,
-        reader: str,
-        entries: str,
-        results: Sequence[str],
+        self, registry: CollectorRegistry, shared: SharedTopics[Any], topic: str, reader: Reader
     ):
+        entries, results = COUNTED[reader]
         counter, gauge, _ = makers_of(registry)
         prefix = f"carry_{reader}"
         self._shared = shared
@@ -60,7 +57,7 @@ class TopicMetrics:
         self._counters["losses"] = counter(
             f"{prefix}_topic_losses", "Times that a topic had to be acquired again.", TOPIC
         ).labels(topic)
-        if "delivered" in results:
+        if reader == "relay":
             self._counters["failures"] = counter(
                 f"{prefix}_failures", "Deliveries that failed, each attempt.", TOPIC
             ).labels(topic)
@@ -106,21 +103,3 @@ class TopicMetrics:
         oldest_ms = min((each.oldest_ms for each in statuses if each.oldest_ms), default=None)
         age_s = 0.0 if oldest_ms is None else time.time() - oldest_ms / 1000
         self._oldest.set(max(0.0, age_s))
-
-
-def metrics_of_consumer(
-    registry: CollectorRegistry, shared: SharedTopics[Any], topic: str
-) -> TopicMetrics:
-    """The metrics of a consumer of events."""
-    results = ("committed", "duplicates", "dead_letters", "deleted")
-    return TopicMetrics(
-        registry, shared, topic, reader="consumer", entries="events", results=results
-    )
-
-
-def metrics_of_relay(
-    registry: CollectorRegistry, shared: SharedTopics[Any], topic: str
-) -> TopicMetrics:
-    """The metrics of a relay of outputs."""
-    results = ("delivered", "dead_letters", "deleted")
-    return TopicMetrics(registry, shared, topic, reader="relay", entries="outputs", results=results)

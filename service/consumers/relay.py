@@ -99,6 +99,7 @@ class Relay(SharedTopics["RelayedTopic"]):
         # outputs that were written before the relay's first start are delivered, too
         self.start = "0"
         self.target = target
+        self.deliveries = asyncio.Semaphore(DELIVERIES_AT_ONCE)
 
     def _make_topic(self, keys: TopicKeys) -> RelayedTopic:
         return RelayedTopic(keys, self)
@@ -114,6 +115,7 @@ class RelayedTopic(LeasedTopic):
     def __init__(self, keys: TopicKeys, relay: Relay):
         super().__init__(keys, relay, min_read=relay.target.batch, max_read=relay.target.batch)
         self._target = relay.target
+        self._deliveries = relay.deliveries
         self._interrupted = asyncio.Event()
 
     def release(self) -> None:
@@ -158,7 +160,9 @@ class RelayedTopic(LeasedTopic):
         log.warning(
             "delivery_rejected", topic=self.keys.topic, entry=entry.id.decode(), reason=reason
         )
-        letter = dead_letter(entry, REJECTED, reason, None)
+        fields = entry.fields or ()
+        stream = dict(zip(fields[::2], fields[1::2], strict=True)).get(b"stream", b"")
+        letter = dead_letter(entry, REJECTED, reason, stream.decode("latin-1"))
         return [("dead_letters", TopicItem([entry.id], [letter]))]
 
     async def _deliver_or_reject(self, entries: Sequence[Entry]) -> str | None:
@@ -171,7 +175,8 @@ class RelayedTopic(LeasedTopic):
         while not self._interrupted.is_set():
             shortest_s = 0.0
             try:
-                await self._target.deliver(self.keys.topic, entries)
+                async with self._deliveries:
+                    await self._target.deliver(self.keys.topic, entries)
                 return None
             except DeliveryRejected as error:
                 if self._target.on_error == "continue":

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from service.consumers.config import ConsumerConfig
+from service.consumers.events import StreamNames
 from service.consumers.outputs import MAX_FIELDS, dead_letter
 from service.consumers.shared_topics import LeasedTopic, SharedTopics
-from service.core.errors import CarryError, InvalidInput, InvalidName
-from service.core.values import STREAM_NAME_RULE, StreamKey, is_stream_name
+from service.core.errors import CarryError, InvalidInput
+from service.core.values import StreamKey
 from service.store.keys import KeySpace
 from service.store.topics import Entry, TopicItem, TopicKeys, Topics
 
@@ -70,6 +71,7 @@ class RepartitionedTopic(LeasedTopic):
         super().__init__(keys, shared, min_read=AT_ONCE, max_read=AT_ONCE)
         self._space = space
         self._config = config
+        self._names = StreamNames(config)
 
     async def _process(self, entries: Sequence[Entry]) -> None:
         """Append entries to the topics of their partitions, then acknowledge them."""
@@ -97,15 +99,7 @@ class RepartitionedTopic(LeasedTopic):
 
     def _destination(self, fields: Sequence[bytes]) -> str:
         """The topic of an entry's stream."""
-        stream = self._config.constant_stream
-        if stream is None:
-            name = (self._config.stream.field or "").encode()
-            value = dict(zip(fields[::2], fields[1::2], strict=True)).get(name)
-            if value is None:
-                raise InvalidInput(f"{name.decode()}: expected this field")
-            stream = value.decode("latin-1")
-        if not is_stream_name(stream):
-            raise InvalidName(f"expected {STREAM_NAME_RULE}, got {stream[:300]!r}")
+        stream = self._names.read(dict(zip(fields[::2], fields[1::2], strict=True)))
         if len(fields) > 2 * MAX_FIELDS:
             raise InvalidInput(f"expected at most {MAX_FIELDS} fields, got {len(fields) // 2}")
         partition = self._space.partition(StreamKey(self._config.model, stream))

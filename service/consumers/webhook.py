@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -63,8 +62,8 @@ class Webhook:
     def __init__(self, config: WebhookConfig, *, is_json: bool = True):
         self.batch = config.batch
         self.on_error = config.on_error
-        self._url = config.url
-        self._host = urlsplit(config.url).hostname
+        self._url = str(config.url)
+        self._host = config.url.host
         self._timeout_s = config.timeout_s
         self._is_json = is_json
         self._keys = _signing_keys(read_secret(config.secret, "webhook.secret"))
@@ -130,7 +129,7 @@ class Webhook:
                 reason = str(error) or type(error).__name__
                 raise DeliveryFailed(f"{self._host}: {reason}") from error
         text = " ".join(reply[:SHOWN_BYTES].decode("utf-8", "replace").split())
-        return status, text, retry_after_s
+        return status, "".join(filter(str.isprintable, text)), retry_after_s
 
     async def close(self) -> None:
         """Close the connections."""

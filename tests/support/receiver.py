@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -49,6 +50,8 @@ class Receiver:
     Attributes:
         requests: what arrived, in order.
         accepted: the requests that were answered by a status of success.
+        before: awaited before each reply is decided.
+        in_progress, most_in_progress: requests that await this now, and at most so far.
         answer: decides the reply to a request.
     """
 
@@ -57,6 +60,8 @@ class Receiver:
         self.requests: list[Request] = []
         self.accepted: list[Request] = []
         self.answer: Callable[[Request], Answer] = lambda _: reply()
+        self.before: Callable[[], Awaitable[Any]] = partial(asyncio.sleep, 0)
+        self.in_progress = self.most_in_progress = 0
         self._connections: set[asyncio.Task[None]] = set()
 
     def outputs(self, *, unique: bool = False) -> dict[str, list[tuple[int, dict[str, Any]]]]:
@@ -89,6 +94,12 @@ class Receiver:
                 body = await reader.readexactly(int(headers["content-length"]))
                 request = Request(first, headers, body)
                 self.requests.append(request)
+                self.in_progress += 1
+                self.most_in_progress = max(self.most_in_progress, self.in_progress)
+                try:
+                    await self.before()
+                finally:
+                    self.in_progress -= 1
                 answer = self.answer(request)
                 if answer is None:
                     await reader.read()

@@ -150,14 +150,19 @@ def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
             f"{WEBHOOK}secret: {SECRET}, headers: {{a: \u00e9}}}}",
             "webhook.headers.a: expected print",
         ),
-        (f"{WEBHOOK}secret: {SECRET}, headers: {{'a b': c}}}}", "webhook.headers: expected names"),
+        (
+            f"{WEBHOOK}secret: {SECRET}, headers: {{'a b': c}}}}",
+            "webhook.headers.a b.[key]: string",
+        ),
         (f"{WEBHOOK}secret: {SECRET}, batch: 0}}", "webhook.batch: input should be greater"),
         (
             WEBHOOK.replace("http://h", "ftp://h") + "secret: x}",
-            "webhook.url: expected http://HOST",
+            "webhook.url: URL scheme should be",
         ),
-        (WEBHOOK.replace("http://h", "http://u:p@h") + "secret: x}", "without credentials"),
-        (WEBHOOK.replace("http://h", "http://h:99999") + "secret: x}", "webhook.url: port out of"),
+        (
+            WEBHOOK.replace("http://h", "http://h:99999") + "secret: x}",
+            "webhook.url: input should be a",
+        ),
     ],
 )
 def test_an_invalid_configuration_is_an_error_with_its_place(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import standardwebhooks
 import uvicorn
+from structlog.testing import capture_logs
 
 from models.artifact.artifact import Artifact
 from service.consumers.relay import DELIVERIES_AT_ONCE
@@ -147,7 +148,7 @@ async def test_a_changed_body_or_another_secret_does_not_verify(
     [
         reply(500), reply(503, b"busy"), reply(408), reply(401), reply(404),
         reply(429, retry_after="0"), reply(503, retry_after="Thu, 01 Jan 1970 00:00:00 GMT"),
-        reply(302, location="http://127.0.0.1:9/"), b"garbage\r\n\r\n", b"HTTP/9 what", b"", None,
+        reply(307, location="/outputs"), b"garbage\r\n\r\n", b"HTTP/9 what", b"", None,
     ],
     ids=str,
 )  # fmt: skip
@@ -168,6 +169,21 @@ async def test_failed_deliveries_are_repeated_in_order_with_the_same_id(
         assert positions(receiver) == [*range(10)]
         assert relay.counts == {"delivered": 10, "failures": 6}
     assert not client.exists("scores:dead")
+
+
+@pytest.mark.parametrize("retry_after", ["3000", "Fri, 01 Jan 2100 00:00:00 GMT"])
+async def test_a_receiver_sets_the_pause_which_ends_when_the_relay_stops(
+    server: RealServer, client: Any, retry_after: str
+) -> None:
+    add(client, "scores", output("a", 0))
+    async with receiving() as receiver:
+        receiver.answer = lambda _: reply(429, retry_after=retry_after)
+        with capture_logs() as lines:
+            async with relaying(server.url, webhook=webhook(receiver)) as relay:
+                await becomes(lambda: relay.counts["failures"], "an attempt")
+        [pause_s] = [line["pause_s"] for line in lines if line["event"] == "delivery_failed"]
+        assert 3000 <= pause_s <= 3600
+    assert client.xpending("scores", GROUP)["pending"] == 1
 
 
 async def test_a_status_of_success_confirms_although_the_reply_ends_early(
@@ -214,7 +230,7 @@ async def test_only_the_rejected_output_becomes_a_dead_letter(
     assert positions(receiver) == [*range(13), *range(14, 21)]
     bad, foreign = [fields for _, fields in client.xrange("scores:dead")]
     assert bad[b"position"] == b"13"
-    assert bad[b"carry-code"] == b"delivery_rejected"
+    assert (bad[b"carry-code"], bad[b"carry-stream"]) == (b"delivery_rejected", b"a")
     assert bad[b"carry-reason"] == b"127.0.0.1 returned 422: position 13 is unlucky"
     assert foreign[b"other"] == b"entry"
     assert relay.counts == {"delivered": 20, "dead_letters": 2}
@@ -296,6 +312,29 @@ async def test_the_entries_in_memory_are_bounded(server: RealServer, client: Any
             await becomes(lambda: receiver.count() == 6 * 32, "all outputs")
     for name in names:
         assert positions(receiver, name[7:11]) == [*range(6)]
+
+
+async def test_the_deliveries_in_progress_are_bounded(server: RealServer, client: Any) -> None:
+    names = [f"carry{{p{number:04d}}}:out:scores" for number in range(32)]
+    for name in names:
+        add(client, name, output(name[7:11], 0))
+    async with receiving() as receiver:
+        answers = asyncio.Event()
+        receiver.before = answers.wait
+        partitions = {"partitions": 32}
+        config = webhook(receiver, timeout_s=60)
+        async with relaying(server.url, partitions, partitioned=True, webhook=config):
+
+            def pending() -> int:
+                return sum(
+                    group["pending"] for name in names for group in client.xinfo_groups(name)
+                )
+
+            await becomes(lambda: all(map(client.exists, names)) and pending() == 32, "all reads")
+            await becomes(lambda: receiver.in_progress >= DELIVERIES_AT_ONCE, "requests")
+            answers.set()
+            await becomes(lambda: receiver.count() == 32, "all outputs")
+        assert receiver.most_in_progress == DELIVERIES_AT_ONCE
 
 
 async def test_relays_share_the_topics_of_partitions(server: RealServer, client: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from models.spec.state import State
-from service.consumers.metrics import metrics_of_consumer, metrics_of_relay
+from service.consumers.metrics import TopicMetrics
 from service.consumers.shared_topics import SharedTopics
 from service.core.errors import Conflict, StoreRefused
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
@@ -133,8 +133,8 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     sampler.sample()
     sampler.record_streams({})
     shared = cast(SharedTopics[Any], SimpleNamespace(counts={}, count_owned=lambda: 0))
-    metrics_of_consumer(recorder.registry, shared, "events").sample()
-    metrics_of_relay(recorder.registry, shared, "scores").sample()
+    TopicMetrics(recorder.registry, shared, "events", "consumer").sample()
+    TopicMetrics(recorder.registry, shared, "scores", "relay").sample()
     page = (ROOT / "docs/reference/metrics.md").read_text()
     documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")
