@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
@@ -113,6 +114,28 @@ async def test_topics_move_a_few_at_a_time(
 
             await becomes(is_shared, "a rebalance")
     assert max(released) <= 1
+
+
+async def test_a_topic_that_frees_memory_does_not_pass_those_that_wait(
+    server: RealServer, artifact: Artifact
+) -> None:
+    async with consuming(server.url, artifact) as consumer:
+        await becomes(lambda: len(owned(consumer)) == 1, "the topic")
+        consumer.stop()
+        await becomes(lambda: not owned(consumer), "its release")
+        order: list[str] = []
+
+        async def take(name: str) -> None:
+            await consumer.reserve(1)
+            order.append(name)
+
+        await consumer.reserve(10**9)
+        waiting = asyncio.create_task(take("waiting"))
+        await asyncio.sleep(0)
+        consumer.release(2)
+        await take("passing")
+        await waiting
+    assert order == ["waiting", "passing"]
 
 
 async def test_partitions_on_a_cluster(shared_cluster: Cluster, artifact: Artifact) -> None:
