@@ -6,6 +6,7 @@ than a tenth of the time, so that documents of any length are encoded at once.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -58,6 +59,16 @@ def count_values(value: Any) -> int:
         elif kind is dict or kind is list or kind is tuple or kind is CountedList:
             count += count_values(each)
     return count
+
+
+async def encode_in_turns(document: Any) -> bytes:
+    """Encode a document while the event loop runs between its pieces."""
+    pieces: list[bytes] = []
+    for piece in encode_pieces(document):
+        if pieces:
+            await asyncio.sleep(0)
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def encode_pieces(document: Any) -> Iterator[bytes]:

@@ -25,7 +25,7 @@ from websockets.frames import CloseCode
 from service.access.caller import Caller
 from service.codec.frames import Frame, read_envelope
 from service.codec.media import Media, dumps
-from service.codec.pieces import LONG_VALUES, encode_pieces
+from service.codec.pieces import LONG_VALUES, encode_in_turns
 from service.codec.reply_writer import EVERY_STEP, ReplyOptions
 from service.core.errors import CarryError, Unauthenticated
 from service.core.tracing import RequestSpan
@@ -291,15 +291,11 @@ class Session:
         if entry.media is Media.MSGPACK or (is_short and self.options == EVERY_STEP):
             self._answer(entry, dumps(entry.media, outcome))
         else:
-            self._run(self._write_in_pieces(entry, outcome))
+            self._run(self._encode_in_turns(entry, outcome))
 
-    async def _write_in_pieces(self, entry: Entry, outcome: Mapping[str, Any]) -> None:
-        """Encode an outcome in JSON in pieces, while the event loop runs."""
-        pieces = []
-        for piece in encode_pieces(outcome):
-            pieces.append(piece)
-            await asyncio.sleep(0)
-        self._answer(entry, b"".join(pieces))
+    async def _encode_in_turns(self, entry: Entry, outcome: Mapping[str, Any]) -> None:
+        """Encode a long outcome in JSON, and send it when it is its turn."""
+        self._answer(entry, await encode_in_turns(outcome))
         self._note_progress()
 
     def _answer(self, entry: Entry, frame: bytes) -> None:

@@ -19,10 +19,8 @@ from starlette.types import Receive, Scope, Send
 from service.access.caller import Verb
 from service.codec.field_rules import MAX_POSITION
 from service.codec.media import Media, dumps
-from service.codec.pieces import encode_pieces
-from service.codec.reply_writer import (
-    ReplyOptions,
-)
+from service.codec.pieces import encode_in_turns
+from service.codec.reply_writer import ReplyOptions
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.transports.v1.call import Call, invalid_value
@@ -164,15 +162,11 @@ class _EventWriter:
         """An event of outputs, encoded once for all watches of the stream with these options."""
         outputs = self._writer.outputs(event.outputs, self._options)
         document = {**self._names, "from": event.start, **_head(event.head), "outputs": outputs}
-        pieces: list[bytes] = []
         async with self._lock:
             if (encoded := event.encoded.get(self._encoding)) is not None:
                 return encoded
-            for piece in encode_pieces(document):
-                if pieces:
-                    await asyncio.sleep(0)
-                pieces.append(piece)
-            encoded = _event_text(b"outputs", event.head.position, b"".join(pieces))
+            data = await encode_in_turns(document)
+            encoded = _event_text(b"outputs", event.head.position, data)
             event.encoded[self._encoding] = encoded
         return encoded
 
