@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 from models.artifact.writing import write_artifact
+from service.access import key_cache, limits
 from service.telemetry.access_log import access_log
 from tests.support.browser import running_browser
 from tests.support.event_loop import EventLoop
@@ -80,6 +81,14 @@ def access_log_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that a test runs in this process configures the access log for that test alone."""
     for name in ("level", "render", "write"):
         monkeypatch.setattr(access_log, name, getattr(access_log, name))
+
+
+@pytest.fixture(autouse=True)
+def store_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine suspends stores: keys that exist are read nevertheless, and what a key spends
+    meanwhile counts."""
+    monkeypatch.setattr(key_cache, "READ_S", 60.0)
+    monkeypatch.setattr(limits, "RENEW_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ async def worker(
 ) -> AsyncIterator[Pipeline]:
     """One worker's pipeline on a store of its own connections."""
     store = store or RedisStore(
-        StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_s=idle_ttl_s, store_wait_s=5)
+        StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_s=idle_ttl_s, store_wait_s=60)
     )
     pipeline = Pipeline(
         [ServedModel(artifact, runtime or NumpyRuntime(artifact))],

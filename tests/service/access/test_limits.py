@@ -15,7 +15,6 @@ from random import Random
 import pytest
 from structlog.testing import capture_logs
 
-from service.access import limits
 from service.access.limits import KeyLimiter, KeyLimiters, KeyLimits
 from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
 from service.store.capabilities import Lease, LeaseRequest, RateLeases
@@ -105,7 +104,6 @@ async def start(
         text = text.replace(own, tests)
     text = b"local function return_nothing() end\n" + text
     script = Script(text, hashlib.sha1(text).hexdigest())
-    monkeypatch.setattr(limits, "RENEW_TIMEOUT_S", 60.0)
     async with AsyncExitStack() as stack:
         stores = [await stack.enter_async_context(opened(store_url)) for _ in range(10)]
         for store in stores:

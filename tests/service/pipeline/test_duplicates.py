@@ -37,7 +37,7 @@ async def test_duplicate_gets_the_stored_or_the_computed_reply(
 ) -> None:
     """Where no reply is kept, only a worker that computed the very chunk has one."""
     rows = rows_of(np.random.default_rng(55), 12)
-    settings = StoreSettings(store_url, reply_max_bytes=reply_max_bytes, store_wait_s=5)
+    settings = StoreSettings(store_url, reply_max_bytes=reply_max_bytes, store_wait_s=60)
     store = OvertakenStore(settings)
     async with (
         worker(store_url, artifact, store=store) as one,

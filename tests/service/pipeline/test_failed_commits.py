@@ -31,7 +31,7 @@ class FullStore(RedisStore):
 async def test_chunks_whose_commit_failed_are_freed(store_url: str, tmp_path: Path) -> None:
     """Their error refers to them by its traceback, and they refer to it by their ticket."""
     artifact, rows = make_artifact(tmp_path), rows_of(np.random.default_rng(52), 2)
-    store = FullStore(StoreSettings(store_url, store_wait_s=5))
+    store = FullStore(StoreSettings(store_url, store_wait_s=60))
     before = count_jobs()
     async with worker(store_url, artifact, store=store) as one:
         for _ in range(5):

@@ -195,7 +195,7 @@ async def test_chunks_after_a_commit_that_was_not_written_are_re_evaluated(
     store_url: str, artifact: Artifact, error: CarryError | None
 ) -> None:
     rows, counts = rows_of(np.random.default_rng(32), 12), Counts()
-    store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, error)
+    store = FailingStore(StoreSettings(store_url, store_wait_s=60), 8, error)
     async with worker(store_url, artifact, counts, store=store) as one:
         replies: list[Any] = await asyncio.gather(
             *(send(one, "chain", rows[at : at + 4], at) for at in (0, 4, 8)),

@@ -117,7 +117,7 @@ async def workers(
     """Two workers over one store; what one has in its cache goes stale when the other goes on."""
     running = []
     for _ in range(2):
-        store = RedisStore(StoreSettings(pipeline_server.url, store_wait_s=5))
+        store = RedisStore(StoreSettings(pipeline_server.url, store_wait_s=60))
         pipeline = Pipeline(
             [numpy_served(artifact) for artifact in artifacts.values()],
             store,

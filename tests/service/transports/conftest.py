@@ -8,7 +8,6 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
-from service.access import limits
 from service.pipeline.watching import Watches
 from service.transports.live.watching import add_watching
 from tests.service.transports.doors import add_all
@@ -16,12 +15,6 @@ from tests.service.transports.v1.harness import Harness, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
-
-
-@pytest.fixture(autouse=True)
-def leases_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a key spends while the store is slow counts, too: otherwise it may be leased again."""
-    monkeypatch.setattr(limits, "RENEW_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture(scope="module")

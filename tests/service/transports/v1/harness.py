@@ -141,7 +141,7 @@ async def harness(
             that has no keys at all.
         extend: adds routes to the application.
     """
-    settings = StoreSettings(server.url, store_wait_s=5)
+    settings = StoreSettings(server.url, store_wait_s=60)
     peek = server.client()
     peek.flushall()
     store = FaultyStore(RedisStore(settings), StoredStates(peek, settings.keys))
