@@ -6,17 +6,18 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Protocol
 
 import structlog
 
 from service.build import build_pipeline
 from service.consumers.config import ConsumerConfig
 from service.consumers.consumer import Consumer
-from service.consumers.metrics import TopicMetrics
+from service.consumers.kafka import KafkaSource
+from service.consumers.kafka_sink import KafkaSink
+from service.consumers.metrics import KafkaMetrics, TopicMetrics
 from service.consumers.relay import Relay, Target
 from service.consumers.repartition import Repartitioner
-from service.consumers.shared_topics import SharedTopics
 from service.consumers.store import TopicStore
 from service.consumers.webhook import Webhook
 from service.core.values import Check
@@ -25,6 +26,16 @@ from service.store.redis.redis_store import RedisStore
 from service.transports.common.health_port import health_port
 
 log = structlog.get_logger(__name__)
+
+
+class Reader(Protocol):
+    """What reads topics in this process."""
+
+    async def run(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def check(self) -> Check: ...
 
 
 async def consume(settings: Settings, config: ConsumerConfig, port: int | None) -> None:
@@ -40,34 +51,44 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
     service = build_pipeline(settings, store=store, model=config.model)
     consumer, recorder = Consumer(service, store, config), service.recorder
     relay = make_relay(settings, config, store)
+    source = None
+    if config.kafka_source is not None:
+        source = KafkaSource(store, settings.store.keys, config)
+    readers: list[Reader] = [each for each in (consumer, relay, source) if each is not None]
 
     async def checks() -> Sequence[Check]:
-        found = [*await service.pipeline.readiness(), consumer.check()]
-        return found if relay is None else [*found, relay.check("relay")]
+        return [*await service.pipeline.readiness(), *[each.check() for each in readers]]
 
     def stop() -> None:
-        consumer.stop()
-        if relay is not None:
-            relay.stop()
+        for each in readers:
+            each.stop()
 
     _stop_on_signals(stop)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(service)
         await consumer.check_topics()
+        if source is not None:
+            await source.check_topic()
+        if relay is not None:
+            await relay.target.check()
         if port is not None:
             host = settings.http.admin_host or settings.http.host
             serving = health_port(
                 host, port, checks, lambda: (recorder.render(), recorder.content_type)
             )
             log.info("port_bound", host=host, port=await stack.enter_async_context(serving))
-        metrics = [TopicMetrics(recorder.registry, consumer, config.source, "consumer")]
+        metrics: list[TopicMetrics | KafkaMetrics] = [
+            TopicMetrics(recorder.registry, consumer, config.input, "consumer")
+        ]
         if relay is not None:
             stack.push_async_callback(relay.target.close)
-            metrics.append(TopicMetrics(recorder.registry, relay, config.sink, "relay"))
+            metrics.append(TopicMetrics(recorder.registry, relay, config.output, "relay"))
+        if source is not None:
+            metrics.append(KafkaMetrics(recorder.registry, source, config.input))
         for each in metrics:
             stack.callback(asyncio.create_task(each.run()).cancel)
         log.info("ready", model=config.model, source=config.source, sink=config.sink)
-        await _run_all([consumer] if relay is None else [consumer, relay])
+        await _run_all(readers)
     log.info("stopped", **consumer.counts, **({} if relay is None else {"relay": relay.counts}))
 
 
@@ -77,14 +98,18 @@ def make_relay(settings: Settings, config: ConsumerConfig, store: RedisStore) ->
     Raises:
         OperatorError: the target cannot be made.
     """
-    if config.webhook is None:
+    target: Target
+    if config.webhook is not None:
+        target = Webhook(config.webhook, is_json=config.outputs == "json")
+    elif config.kafka_sink is not None:
+        target = KafkaSink(config.kafka_sink, config.kafka)
+    else:
         return None
-    target: Target = Webhook(config.webhook, is_json=config.outputs == "json")
     keys = config.outboxes(settings.store.keys, is_cluster=settings.store.is_cluster)
     return Relay(store.topics, keys, config, target)
 
 
-async def _run_all(readers: Sequence[SharedTopics[Any]]) -> None:
+async def _run_all(readers: Sequence[Reader]) -> None:
     """Run readers until all of them are stopped; if one fails, stop the others and raise."""
     tasks = [asyncio.create_task(each.run()) for each in readers]
     try:
@@ -120,6 +145,20 @@ async def repartition(settings: Settings, config: ConsumerConfig, port: int | No
             log.info("port_bound", host=host, port=await stack.enter_async_context(serving))
         await mover.run()
     log.info("stopped", **mover.counts)
+
+
+async def reset_offsets(settings: Settings, config: ConsumerConfig, start: str) -> None:
+    """Continue to read a topic of Kafka at its beginning or its end.
+
+    Raises:
+        OperatorError, StoreUnavailable, StoreRefused: not everything was changed.
+    """
+    store = RedisStore(settings.store)
+    await store.start()
+    try:
+        await KafkaSource(store, settings.store.keys, config).reset(start)
+    finally:
+        await store.close()
 
 
 def _stop_on_signals(stop: Callable[[], None]) -> None:

@@ -51,6 +51,13 @@ def consume(
             "--repartition", help="Only move the events to the topics of their partitions."
         ),
     ] = False,
+    reset_offsets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="beginning|end",
+            help="Only set where reading of the Kafka topic continues, in all its partitions.",
+        ),
+    ] = None,
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="Port of health and metrics; 0: any. Default: none."),
@@ -82,7 +89,9 @@ def consume(
     flags = {"redis_url": redis_url, "models_dir": models, "data_dir": data_dir}
     if repartition:
         overrides["to"] = sink or "-"
-    _run(_read(paths, overrides), port, flags, repartition=repartition)
+    if reset_offsets not in (None, "beginning", "end"):
+        raise typer.BadParameter(f"expected beginning or end, got {reset_offsets!r}")
+    _run(_read(paths, overrides), port, flags, repartition=repartition, reset_offsets=reset_offsets)
 
 
 def _read(paths: list[str], overrides: dict[str, Any]) -> ConsumerConfig:
@@ -96,12 +105,18 @@ def _read(paths: list[str], overrides: dict[str, Any]) -> ConsumerConfig:
 
 
 def _run(
-    config: ConsumerConfig, port: int | None, flags: dict[str, Any], *, repartition: bool
+    config: ConsumerConfig,
+    port: int | None,
+    flags: dict[str, Any],
+    *,
+    repartition: bool,
+    reset_offsets: str | None,
 ) -> None:
     import uvloop
 
     from service.consume import consume as consume_until_stopped
     from service.consume import repartition as repartition_until_stopped
+    from service.consume import reset_offsets as reset_offsets_to
     from service.settings import Settings
     from service.store.embedded import running_valkey
     from service.telemetry.logs import configure_logs
@@ -113,6 +128,9 @@ def _run(
         if store.redis_url is None:
             valkey = running_valkey(store.data_dir, fsync=store.durability == "fsync")
             settings = settings.changed(redis_url=stack.enter_context(valkey))
+        if reset_offsets is not None:
+            uvloop.run(reset_offsets_to(settings, config, reset_offsets))
+            return
         if port is None:
             port = settings.http.admin_port
         run = repartition_until_stopped if repartition else consume_until_stopped
@@ -132,7 +150,7 @@ def _show_status(
 
     async def show(store: Any) -> None:
         topics = config.topics(space, is_cluster=store.is_cluster)
-        if config.webhook is not None:
+        if config.has_relay:
             topics += config.outboxes(space, is_cluster=store.is_cluster)
 
         async def read(keys: TopicKeys) -> tuple[float, TopicStatus | None]:

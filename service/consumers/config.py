@@ -16,6 +16,13 @@ from pydantic import (
     ValidationError,
 )
 
+from service.consumers.kafka_config import (
+    PREFIX,
+    KafkaTopic,
+    Property,
+    check_properties,
+    parse_topic,
+)
 from service.consumers.webhook_config import Secret, WebhookConfig
 from service.core.errors import OperatorError
 from service.core.values import STREAM_NAME_RULE, is_stream_name
@@ -23,6 +30,7 @@ from service.store.keys import KeySpace
 from service.store.topics import TopicKeys, TopicRecord
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TopicName = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 NamePart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
 
 
@@ -40,7 +48,8 @@ class StreamSource(_Part):
     """The one stream of all entries."""
 
     key: bool = False
-    """Whether the name is the entry's key: of a Redis stream its own name."""
+    """Whether the name is the entry's key: of a record of Kafka, its key; of an entry of a Redis
+    stream, the stream's own name."""
 
     def model_post_init(self, _: Any) -> None:
         if (self.field is not None) + (self.constant is not None) + self.key != 1:
@@ -70,11 +79,11 @@ class ConsumerConfig(_Part):
     model: Name
     """The model that computes the outputs."""
 
-    source: Annotated[Name, Field(alias="from")]
+    source: Annotated[TopicName, Field(alias="from")]
     """The input topic, a Redis stream with the events; with `partitioned`, the last part of
-    `carry{p0017}:in:NAME`."""
+    `carry{p0017}:in:NAME`. Or a topic of Kafka, `kafka://HOST:PORT/TOPIC`."""
 
-    sink: Annotated[Name, Field(alias="to")]
+    sink: Annotated[TopicName, Field(alias="to")]
     """The output topic; with `partitioned`, the last part of `carry{p0017}:out:NAME`."""
 
     dead_letters: Name | None = None
@@ -125,19 +134,76 @@ class ConsumerConfig(_Part):
     webhook: WebhookConfig | None = None
     """Where the outputs are posted, too."""
 
+    kafka: dict[str, Property] = {}
+    """Properties of the Kafka clients (librdkafka), such as `security.protocol`; a secret is
+    `{env: NAME}` or `{file: PATH}`."""
+
+    tombstones: Literal["dead_letter", "skip"] = "dead_letter"
+    """What becomes of Kafka records without a value."""
+
     def model_post_init(self, _: Any) -> None:
-        if self.webhook is not None and self.keep:
+        if self.has_relay and self.keep:
             raise ValueError(
-                "keep: expected 0 with `webhook`, since outputs that are not delivered would be "
-                "removed; `delete: true` in `webhook` removes what is delivered"
+                "keep: expected 0 with `webhook` or a topic of Kafka, since outputs that are not "
+                "delivered would be removed; `delete: true` in `webhook` removes what is delivered"
             )
-        if self.stream.key and not is_stream_name(self.source):
+        if self.webhook is not None and self.kafka_sink is not None:
+            raise ValueError("to: expected a topic of the store with `webhook`, got one of Kafka")
+        check_properties(self.kafka)
+        if self.kafka_source is not None:
+            if self.event.field is None:
+                raise ValueError("event: expected a field with a topic of Kafka, got null")
+        elif self.stream.key and not is_stream_name(self.source):
             raise ValueError(f"from: expected with `stream: key` {STREAM_NAME_RULE}")
 
     @property
     def constant_stream(self) -> str | None:
         """The one stream of all entries; None if each names its own."""
-        return self.source if self.stream.key else self.stream.constant
+        is_own_name = self.stream.key and self.kafka_source is None
+        return self.source if is_own_name else self.stream.constant
+
+    @property
+    def stream_field(self) -> str | None:
+        """The field of an entry with the name of its stream; None if it is constant."""
+        is_key = self.stream.key and self.kafka_source is not None
+        return "stream" if is_key else self.stream.field
+
+    @property
+    def kafka_source(self) -> KafkaTopic | None:
+        """The topic of Kafka that the events come from, if they do."""
+        return parse_topic(self.source)
+
+    @property
+    def kafka_group(self) -> str:
+        """The consumer group of Kafka, one for each model."""
+        return f"{self.group}-{self.model}"
+
+    @property
+    def input(self) -> str:
+        """The name of the input topic in the store. Of a topic of Kafka each group has its own."""
+        topic = self.kafka_source
+        return self.source if topic is None else f"{topic.name}.{self.kafka_group}"
+
+    @property
+    def kafka_sink(self) -> KafkaTopic | None:
+        """The topic of Kafka that the outputs are delivered to, if they are."""
+        return parse_topic(self.sink)
+
+    @property
+    def has_relay(self) -> bool:
+        """Whether the outputs are delivered to a target outside the store."""
+        return self.webhook is not None or self.kafka_sink is not None
+
+    @property
+    def output(self) -> str:
+        """The name of the output topic in the store; from there a relay delivers to Kafka."""
+        topic = self.kafka_sink
+        return self.sink if topic is None else f"{topic.name}.{self.kafka_group}"
+
+    @property
+    def deletes(self) -> bool:
+        """Whether acknowledged entries are deleted: those of records of Kafka always are."""
+        return self.delete or self.kafka_source is not None
 
     def record(self, *, is_cluster: bool) -> TopicRecord:
         """What the consumer group reads and writes.
@@ -151,8 +217,9 @@ class ConsumerConfig(_Part):
                 "partitioned: expected true, since the keys of a topic and of its streams must be "
                 "in one slot of the cluster; `carry produce` writes to the right partition"
             )
-        dead_letters = self.dead_letters or (self.source if partitioned else f"{self.source}:dead")
-        names = self.source, self.sink, dead_letters
+        source = self.input
+        dead_letters = self.dead_letters or (source if partitioned else f"{source}:dead")
+        names = source, self.output, dead_letters
         if not partitioned and len({*names}) < len(names):
             got = "{!r}, {!r} and {!r}".format(*names)
             raise OperatorError(f"from, to, dead_letters: expected different topics, got {got}")
@@ -165,7 +232,7 @@ class ConsumerConfig(_Part):
             OperatorError: as for `record`.
         """
         record = self.record(is_cluster=is_cluster)
-        return record.keys(space, self.keep, deletes=self.delete)
+        return record.keys(space, self.keep, deletes=self.deletes)
 
     def outboxes(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
         """The keys by which a relay reads the output topics.
@@ -173,7 +240,7 @@ class ConsumerConfig(_Part):
         Raises:
             OperatorError: as for `topics`.
         """
-        deletes = self.webhook is not None and self.webhook.delete
+        deletes = self.kafka_sink is not None or bool(self.webhook and self.webhook.delete)
         names = [keys.outputs for keys in self.topics(space, is_cluster=is_cluster)]
         group = f"{self.group}/relay"
         return [TopicKeys.of(name, name, f"{name}:dead", group, deletes=deletes) for name in names]
@@ -208,6 +275,8 @@ def read_any_config(path: Path | None, overrides: Mapping[str, Any]) -> Consumer
         return read_config(path, overrides)
     if overrides.get("from") is None:
         raise OperatorError("expected a configuration, or --from TOPIC")
+    if overrides["from"].startswith(PREFIX):
+        raise OperatorError("expected a configuration, since the topic is one of Kafka")
     return make_config({"model": "-", "to": "-"}, "options", overrides)
 
 

@@ -57,11 +57,14 @@ class Consumer(SharedTopics[OwnedTopic]):
         self._places = min(places, batching.max_queue)
         super().__init__(
             store.topics,
-            self._record.keys(settings.store.keys, config.keep, deletes=config.delete),
+            self._record.keys(settings.store.keys, config.keep, deletes=config.deletes),
             config,
-            pool=f"{config.group}:{config.source}",
+            pool=f"{config.group}:{config.input}",
             room=EVENTS_PER_CHUNK * self._places,
         )
+        if config.kafka_source is not None:
+            # where Kafka is read from decides what is in the topic
+            self.start = "0"
         self._pipeline = pipeline
         self._committers = store.committers
         self._config = config
@@ -86,11 +89,11 @@ class Consumer(SharedTopics[OwnedTopic]):
         """
         if len(self._keys) > 1:
             return
-        (keys,) = self._keys.values()
+        (keys,), config = self._keys.values(), self._config
         names = {"from": keys.topic, "to": keys.outputs, "dead_letters": keys.dead_letters}
         for member, name in names.items():
             kind = await self.store.type_of(name)
-            may_be_missing = member != "from" or self._config.create
+            may_be_missing = member != "from" or config.create or config.kafka_source is not None
             if kind != "stream" and not (kind == "none" and may_be_missing):
                 hint = ", or --create" if kind == "none" else ""
                 got = "nothing" if kind == "none" else f"a {kind}"

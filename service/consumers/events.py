@@ -58,7 +58,7 @@ class StreamNames:
 
     def __init__(self, config: ConsumerConfig):
         self._constant = config.constant_stream
-        self.field = (config.stream.field or "").encode()
+        self.field = (config.stream_field or "").encode()
 
     def read(self, values: Mapping[bytes, bytes]) -> str:
         """The name of the stream of an entry with these fields.

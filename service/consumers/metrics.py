@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import structlog
 from prometheus_client import CollectorRegistry
 
+from service.consumers.kafka import KafkaSource
 from service.consumers.shared_topics import SharedTopics
 from service.core.errors import CarryError
 from service.store.topics import TopicStatus
@@ -103,3 +104,39 @@ class TopicMetrics:
         oldest_ms = min((each.oldest_ms for each in statuses if each.oldest_ms), default=None)
         age_s = 0.0 if oldest_ms is None else time.time() - oldest_ms / 1000
         self._oldest.set(max(0.0, age_s))
+
+
+class KafkaMetrics:
+    """Metrics of a source that reads a topic of Kafka; `run` in its event loop.
+
+    Args:
+        topic: the label of their series.
+    """
+
+    def __init__(self, registry: CollectorRegistry, source: KafkaSource, topic: str):
+        counter, gauge, _ = makers_of(registry)
+        self._source = source
+        self._topic = topic
+        self._before: Counter[str] = Counter()
+        records = counter(
+            "carry_kafka_records", "Records that were read, by result.", ("topic", "result")
+        )
+        results = ("appended", "redelivered", "skipped")
+        self._counters = {result: records.labels(topic, result) for result in results}
+        self._lag = gauge(
+            "carry_kafka_lag",
+            "Records of a partition that this process reads, and has not read yet.",
+            ("topic", "partition"),
+        )
+
+    async def run(self) -> None:
+        """Sample until it is cancelled."""
+        while True:
+            counts = Counter(self._source.counts)
+            for name, counter in self._counters.items():
+                counter.inc(counts[name] - self._before[name])
+            self._before = counts
+            self._lag.clear()
+            for partition, lag in self._source.lags.items():
+                self._lag.labels(self._topic, partition).set(lag)
+            await asyncio.sleep(SAMPLE_INTERVAL_S)

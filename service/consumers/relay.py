@@ -22,6 +22,7 @@ import structlog
 from service.consumers.config import ConsumerConfig
 from service.consumers.outputs import dead_letter
 from service.consumers.shared_topics import LeasedTopic, SharedTopics
+from service.core.values import Check
 from service.store.topics import Entry, TopicItem, TopicKeys, Topics
 
 DELIVERIES_AT_ONCE: Final = 16
@@ -65,6 +66,13 @@ class Target(Protocol):
     @property
     def on_error(self) -> str: ...
 
+    async def check(self) -> None:
+        """Check, before the first delivery, what can be known of the target.
+
+        Raises:
+            OperatorError
+        """
+
     async def deliver(self, topic: str, entries: Sequence[Entry]) -> None:
         """Deliver entries of a topic in order, and return once all of them are confirmed.
 
@@ -93,13 +101,16 @@ class Relay(SharedTopics["RelayedTopic"]):
     def __init__(
         self, store: Topics, keys: Sequence[TopicKeys], config: ConsumerConfig, target: Target
     ):
-        pool = f"{config.group}/relay:{config.sink}"
+        pool = f"{config.group}/relay:{config.output}"
         room = target.batch * DELIVERIES_AT_ONCE
         super().__init__(store, keys, config, pool=pool, room=room)
         # outputs that were written before the relay's first start are delivered, too
         self.start = "0"
         self.target = target
         self.deliveries = asyncio.Semaphore(DELIVERIES_AT_ONCE)
+
+    def check(self, name: str = "relay") -> Check:
+        return super().check(name)
 
     def _make_topic(self, keys: TopicKeys) -> RelayedTopic:
         return RelayedTopic(keys, self)

@@ -17,10 +17,10 @@ from service.consumers.config import ConsumerConfig
 from service.consumers.events import StreamNames
 from service.consumers.outputs import MAX_FIELDS, dead_letter
 from service.consumers.shared_topics import LeasedTopic, SharedTopics
-from service.core.errors import CarryError, InvalidInput
+from service.core.errors import CarryError, InvalidInput, OperatorError
 from service.core.values import StreamKey
 from service.store.keys import KeySpace
-from service.store.topics import Entry, TopicItem, TopicKeys, Topics
+from service.store.topics import Entry, SourceEntries, TopicItem, TopicKeys, Topics
 
 AT_ONCE: Final = 500
 
@@ -28,6 +28,10 @@ AT_ONCE: Final = 500
 def _keys_of(config: ConsumerConfig) -> TopicKeys:
     """The keys of the topic, on a cluster all in one slot."""
     topic = config.source
+    if config.kafka_source is not None:
+        raise OperatorError(
+            "from: expected a topic of the store, since one of Kafka is partitioned"
+        )
     beside = topic if "{" in topic else f"{{{topic}}}"
     return TopicKeys(
         topic,
@@ -91,7 +95,10 @@ class RepartitionedTopic(LeasedTopic):
                 items.append(("moved", TopicItem([entry.id])))
         try:
             topic, append = self.keys.topic, self._topics.append
-            await asyncio.gather(*[append(name, topic, part) for name, part in parts.items()])
+            calls = {
+                name: [SourceEntries(topic, b"", part[-1].id, part)] for name, part in parts.items()
+            }
+            await asyncio.gather(*[append(name, part) for name, part in calls.items()])
         except CarryError:
             self._shared.release(len(entries))
             raise

@@ -88,6 +88,9 @@ class Webhook:
             trust_env=False,
         )
 
+    async def check(self) -> None:
+        """Do nothing: a receiver may start later."""
+
     async def deliver(self, topic: str, entries: Sequence[Entry]) -> None:
         """Post outputs; see `Target`."""
         body = self._body(topic, entries)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
@@ -152,6 +152,34 @@ class TopicEntry(NamedTuple):
 
     topic: str
     fields: Sequence[str | bytes | int]
+
+
+class SourceEntries(NamedTuple):
+    """The next entries of a source, which are appended to a topic.
+
+    Attributes:
+        source: its name.
+        known: an id that the caller knows to be stored as appended; empty if it knows none.
+        upto: the id up to which these are all entries of the source for this topic.
+    """
+
+    source: str
+    known: bytes
+    upto: bytes
+    entries: Sequence[Entry]
+
+
+class Appended(NamedTuple):
+    """The result of appending entries to a topic.
+
+    Attributes:
+        length: how many entries the topic has now.
+        counts: of each source: how many were appended; None if the store has lost earlier ones, so
+            that nothing of the source was.
+    """
+
+    length: int
+    counts: Sequence[int | None]
 
 
 class ChunkCommit(NamedTuple):
@@ -325,14 +353,22 @@ class Topics(Protocol):
             StoreUnavailable, StoreRefused: some may have been added, or added twice.
         """
 
-    async def append(self, name: str, source: str, entries: Sequence[Entry]) -> None:
-        """Append entries of another topic to a topic, in order, except those that it already has.
+    async def append(self, name: str, parts: Sequence[SourceEntries]) -> Appended:
+        """Append entries of sources to a topic, in order, except those that it already has.
 
-        Calls for one topic must not overlap.
+        Calls for one source must not overlap, but may be repeated at any time.
 
         Raises:
             StoreUnavailable, StoreRefused: they may have been appended; the call may be repeated.
         """
+
+    async def read_sources(self, name: str, sources: Sequence[str]) -> Sequence[bytes | None]:
+        """Read up to which id the entries of sources were appended to a topic."""
+
+    async def write_sources(
+        self, name: str, ids: Mapping[str, bytes], *, only_missing: bool
+    ) -> None:
+        """Store up to which id the entries of sources count as appended to a topic."""
 
     async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
         """Read dead letters behind an id, in order; "-" is in front of all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -33,9 +33,11 @@ from service.store.redis.topic_watch import TopicWatch
 from service.store.topics import (
     CONSUMER,
     NOT_PENDING,
+    Appended,
     Entry,
     ItemResult,
     Ownership,
+    SourceEntries,
     TopicEntry,
     TopicItem,
     TopicKeys,
@@ -328,11 +330,31 @@ class RedisTopics(Topics):
                     "which are duplicates if they have positions"
                 )
 
-    async def append(self, name: str, source: str, entries: Sequence[Entry]) -> None:
-        arguments: list[Argument] = [source]
-        for entry_id, fields in entries:
-            arguments += (entry_id, len(fields or ()), *(fields or ()))
-        read_value(await self._call(self._append_script, [name, f"{name}:sources"], arguments))
+    async def append(self, name: str, parts: Sequence[SourceEntries]) -> Appended:
+        arguments: list[Argument] = []
+        for source, known, upto, entries in parts:
+            arguments += (source, known, upto, len(entries))
+            for entry_id, fields in entries:
+                arguments += (entry_id, len(fields or ()), *(fields or ()))
+        outcome = await self._call(self._append_script, [name, _sources_of(name)], arguments)
+        length, *counts = read_value(outcome)
+        return Appended(length, [None if count < 0 else count for count in counts])
+
+    async def read_sources(self, name: str, sources: Sequence[str]) -> Sequence[bytes | None]:
+        ids: list[bytes | None] = await self._execute(name, "HMGET", _sources_of(name), *sources)
+        return ids
+
+    async def write_sources(
+        self, name: str, ids: Mapping[str, bytes], *, only_missing: bool
+    ) -> None:
+        command = "HSETNX" if only_missing else "HSET"
+        slot = self._router.slot(name)
+        commands = [
+            PendingCommand.of(command, _sources_of(name), source, entry_id, slot=slot)
+            for source, entry_id in ids.items()
+        ]
+        for outcome in await self._router.execute(*commands):
+            read_value(outcome)
 
     async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
         name, start = keys.dead_letters, after if after == "-" else f"({after}"
@@ -373,6 +395,11 @@ class RedisTopics(Topics):
         pending = PendingCommand.of(*command, slot=self._router.slot(key))
         (outcome,) = await self._router.execute(pending)
         return read_value(outcome)
+
+
+def _sources_of(name: str) -> str:
+    """The key of the sources of a topic: up to which id the entries of each were appended."""
+    return f"{name}:sources"
 
 
 def _members_of(reply: Any) -> dict[str, Any]:

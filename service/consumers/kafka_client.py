@@ -1,0 +1,82 @@
+"""Clients of Kafka (librdkafka), their logs, and what a topic is. Needs the extra `kafka`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from service.core.errors import OperatorError
+
+if TYPE_CHECKING:
+    from confluent_kafka import KafkaError
+
+REQUEST_TIMEOUT_S: Final = 5.0
+
+
+class TopicDescription(NamedTuple):
+    """A topic as its brokers describe it.
+
+    Attributes:
+        id: identifies the topic for ever: one that is created again has another.
+        partitions: how many it has.
+    """
+
+    id: str
+    partitions: int
+
+
+def load_library() -> ModuleType:
+    """The library of the clients.
+
+    Raises:
+        OperatorError: it is not installed.
+    """
+    try:
+        import confluent_kafka
+        import confluent_kafka.admin
+    except ImportError as error:
+        raise OperatorError(
+            f"a topic of Kafka needs the extra kafka: pip install 'carry[kafka]' ({error})"
+        ) from error
+    return confluent_kafka
+
+
+def with_logs(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Properties of a client that logs by the logger `kafka`."""
+    return {"log.connection.close": False, **properties, "logger": logging.getLogger("kafka")}
+
+
+def describe_topic(properties: Mapping[str, Any], name: str) -> TopicDescription:
+    """Ask the brokers for a topic.
+
+    Raises:
+        OperatorError: there is none, the client has no right to see it, or no broker answers.
+    """
+    library = load_library()
+    admin = library.admin.AdminClient(dict(properties))
+    topics = library.TopicCollection([name])
+    described = admin.describe_topics(topics, request_timeout=REQUEST_TIMEOUT_S)
+    try:
+        topic = described[name].result()
+    except library.KafkaException as error:
+        raise OperatorError(explain(error.args[0], name)) from error
+    return TopicDescription(str(topic.topic_id), len(topic.partitions))
+
+
+def explain(error: KafkaError, name: str) -> str:
+    """What went wrong with a topic, in a sentence."""
+    code = load_library().KafkaError
+    causes = {
+        code.UNKNOWN_TOPIC_OR_PART: "there is no such topic",
+        code.TOPIC_AUTHORIZATION_FAILED: "the client has no right to use the topic",
+        code.GROUP_AUTHORIZATION_FAILED: "the client has no right to use the consumer group",
+        code.SASL_AUTHENTICATION_FAILED: "the broker rejected the credentials",
+        code._AUTHENTICATION: "the broker rejected the credentials",
+        code._TIMED_OUT: "no broker answers",
+        code._TRANSPORT: "no broker answers",
+        code._ALL_BROKERS_DOWN: "no broker answers",
+    }
+    cause = causes.get(error.code(), "failed")
+    return f"kafka topic {name!r}: {cause} ({error.str()})"

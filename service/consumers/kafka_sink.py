@@ -1,0 +1,128 @@
+"""A topic of Kafka as the target of outputs: records keyed by stream, in order, at least once.
+
+The producer is idempotent, and never sends what follows a record that failed: then all that was not
+confirmed is delivered again, by another producer. So records come twice only with the same stream,
+epoch and position, and those of a stream that come for the first time are in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
+
+from service.consumers.kafka_client import describe_topic, explain, load_library, with_logs
+from service.consumers.kafka_config import KafkaTopic
+from service.consumers.relay import DELIVERIES_AT_ONCE, DeliveryFailed, DeliveryRejected
+from service.store.topics import Entry
+
+if TYPE_CHECKING:
+    from confluent_kafka import KafkaError, Message, Producer
+
+TIMEOUT_S: Final = 15.0
+"""Duration after which a delivery has failed."""
+
+POLL_S: Final = 0.01
+
+
+class KafkaSink:
+    """A target (`service.consumers.relay.Target`) that produces records; `close` after use.
+
+    Raises:
+        OperatorError: the extra is missing, or the configuration is incomplete.
+    """
+
+    batch = 500
+    on_error = "continue"
+
+    def __init__(self, topic: KafkaTopic, properties: Mapping[str, Any]):
+        self._library = load_library()
+        self._topic = topic.name
+        self._properties = with_logs(topic.properties(properties))
+        self._producer: Producer | None = None
+        self._executor = ThreadPoolExecutor(DELIVERIES_AT_ONCE, "kafka-sink")
+        codes = self._library.KafkaError
+        self._of_record = {
+            codes.MSG_SIZE_TOO_LARGE,
+            codes.INVALID_RECORD,
+            codes.INVALID_MSG,
+            codes.INVALID_TIMESTAMP,
+        }
+
+    async def check(self) -> None:
+        """Check that the topic exists.
+
+        Raises:
+            OperatorError
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, describe_topic, self._properties, self._topic)
+
+    async def deliver(self, topic: str, entries: Sequence[Entry]) -> None:
+        """Produce records, and wait until the brokers have confirmed them; see `Target`."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._deliver, entries)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        self._producer = None
+        self._executor.shutdown(wait=False)
+
+    def _deliver(self, entries: Sequence[Entry]) -> None:
+        producer = self._producer = self._producer or self._make_producer()
+        # appended by whichever thread polls
+        reports: list[KafkaError | None] = []
+        reason, sent = "", 0
+        for entry in entries:
+            reason = self._produce(producer, entry, lambda error, _: reports.append(error))
+            if reason:
+                break
+            sent += 1
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while len(reports) < sent and time.monotonic() < deadline_s:
+            producer.poll(POLL_S)
+        errors = [error for error in reports if error is not None]
+        if errors or len(reports) < sent:
+            # nothing is sent behind what failed: another producer starts there
+            if self._producer is producer:
+                self._producer = None
+            producer.purge()
+            if rejected := [each for each in errors if each.code() in self._of_record]:
+                raise DeliveryRejected(explain(rejected[0], self._topic))
+            raise DeliveryFailed(
+                explain(errors[0], self._topic) if errors else "the brokers have not confirmed"
+            )
+        if reason:
+            raise DeliveryRejected(reason)
+
+    def _produce(
+        self, producer: Producer, entry: Entry, on_delivery: Callable[[Any, Message], None]
+    ) -> str:
+        """Hand an output to the producer; returns why it is rejected, if it is."""
+        fields = entry.fields or ()
+        values = dict(zip(fields[::2], fields[1::2], strict=True))
+        key, value = values.pop(b"stream", None), values.pop(b"outputs", None)
+        if value is None:
+            return "the entry is not an output: expected the field `outputs`"
+        headers: list[tuple[str, str | bytes | None]] = [
+            (name.decode("latin-1"), content) for name, content in values.items()
+        ]
+        try:
+            producer.produce(self._topic, value, key, headers=headers, on_delivery=on_delivery)
+        except self._library.KafkaException as error:
+            return explain(error.args[0], self._topic)
+        return ""
+
+    def _make_producer(self) -> Producer:
+        producer: Producer = self._library.Producer(
+            {
+                **self._properties,
+                "acks": "all",
+                "enable.idempotence": True,
+                "enable.gapless.guarantee": True,
+                # given up by `TIMEOUT_S`, all together
+                "message.timeout.ms": 0,
+            }
+        )
+        return producer
