@@ -9,7 +9,12 @@ import msgspec
 import pytest
 
 from service.core.errors import CarryError
-from service.transports.v2.http_body import CutRequest, cut_request, decode_request
+from service.transports.v2.http_body import (
+    MAX_CUT_BYTES,
+    CutRequest,
+    cut_request,
+    decode_request,
+)
 from service.transports.v2.request import InferParameters
 
 TENSOR = '{"name":"inputs","datatype":"FP32","shape":[1,3],"parameters":{"binary_data_size":12}}'
@@ -121,3 +126,12 @@ def test_options_of_parameters_are_cut_for_every_valid_form() -> None:
     assert [msgspec.json.decode(each) for each in not_cut] == [
         {"sequence_id": 1, name: value} for name, value in zip(ignored, (2, "y"), strict=True)
     ]
+
+
+def test_long_parameters_are_not_cut() -> None:
+    """A hostile number takes the decoder of the cut parameters long."""
+    longest = '{"sequence_id":1' + " " * (MAX_CUT_BYTES - 17) + "}"
+    for parameters, is_cut in ((longest, True), (longest.replace(":", ": "), False)):
+        sent = fill(USUAL[0], "1", parameters)
+        assert (cut_request(sent, is_all=False) is not None) is is_cut
+        assert decode_request(sent + ROWS, len(sent), "probe", "").parameters.stream == "1"
