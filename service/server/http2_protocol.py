@@ -112,6 +112,7 @@ class Http2Connection(Connection, asyncio.Protocol):
         self.is_write_paused = False
         self.initial_window = self.window = _DEFAULT_WINDOW
         self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
+            FrameType.DATA: self._receive_data,
             FrameType.HEADERS: self._receive_headers,
             FrameType.RST_STREAM: self._receive_reset,
             FrameType.SETTINGS: self._receive_settings,
@@ -314,23 +315,20 @@ class Http2Connection(Connection, asyncio.Protocol):
             at, self._has_preface = len(PREFACE), True
         while size - at >= 9 and not self._is_lingering:
             head, flags, stream_id = FRAME_HEADER.unpack_from(data, at)
-            end = at + 9 + (head >> 8)
-            if head >> 8 > MAX_FRAME_BYTES:
+            length, kind = head >> 8, head & 255
+            if length > MAX_FRAME_BYTES:
                 raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "a frame is too long")
-            if end > size:
-                break
-            kind, stream_id = head & 255, stream_id & _MAX_WINDOW
-            payload = data[at + 9 : end]
+            begin, at = at, at + 9 + length
+            if at > size:
+                return data[begin:]
             if self._block is not None and kind != FrameType.CONTINUATION:
                 raise Http2Error(ErrorCode.PROTOCOL_ERROR, "expected CONTINUATION")
-            if kind == FrameType.DATA:
-                self._receive_data(flags, stream_id, payload)
-            elif (receive := self._handlers.get(kind)) is not None:
-                receive(flags, stream_id, payload)
-            else:
+            receive = self._handlers.get(kind)
+            if receive is None:
                 # PRIORITY, and unknown types: they are ignored, as the protocol requires
                 self._count_control_frame()
-            at = end
+            else:
+                receive(flags, stream_id & _MAX_WINDOW, data[begin + 9 : at])
             self._work += 1
             if self._work >= WORK_AT_ONCE:
                 self._connections.turns.wait(self._flow, self._continue)

@@ -24,12 +24,8 @@ from service.transports.common.failure_log import log_failure, log_unexpected_fa
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.call import Call
 from service.transports.v2.grpc.infer_stream import OnResponse
-from service.transports.v2.grpc.messages import (
-    CACHED_HEADS,
-    InferMessage,
-    ReplyEncoder,
-    encode_reply,
-)
+from service.transports.v2.grpc.messages import CACHED_HEADS, InferMessage
+from service.transports.v2.grpc.replies import ReplyEncoder, encode_reply
 from service.transports.v2.grpc.status import StatusCode, status_code
 from service.transports.v2.inference import InferCall, Inference, is_of_rows
 from service.transports.v2.request import InferRequest, Signature

@@ -14,7 +14,8 @@ from service.core.errors import CarryError
 from service.transports.common.stream_order import StreamOrder
 from service.transports.v2.grpc.admission import MessageRoom
 from service.transports.v2.grpc.call import Call, Handler
-from service.transports.v2.grpc.messages import InferMessage, error_response
+from service.transports.v2.grpc.messages import InferMessage
+from service.transports.v2.grpc.replies import error_response
 
 WINDOW_BYTES: Final = 1024 * 1024
 """No further request of a call is read while so many bytes of requests are not yet applied."""

@@ -1,44 +1,34 @@
-"""Messages of V2 over gRPC: requests as they are received, and replies.
+"""Requests of V2 over gRPC as they are received.
 
-Messages in the form that clients usually send are read and written without protobuf, which costs
-ten times as much; all others by protobuf.
+Messages in the form that clients usually send are read without protobuf, which costs ten times as
+much; all others by protobuf.
 """
 
 from __future__ import annotations
 
-from binascii import hexlify
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final, TypeVar
 
+import msgspec
 from google.protobuf.message import DecodeError, Message
 from msgspec.structs import replace
 
 from service.access.caller import PREDICT, Caller
 from service.codec.decoding import decode_element, detach_error, invalid
-from service.codec.media import Media, dumps
+from service.codec.media import Media
 from service.core.errors import CarryError, MalformedBody
 from service.core.memo import Memo
-from service.core.values import Reply
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk
-from service.transports.v1.problems import problem
 from service.transports.v2.grpc import v2_pb2 as pb
-from service.transports.v2.grpc.status import status_details
-from service.transports.v2.inference import (
-    VERSION,
-    InferCall,
-    Inference,
-    InferReply,
-    constant_output,
-    reply_to_chunk,
-)
+from service.transports.v2.inference import InferCall, Inference
 from service.transports.v2.request import (
     InferParameters,
     InferRequest,
     Parameter,
     RequestedOutput,
-    Signature,
     parse_parameters,
     parse_sequence_id,
 )
@@ -49,7 +39,6 @@ from service.transports.v2.tensors import (
     MAX_RANK,
     InputTensor,
     Shape,
-    binary_values,
 )
 
 MAX_FIELDS: Final = 1000
@@ -64,12 +53,16 @@ CACHED_HEADS: Final = 4096
 _CONTENTS: Final = {FP32: "fp32_contents", BYTES: "bytes_contents", BOOL: "bool_contents"}
 _INPUTS: Final = pb.ModelInferRequest.INPUTS_FIELD_NUMBER
 _RAW: Final = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
-_LENGTH_DELIMITED: Final = 2
+LENGTH_DELIMITED: Final = 2
 _POSITION: Final = b"\n\x08position\x12"
 _INT64: Final = 2 << 3
-_PARAMETERS_TAG: Final = 4 << 3 | _LENGTH_DELIMITED
-_TENSOR_TAGS: Final = (5 << 3 | _LENGTH_DELIMITED, 6 << 3 | _LENGTH_DELIMITED)
-_RAW_TAG: Final = _RAW << 3 | _LENGTH_DELIMITED
+_NAMES: Final = re.compile(rb"\n[\x01-\x40][a-z0-9_-]+(?:\x12[\x01-\x0c][0-9a-f]+)?").match
+"""The fields of the name and the version of a model, if the lengths in it are theirs."""
+
+_ID_TAG: Final = 3 << 3 | LENGTH_DELIMITED
+_PARAMETERS_TAG: Final = 4 << 3 | LENGTH_DELIMITED
+_TENSOR_TAGS: Final = (5 << 3 | LENGTH_DELIMITED, 6 << 3 | LENGTH_DELIMITED)
+_RAW_TAG: Final = _RAW << 3 | LENGTH_DELIMITED
 _NO_HEAD: Final = pb.ModelInferRequest()
 _NO_REQUEST: Final = InferRequest("", ())
 
@@ -276,45 +269,116 @@ def _inputs(message: pb.ModelInferRequest) -> list[InputTensor]:
     return tensors
 
 
-def scan_request(data: bytes) -> tuple[InferRequest | None, bytes | None]:
-    """The request in a short message as clients write it, and its shape: the fields in order, and
-    one tensor in the binary format at the end. None for any other, which protobuf parses.
+class ScannedFields(msgspec.Struct, frozen=True, gc=False):
+    """The fields of a message after its id, without the position and the values.
 
-    Parameters and tensors are parsed by protobuf once for the same bytes.
+    Attributes:
+        shape: the bytes that determine tensor and outputs.
+        values_bytes: the length of the values.
     """
-    try:
-        at, strings = 0, [b"", b"", b""]
-        for field in range(3):  # name and version of the model, and the id
-            if data[at] == (field + 1) << 3 | _LENGTH_DELIMITED:
-                end = at + 2 + data[at + 1]
-                if data[at + 1] >= 0x80:
+
+    parameters: InferParameters
+    tensor: InputTensor
+    outputs: tuple[RequestedOutput, ...]
+    shape: bytes
+    values_bytes: int
+
+
+class RequestScanner:
+    """Reads short messages as clients write them: the fields in order, and one tensor in the binary
+    format at the end.
+
+    The name of the model, and what follows the id without the position and the values, are the same
+    bytes in many messages: they are parsed once.
+    """
+
+    def __init__(self) -> None:
+        self._names = Memo(_parse_names, CACHED_HEADS)
+        self._known: dict[tuple[int, bytes], ScannedFields] = {}
+        self._values_bytes = 0
+
+    def scan(self, data: bytes) -> tuple[InferRequest | None, bytes | None]:
+        """The request in a message, and its shape; None for any other, which protobuf parses."""
+        try:
+            match = _NAMES(data)
+            names = b"" if match is None else match[0]
+            model, version = self._names[names]
+            at, identity = len(names), b""
+            if data[at] == _ID_TAG:
+                at, begin = at + 2 + data[at + 1], at + 2
+                if data[begin - 1] >= 0x80:
                     return None, None
-                strings[field], at = data[at + 2 : end], end
-        begin = position_at = position_end = at
-        while data[at] == _PARAMETERS_TAG and data[at + 1] < 0x80:
-            end = at + 2 + data[at + 1]
-            if data.startswith(_POSITION, at + 2):
-                position_at, position_end = at, end
-            at = end
-        middle = at
-        while data[at] in _TENSOR_TAGS and data[at + 1] < 0x80:
-            at += 2 + data[at + 1]
-        length, start = _varint(data, at + 1)
-        is_last = data[at] == _RAW_TAG and start + length == len(data)
-        if not is_last or at - begin > MAX_SCANNED_BYTES:
+                identity = data[begin:at]
+            # most messages have as many values as the last one
+            start = len(data) - self._values_bytes
+            begin, end = _find_position(data, at, start)
+            key = begin - at, data[at:begin] + data[end:start]
+            fields = self._known.get(key)
+            if fields is None or fields.values_bytes != len(data) - start:
+                begin, end, start, fields = _scan_fields(data, at)
+                self._values_bytes = fields.values_bytes
+                if len(self._known) >= CACHED_HEADS:
+                    self._known.clear()
+                self._known[begin - at, data[at:begin] + data[end:start]] = fields
+            parameters = fields.parameters
+            if begin < end:
+                parameters = _with_position(parameters, data[begin + len(_POSITION) + 2 : end])
+            request_id = identity.decode()
+        except (CarryError, IndexError, UnicodeDecodeError):
             return None, None
-        shape = data[middle:at]
-        # a position differs from request to request, and is no part of what is cached
-        others = data[begin:position_at] + data[position_end:middle]
-        options, tensors = _SCANNED[others].parameters, _SCANNED_TENSORS[shape]
-        if position_at < position_end:
-            options = _with_position(options, data[position_at + len(_POSITION) + 2 : position_end])
-        model, version, identity = [each.decode() for each in strings]
-    except (CarryError, IndexError, UnicodeDecodeError):
-        return None, None
-    tensor = tensors.inputs[0]
-    inputs = (InputTensor(tensor.name, tensor.datatype, tensor.shape, data[start:]),)
-    return InferRequest(model, inputs, options, tensors.outputs, version, identity), shape
+        tensor = fields.tensor
+        inputs = (InputTensor(tensor.name, tensor.datatype, tensor.shape, data[start:]),)
+        outputs = fields.outputs
+        request = InferRequest(model, inputs, parameters, outputs, version, request_id)
+        return request, fields.shape
+
+
+def _parse_names(data: bytes) -> tuple[str, str]:
+    """The name and the version of the model.
+
+    Raises:
+        MalformedBody: the lengths in these bytes are not theirs.
+    """
+    message = parse(pb.ModelInferRequest, data)
+    model, version = message.model_name, message.model_version
+    if pb.ModelInferRequest(model_name=model, model_version=version).SerializeToString() != data:
+        raise _malformed()
+    return model, version
+
+
+def _find_position(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """Begin and end of what may be the position among the parameters, or the end twice."""
+    found = data.find(_POSITION, at + 2, end)
+    if found < 0 or data[found - 2] != _PARAMETERS_TAG:
+        return end, end
+    return found - 2, found + data[found - 1]
+
+
+def _scan_fields(data: bytes, at: int) -> tuple[int, int, int, ScannedFields]:
+    """The fields after the id: begin and end of the position, begin of the values, and the rest.
+
+    Raises:
+        CarryError, IndexError: protobuf parses them.
+    """
+    first = at
+    position = None
+    while data[at] == _PARAMETERS_TAG and data[at + 1] < 0x80:
+        end = at + 2 + data[at + 1]
+        if data.startswith(_POSITION, at + 2):
+            position = at, end
+        at = end
+    middle = at
+    while data[at] in _TENSOR_TAGS and data[at + 1] < 0x80:
+        at += 2 + data[at + 1]
+    length, start = _varint(data, at + 1)
+    is_last = data[at] == _RAW_TAG and start + length == len(data)
+    if not is_last or at - first > MAX_SCANNED_BYTES:
+        raise _malformed()
+    begin, end = position or (start, start)
+    tensors = _SCANNED_TENSORS[data[middle:at]]
+    parameters = _SCANNED[data[first : min(begin, middle)] + data[end:middle]].parameters
+    fields = ScannedFields(parameters, tensors.inputs[0], tensors.outputs, data[middle:at], length)
+    return begin, end, start, fields
 
 
 def _with_position(options: InferParameters, value: bytes) -> InferParameters:
@@ -352,6 +416,7 @@ def _parse_scanned_tensors(fields: bytes) -> InferRequest:
 
 _SCANNED: Final = Memo(_parse_scanned, CACHED_HEADS)
 _SCANNED_TENSORS: Final = Memo(_parse_scanned_tensors, CACHED_HEADS)
+scan_request: Final = RequestScanner().scan
 
 
 def _parameter(name: str, value: pb.InferParameter) -> Parameter:
@@ -382,97 +447,3 @@ def _reject_parameters(at: str, parameters: Mapping[str, pb.InferParameter]) -> 
     """Reject parameters of a tensor: Carry has neither shared memory nor classification."""
     for name in parameters:
         raise invalid(f"{at}.parameters", "none", repr(name[:100]))
-
-
-def encode_reply(reply: InferReply, message: pb.ModelInferResponse) -> pb.ModelInferResponse:
-    """Write a reply into an empty message, its tensors in the binary format."""
-    message.model_name, message.model_version, message.id = reply.model, reply.version, reply.id
-    for output in reply.outputs:
-        message.outputs.add(name=output.name, datatype=output.datatype, shape=output.values.shape)
-        message.raw_output_contents.append(output.data)
-    for name, value in reply.parameters.items():
-        parameter = message.parameters[name]
-        if isinstance(value, bool):
-            parameter.bool_param = value
-        elif isinstance(value, int):
-            parameter.int64_param = value
-        else:
-            parameter.string_param = str(value)
-    return message
-
-
-class ReplyEncoder:
-    """Encodes replies to chunks; what is the same in each reply of a signature is cached."""
-
-    def __init__(self) -> None:
-        self._constants = Memo(_constant_fields, CACHED_HEADS)
-
-    def encode(self, call: InferCall, reply: Reply, *, in_stream: bool) -> bytes:
-        """The bytes of the response to a chunk; of a stream of requests with `in_stream`."""
-        constants = self._constants[call.signature]
-        if constants is None or reply.output_position is not None:
-            response = encode_reply(reply_to_chunk(call, reply), pb.ModelInferResponse())
-            data = response.SerializeToString()
-        else:
-            before, after, values_head = constants
-            head, position = reply.head, _encode_varint(reply.head.position)
-            data = b'%b%b"%c\n\x08position\x12%c\x10%b%b%b%b%b%b%b%b%b%b' % (
-                before,
-                _field(3, call.id.encode()) if call.id else b"",
-                len(position) + 13,
-                len(position) + 1,
-                position,
-                b'"\x1b\n\x05epoch\x12\x12\x1a\x10',
-                hexlify(head.epoch),
-                b'"\x29\n\x03tag\x12\x22\x1a\x20',
-                hexlify(head.tag),
-                _REPLAYED if reply.replayed else _NOT_REPLAYED,
-                b'"\x0d\n\x07created\x12\x02\x08\x01' if reply.created else b"",
-                after,
-                values_head,
-                binary_values(reply.outputs),
-            )
-        return b"\x12%b%b" % (_encode_varint(len(data)), data) if in_stream else data
-
-
-_REPLAYED: Final = b'"\x0e\n\x08replayed\x12\x02\x08\x01'
-_NOT_REPLAYED: Final = b'"\x0e\n\x08replayed\x12\x02\x08\x00'
-
-
-def _constant_fields(signature: Signature) -> tuple[bytes, bytes, bytes] | None:
-    """The fields of a response before and after its parameters, and the head of its values, if it
-    has one output, with the same shape in every reply."""
-    output = constant_output(signature)
-    if output is None:
-        return None
-    names = pb.ModelInferResponse(model_name=signature.codec.served.name, model_version=VERSION)
-    tensor = pb.ModelInferResponse()
-    tensor.outputs.add(name=output.name, datatype=output.datatype, shape=output.values.shape)
-    values_head = b"\x32" + _encode_varint(output.values.nbytes)
-    return names.SerializeToString(), tensor.SerializeToString(), values_head
-
-
-def _field(number: int, value: bytes) -> bytes:
-    return b"%c%b%b" % (number << 3 | _LENGTH_DELIMITED, _encode_varint(len(value)), value)
-
-
-def _encode_varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def error_response(error: CarryError, message: InferMessage) -> pb.ModelStreamInferResponse:
-    """The response to a request of a stream that failed; the stream continues."""
-    response = pb.ModelInferResponse(
-        model_name=message.model, model_version=message.version, id=message.id
-    )
-    response.parameters["carry_error"].string_param = error.code
-    document = dumps(Media.JSON, problem(error))
-    response.parameters["carry_problem"].string_param = document.decode()
-    return pb.ModelStreamInferResponse(error_message=status_details(error), infer_response=response)

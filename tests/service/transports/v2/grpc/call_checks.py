@@ -6,6 +6,7 @@ use, registers messages of the same names.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,11 +33,11 @@ from service.transports.v2.grpc.admission import MessageRoom
 from service.transports.v2.grpc.infer_stream import WINDOW_BYTES, InferStream, OnResponse
 from service.transports.v2.grpc.messages import (
     InferMessage,
-    ReplyEncoder,
-    encode_reply,
+    RequestScanner,
     parse,
     scan_request,
 )
+from service.transports.v2.grpc.replies import ReplyEncoder, encode_reply
 from service.transports.v2.grpc.status import STATUS_CODES, status_code
 from service.transports.v2.inference import InferCall, reply_to_chunk
 from service.transports.v2.request import SelectedOutput, Signature
@@ -359,6 +360,80 @@ def test_message_read_without_protobuf_has_the_same_value(
             else:
                 assert not isinstance(got, CarryError)
                 assert replace(got, inputs=list(got.inputs)) == expected
+
+
+def changed(data: bytes, seed: random.Random) -> bytes:
+    """A message with some bytes replaced, inserted or removed, often near a field."""
+    at = seed.choice([seed.randrange(len(data)), seed.randrange(min(len(data), 80))])
+    removed, added = (
+        seed.randrange(3),
+        seed.choice([b"", b"\x22", b"\x1a\x01a", b"\x12", b"2", b"\0"]),
+    )
+    if seed.random() < 0.2:
+        added = b"\x22\x0e\n\x08position\x12\x02\x10\x05"
+    return data[:at] + added + data[at + removed :]
+
+
+def test_scanner_that_knows_other_messages_reads_the_same_as_protobuf(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In any order, with other positions, ids and numbers of values, and with changed bytes."""
+    seed, scanner = random.Random(7), RequestScanner()
+    sent = []
+    for _, message in messages_of_clients():
+        for position, identity, rows in ((1, "a", 5), (300, "", 5), (2**40, "b" * 90, 3)):
+            if "position" in message.parameters:
+                message.parameters["position"].int64_param = position
+            message.id = identity
+            if len(message.raw_input_contents) == 1:
+                message.raw_input_contents[0] = bytes(8 * rows)
+            data = message.SerializeToString(deterministic=True)
+            sent += [data, data, changed(data, seed), changed(data, seed), changed(data, seed)]
+    seed.shuffle(sent)
+    monkeypatch.setattr(messages, "scan_request", lambda data: (None, None))
+    read = 0
+    for data in sent * 2:
+        request, shape = scanner.scan(data)
+        if request is not None:
+            read += 1
+            expected = InferMessage(data).request
+            assert replace(request, inputs=list(request.inputs)) == expected
+            assert shape
+            assert shape in data
+    assert read > len(sent) / 4
+
+
+POSITION_5 = b"\x22\x0e\n\x08position\x12\x02\x10\x05"
+SEQUENCE = b'"\x18\n\x0bsequence_id\x12\x09\x1a\x07abcdefg'
+TENSOR = b"\x2a\x0e\n\x01x\x12\x04FP32\x1a\x03\x05\x02\x01"
+VALUES = b"\x3a\x28" + bytes(40)
+CONFUSING = {
+    "as many values as the last message, not as it says": b"%b%b\x3a\x18%b"
+    % (SEQUENCE, TENSOR, bytes(40)),
+    "a position within another parameter": SEQUENCE[:-4]
+    + POSITION_5
+    + SEQUENCE[-4:]
+    + TENSOR
+    + VALUES,
+    "a tensor in place of the position": b"\x2a" + POSITION_5[1:] + SEQUENCE + TENSOR + VALUES,
+    "an output after the name": b"2-e1234" + b"x0" * 20 + SEQUENCE + TENSOR + VALUES,
+}
+"""What follows the model's name, and by which a scanner could take a message for a known one."""
+
+
+@pytest.mark.parametrize("name", CONFUSING)
+def test_scanner_does_not_take_another_message_for_a_known_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanner, data = RequestScanner(), b"\n\x01m" + CONFUSING[name]
+    known = [SEQUENCE + TENSOR + b"\x3a\x18" + bytes(24)]
+    known += [POSITION_5 + SEQUENCE + TENSOR + VALUES, SEQUENCE + TENSOR + VALUES]
+    for each in known:
+        assert scanner.scan(b"\n\x01m" + each)[0] is not None
+    request, _ = scanner.scan(data)
+    monkeypatch.setattr(messages, "scan_request", lambda data: (None, None))
+    expected = InferMessage(data).request
+    assert request is None or replace(request, inputs=list(request.inputs)) == expected
 
 
 def test_usual_messages_are_read_without_protobuf() -> None:
