@@ -106,7 +106,7 @@ async def test_events_are_read_where_the_server_permits_no_watch(
     server: RealServer, client: Any, artifact: Artifact
 ) -> None:
     rows = rows_of(RANDOM, 20)
-    with capture_logs() as lines, without_tracking(client):
+    with capture_logs() as lines, without_looking(client):
         async with consuming(server.url, artifact):
             for at, row in enumerate(rows):
                 add(client, "events", fields_of("a", row))
@@ -116,10 +116,10 @@ async def test_events_are_read_where_the_server_permits_no_watch(
 
 
 @contextmanager
-def without_tracking(client: Any) -> Iterator[None]:
-    """The default user may not use `CLIENT TRACKING`."""
-    client.execute_command("ACL", "SETUSER", "default", "-client|tracking")
+def without_looking(client: Any) -> Iterator[None]:
+    """The default user may not use `XREAD`."""
+    client.execute_command("ACL", "SETUSER", "default", "-xread")
     try:
         yield
     finally:
-        client.execute_command("ACL", "SETUSER", "default", "+client|tracking")
+        client.execute_command("ACL", "SETUSER", "default", "+xread")
