@@ -1,10 +1,10 @@
 """The section `consume`: from the entries of a topic to their outputs, and what a rebalance takes.
 
-`carry consume`, the plain loop of `baselines/loop.py` and `carry serve` run in turns on one core;
-processes that are not measured are suspended. A round of a topic is a backlog, which is added
-beforehand. In the open loop events are added at times fixed beforehand, and a latency ends with the
-millisecond in the id of the output entry. Every output is checked: once and in order, those of one
-stream also against the oracle.
+`carry consume`, the plain loop of `baselines/loop.py`, Quix Streams (`quix.py`) and `carry serve`
+run in turns on one core; processes that are not measured are suspended, or have nothing to do. A
+round of a topic is a backlog, which is added beforehand. In the open loop events are added at times
+fixed beforehand, and a latency ends with the millisecond in the id of the output entry. Every
+output is checked: once and in order, those of one stream also against the oracle.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from service.core.values import StreamKey
 from service.store.keys import KeySpace
 from tests.bench import workloads
 from tests.bench.generator import LEAD_S, Load, draw_arrivals, run_open
+from tests.bench.quix import start_quix
 from tests.bench.run import CONNECTIONS, Bench, Row, Server
 from tests.bench.traffic import SAMPLED_CHUNKS, TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies, make_traffic
@@ -39,6 +40,7 @@ from tests.support.servers import RealServer, until
 BURSTS = (1, 16)
 """Consecutive entries of a topic that are of one stream."""
 
+EQUAL_RATES = "consume/1 at 50 % of http/carry"
 LEAST_EVENTS, ADDED_AT_ONCE = 2000, 1000
 ENDS_WITHIN_S, POLL_S = 120.0, 0.002
 
@@ -64,9 +66,7 @@ class TopicFeed:
 
     def place(self, number: int) -> tuple[int, int]:
         """Stream and position of the n-th event."""
-        block, at = divmod(number, self.burst)
-        turn, stream = divmod(block, self.spec.streams)
-        return stream, turn * self.burst + at
+        return workloads.place_in_bursts(number, self.burst, self.spec.streams)
 
     def add(self, events: int) -> None:
         """Add the next events."""
@@ -249,7 +249,10 @@ def measure_consume(bench: Bench, kind: str) -> None:
         readers = {
             name: start_reader(bench, name, burst, runtime, at) for name, at in names.items()
         }
+        quix = start_quix(bench, burst)
         for seed in range(1, rounds + 1):
+            if quix is not None:
+                quix.measure(bench, f"consume/{burst}/quix")
             for name, reader in readers.items():
                 rate = reader.measure(bench, f"consume/{burst}/{name}")
                 if name == "carry":
@@ -260,10 +263,13 @@ def measure_consume(bench: Bench, kind: str) -> None:
                 peak = bench.measure_closed(row).chunks_per_s
                 load = (run_open, "http", http.port, peak / 2, bench.options.seconds * 2, seed)
                 bench.measure(f"consume/{burst} at 50 %/http", http, partial(bench.run, *load))
+                readers["carry"].measure_open(bench, EQUAL_RATES, peak / 2, seed)
         ours = results.rows[f"consume/{burst}/carry"]
-        for name in (*names, "http"):
+        for name in (*names, "http", "quix"):
             if name != "carry" and (theirs := results.rows.get(f"consume/{burst}/{name}")):
                 results.compare(f"consume/{kind} {burst} over {name}", ours, theirs)
+        if quix is not None:
+            quix.end(bench, Bodies.random(1).rows)
         for reader in readers.values():
             reader.feed.check_oracle(bench)
             reader.process.kill()
@@ -284,9 +290,12 @@ def measure_rebalance(bench: Bench, runtime: str) -> None:
     def add() -> None:
         consumers.append(start_process(bench, command, runtime))
 
-    for what, change in (("killed", kill), ("added", add)):
-        gap_s = topics.add_until_shared(consumers, change)
-        bench.results.figure(f"consume/rebalance: a consumer is {what}, s", [gap_s])
+    gaps_s: dict[str, list[float]] = {"killed": [], "added": []}
+    for _ in range(bench.options.rounds):
+        gaps_s["killed"].append(topics.add_until_shared(consumers, kill))
+        gaps_s["added"].append(topics.add_until_shared(consumers, add))
+    for what, found_s in gaps_s.items():
+        bench.results.figure(f"consume/rebalance: a consumer is {what}, s", found_s)
 
 
 class PartitionedTopics:

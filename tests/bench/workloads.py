@@ -285,6 +285,13 @@ _READ: Mapping[Media, Callable[[bytes], Any]] = {
 }
 
 
+def place_in_bursts(number: int, burst: int, streams: int) -> tuple[int, int]:
+    """Stream and position of the n-th event, where the streams have a burst of events in turns."""
+    block, at = divmod(number, burst)
+    turn, stream = divmod(block, streams)
+    return stream, turn * burst + at
+
+
 def check_answers(
     artifact: Artifact,
     spec: TrafficSpec,

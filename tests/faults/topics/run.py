@@ -249,6 +249,13 @@ class TopicRun:
             time.sleep(0.05)
         return True
 
+    def stop_consumers(self) -> None:
+        """Terminate all consumers for good."""
+        for consumer in self.consumers:
+            consumer.is_wanted = False
+            if not consumer.terminate():
+                self.findings.append(f"{consumer.name} did not end after SIGTERM")
+
     def _is_explained(self, stream: str, start: int, end: int) -> bool:
         """Whether a failover explains that the store has lost acknowledged events of a stream: it
         was noticed soon after each of them was acknowledged for the last time."""
@@ -353,6 +360,7 @@ def run(options: TopicOptions, plan: list[str] | None = None) -> TopicRun:
             producer.join()
             running.seen.update(producer.seen)
         running.wait_until_consumed()
+        running.stop_consumers()
         running.check()
     running.seen["seconds"] = round(time.monotonic() - began_s)
     return running
