@@ -67,6 +67,7 @@ class RequestReader:
     Attributes:
         limits: those of this model.
         steps: reads the steps of chunks and sequences.
+        json_rows: reads rows in JSON; not the codes of categories in them.
         types: of the bodies.
     """
 
@@ -89,7 +90,7 @@ class RequestReader:
         future = known_future_schema(spec)
         self._future = None if future is None else EventReader(future)
         self.steps = StepsReader(spec, events)
-        self._json_rows = JsonRowsDecoder(spec.input_features, limits.chunk.steps)
+        self.json_rows = JsonRowsDecoder(spec.input_features, limits.chunk.steps)
         self.types = {
             media: build_body_types(spec, limits, media, events, self._future) for media in Media
         }
@@ -127,7 +128,7 @@ class RequestReader:
         """
         try:
             if media is Media.JSON and not self._is_whole:
-                rows = self._json_rows.decode(body)
+                rows = self.json_rows.decode(body)
                 if rows is not None:
                     if self.steps.has_codes:
                         self.steps.check_codes(rows.steps)
@@ -142,18 +143,6 @@ class RequestReader:
             with_stream(key.stream, error)
             raise
 
-    def rows_in_json(self, text: bytes, count: int, *, has_batch: bool) -> Steps | None:
-        """The steps of `count` rows, as in `JsonRowsDecoder.decode_values`; None if they are
-        unusual, and `steps` reads them.
-
-        Raises:
-            InvalidInput
-        """
-        steps = self._json_rows.decode_values(text, count, has_batch=has_batch)
-        if steps is not None and self.steps.has_codes:
-            self.steps.check_codes(steps)
-        return steps
-
     def frame(self, body: bytes, media: Media, stream: str | None) -> Frame:
         """The chunk of a live socket's frame, or its error.
 
@@ -164,7 +153,7 @@ class RequestReader:
             self.check_accepts_chunks()
             decoded: FrameBody | RowsChunk | None = None
             if media is Media.JSON:
-                decoded = self._json_rows.decode(body, FRAME_MEMBERS)
+                decoded = self.json_rows.decode(body, FRAME_MEMBERS)
             if decoded is None:
                 decoded = decode(media, body, self.types[media].frame)
         except CarryError as error:
@@ -200,7 +189,7 @@ class RequestReader:
         """
         self.check_accepts_chunks()
         if media is Media.JSON:
-            rows = self._json_rows.decode_items(body, self.limits.items)
+            rows = self.json_rows.decode_items(body, self.limits.items)
             if rows is not None and not self.steps.has_codes:
                 return [
                     self.build_chunk(

@@ -21,16 +21,15 @@ from service.codec.media import Media, encode_json
 from service.core.errors import BodyTooLarge, CarryError, MalformedBody
 from service.transports.v1.problems import problem, problem_headers
 from service.transports.v1.replies import Answer, Header
-from service.transports.v2.inference import InferReply
-from service.transports.v2.request import (
+from service.transports.v2.parameters import (
     InferParameters,
-    InferRequest,
     Parameter,
-    RequestedOutput,
     decode_parameters,
     parse_parameters,
 )
-from service.transports.v2.tensors import InputTensor, OutputTensor, Shape
+from service.transports.v2.replies import InferReply, OutputTensor
+from service.transports.v2.request import InferRequest, RequestedOutput
+from service.transports.v2.tensors import InputTensor, Shape
 
 HEADER_LENGTH: Final = "inference-header-content-length"
 

@@ -32,16 +32,10 @@ from service.transports.v2.http_body import (
     error_answer,
     output_document,
 )
-from service.transports.v2.inference import (
-    VERSION,
-    InferCall,
-    Inference,
-    constant_output,
-    is_of_rows,
-    reply_to_chunk,
-)
-from service.transports.v2.request import InferParameters, Signature
-from service.transports.v2.tensors import binary_values
+from service.transports.v2.inference import Inference, is_of_rows
+from service.transports.v2.parameters import InferParameters
+from service.transports.v2.replies import VERSION, binary_values, constant_output, reply_to_chunk
+from service.transports.v2.request import InferCall, Signature
 
 ROUTE: Final = "/v2/models/{model}/infer"
 

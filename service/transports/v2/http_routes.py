@@ -33,8 +33,10 @@ from service.transports.v2.http_body import (
     reply_document,
 )
 from service.transports.v2.http_fast_path import FastInferPath
-from service.transports.v2.inference import InferCall, Inference, InferReply
+from service.transports.v2.inference import Inference
 from service.transports.v2.metadata import Document, Metadata, Statistics
+from service.transports.v2.replies import InferReply
+from service.transports.v2.request import InferCall
 
 Endpoint = Callable[[Any], Coroutine[Any, Any, Response]]
 

@@ -20,26 +20,18 @@ reset.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
 
-import msgspec
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from models.spec.layout import Output
 from service.access.caller import PREDICT, Caller, Verb
 from service.codec.decoding import invalid
 from service.codec.request_reader import with_stream
 from service.core.errors import CarryError, ModelNotFound
 from service.core.values import (
-    NO_STREAM,
     Chunk,
-    FloatRows,
     Precondition,
-    Prediction,
     Reply,
     SequenceInput,
     StreamKey,
@@ -47,54 +39,27 @@ from service.core.values import (
 from service.pipeline.served_model import ServedModel
 from service.telemetry.access_log import note_stream
 from service.transports.v1.context import ApiContext, ModelCodec
+from service.transports.v2.parameters import InferParameters
+from service.transports.v2.replies import (
+    VERSION,
+    InferReply,
+    build_reply,
+    reply_to_chunk,
+)
 from service.transports.v2.request import (
     RESET,
-    STATE,
-    InferParameters,
+    InferCall,
     InferRequest,
-    Parameter,
     Signature,
     check_chunk,
     input_names,
     make_signature,
-    output_shape,
     read_resets,
     read_steps,
 )
-from service.transports.v2.tensors import InputTensor, OutputTensor
-
-VERSION: Final = "1"
-"""Version of every model, since clients of Triton expect a whole number; the model's own version,
-the beginning of its fingerprint, is accepted as well."""
+from service.transports.v2.tensors import InputTensor
 
 log = structlog.get_logger(__name__)
-
-
-class InferCall(msgspec.Struct, frozen=True, gc=False):
-    """A request that was read: without its tensors.
-
-    Attributes:
-        id: returned in the reply.
-        work: the chunk, or the sequences to predict.
-        deadline_s: when the client stops waiting, on the monotonic clock.
-        deletes: whether the stream is deleted after the chunk.
-    """
-
-    signature: Signature
-    id: str
-    work: Chunk | Sequence[SequenceInput]
-    deadline_s: float
-    deletes: bool
-
-
-class InferReply(NamedTuple):
-    """A reply of the V2 protocol."""
-
-    model: str
-    version: str
-    id: str
-    parameters: Mapping[str, Parameter]
-    outputs: Sequence[OutputTensor]
 
 
 class Inference:
@@ -212,7 +177,9 @@ class Inference:
         reader, steps = signature.codec.reader, None
         if is_json:
             has_batch = signature.batch is not None
-            steps = reader.rows_in_json(data, signature.steps, has_batch=has_batch)
+            steps = reader.json_rows.decode_values(data, signature.steps, has_batch=has_batch)
+            if steps is not None and reader.steps.has_codes:
+                reader.steps.check_codes(steps)
         elif len(data) == _rows_bytes(signature):
             steps = reader.steps.packed_rows(data, "", reader.limits.chunk)
         if steps is None:
@@ -240,7 +207,7 @@ class Inference:
         if not isinstance(work, Chunk):
             name = call.signature.codec.served.name
             predictions = await self._pipeline.predict(caller, name, work, deadline_s)
-            return _reply(call, {}, predictions)
+            return build_reply(call, {}, predictions)
         reply = await self._pipeline.process(caller, work, deadline_s)
         is_deleted = call.deletes and await self._delete(caller, reply)
         return reply_to_chunk(call, reply, is_deleted=is_deleted)
@@ -314,49 +281,6 @@ def _read_sequences(
     return sequences
 
 
-def reply_to_chunk(call: InferCall, reply: Reply, *, is_deleted: bool = False) -> InferReply:
-    """The reply to a chunk."""
-    head = reply.head
-    parameters: dict[str, Parameter] = {
-        "position": head.position,
-        "epoch": head.epoch.hex(),
-        "tag": head.tag.hex(),
-        "replayed": reply.replayed,
-    }
-    if reply.dry_run:
-        parameters["dry_run"] = True
-        if head is NO_STREAM:
-            del parameters["epoch"], parameters["tag"]
-    if reply.created:
-        parameters["created"] = True
-    if reply.output_position is not None:
-        parameters["output_position"] = reply.output_position
-    if is_deleted:
-        parameters["deleted"] = True
-    return _reply(call, parameters, [reply])
-
-
-def _reply(
-    call: InferCall, parameters: dict[str, Parameter], results: Sequence[Reply | Prediction]
-) -> InferReply:
-    """The reply with the results of each sequence, which have packed outputs [T, O]."""
-    signature, served = call.signature, call.signature.codec.served
-    has_batch = signature.batch is not None
-    rows = _stack([result.outputs for result in results], has_batch)
-    states: list[Mapping[str, NDArray[Any]]] = []
-    if signature.has_state:
-        states = [served.state.by_name(result.state) for result in results]
-    tensors = []
-    for name, is_binary, output, columns in signature.outputs:
-        if output is None:
-            part = name.removeprefix(STATE)
-            values = np.ascontiguousarray(_stack([state[part] for state in states], has_batch))
-        else:
-            values = _output_values(output, rows[..., columns])
-        tensors.append(OutputTensor(name, values, is_binary))
-    return InferReply(served.name, VERSION, call.id, parameters, tensors)
-
-
 def is_of_rows(call: InferCall, data_bytes: int | None) -> bool:
     """Whether a call has rows and nothing else, so that further ones of its signature can be read
     by `read_rows`.
@@ -378,32 +302,3 @@ def is_of_rows(call: InferCall, data_bytes: int | None) -> bool:
 def _rows_bytes(signature: Signature) -> int:
     """The length of the rows of a chunk in the binary format."""
     return 4 * signature.steps * signature.codec.served.input_features
-
-
-def constant_output(signature: Signature) -> OutputTensor | None:
-    """The output of a reply to a chunk, its values zeros, if there is one, with the same shape in
-    every reply; else None."""
-    served, [selected, *others] = signature.codec.served, signature.outputs
-    output = selected.output
-    if others or output is None or output.size != served.outputs.size:
-        return None
-    if output.per != "step" or served.blocks is not None:
-        return None
-    lead = () if signature.batch is None else (1,)
-    shape = (*lead, signature.steps, *output_shape(output))
-    return OutputTensor(output.name, np.zeros(shape, np.float32), selected.is_binary)
-
-
-def _stack(values: Sequence[NDArray[Any]], has_batch: bool) -> NDArray[Any]:
-    """The values of each sequence [B, ...], or of the only one [...]."""
-    if not has_batch:
-        return values[0]
-    return np.stack(values) if len(values) > 1 else values[0][np.newaxis]
-
-
-def _output_values(output: Output, cut: FloatRows) -> FloatRows:
-    """An output of its columns [..., T, O]: [..., T, *shape], or once [..., *shape]."""
-    if output.per == "chunk":
-        cut = cut[..., -1, :]
-    shape = (*cut.shape[:-1], *output_shape(output))
-    return np.ascontiguousarray(cut).reshape(shape)

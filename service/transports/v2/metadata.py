@@ -17,8 +17,9 @@ from models.spec.layout import Output
 from service.access.caller import Caller, Verb
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
-from service.transports.v2.inference import VERSION, Inference
-from service.transports.v2.request import EVENTS, INPUTS, input_names, output_shape
+from service.transports.v2.inference import Inference
+from service.transports.v2.replies import VERSION, output_shape
+from service.transports.v2.request import EVENTS, INPUTS, input_names
 from service.transports.v2.tensors import BYTES, FP32
 
 Document = dict[str, Any]

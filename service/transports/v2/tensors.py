@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -24,19 +24,6 @@ from service.core.errors import InvalidInput
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
 BOOL: Final = "BOOL"
-
-_DATATYPES: Final = {
-    "float32": FP32,
-    "float16": "FP16",
-    "float64": "FP64",
-    "bool": BOOL,
-    **{
-        f"{kind}{bits}": f"{kind}{bits}".upper()
-        for kind in ("int", "uint")
-        for bits in (8, 16, 32, 64)
-    },
-}
-"""By the name of NumPy's type."""
 
 _F4: Final = np.dtype("<f4")
 _LENGTH: Final = struct.Struct("<I")
@@ -59,32 +46,6 @@ class InputTensor(msgspec.Struct, frozen=True, gc=False):
     datatype: str
     shape: tuple[int, ...]
     data: bytes | Sequence[Any]
-
-
-class OutputTensor(NamedTuple):
-    """An output of a reply: values of any shape, in C order; over HTTP, whether it is returned in
-    the binary format."""
-
-    name: str
-    values: NDArray[Any]
-    is_binary: bool = True
-
-    @property
-    def datatype(self) -> str:
-        """The datatype of the values."""
-        return _DATATYPES[self.values.dtype.name]
-
-    @property
-    def data(self) -> bytes:
-        """The binary format."""
-        return binary_values(self.values)
-
-
-def binary_values(values: NDArray[Any]) -> bytes:
-    """Numbers of any shape, in C order, in the binary format."""
-    if values.dtype is not _F4:
-        values = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    return values.tobytes()
 
 
 def float_values(tensor: InputTensor, at: str) -> NDArray[np.float64] | bytes:

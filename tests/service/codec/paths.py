@@ -29,7 +29,8 @@ from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ModelCodec
 from service.transports.v2.http_body import decode_request
 from service.transports.v2.inference import Inference
-from service.transports.v2.request import InferRequest, parse_parameters
+from service.transports.v2.parameters import parse_parameters
+from service.transports.v2.request import InferRequest
 from service.transports.v2.tensors import InputTensor
 from tests.service.transports.v1.harness import EVENT
 from tests.support.numpy_runtime import NumpyRuntime

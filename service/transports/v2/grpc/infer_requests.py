@@ -27,8 +27,8 @@ from service.transports.v2.grpc.infer_stream import OnResponse
 from service.transports.v2.grpc.messages import CACHED_HEADS, InferMessage
 from service.transports.v2.grpc.replies import ReplyEncoder, encode_reply
 from service.transports.v2.grpc.status import StatusCode, status_code
-from service.transports.v2.inference import InferCall, Inference, is_of_rows
-from service.transports.v2.request import InferRequest, Signature
+from service.transports.v2.inference import Inference, is_of_rows
+from service.transports.v2.request import InferCall, InferRequest, Signature
 
 log = structlog.get_logger(__name__)
 

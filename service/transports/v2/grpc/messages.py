@@ -23,15 +23,14 @@ from service.core.memo import Memo
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk
 from service.transports.v2.grpc import v2_pb2 as pb
-from service.transports.v2.inference import InferCall, Inference
-from service.transports.v2.request import (
+from service.transports.v2.inference import Inference
+from service.transports.v2.parameters import (
     InferParameters,
-    InferRequest,
     Parameter,
-    RequestedOutput,
     parse_parameters,
     parse_sequence_id,
 )
+from service.transports.v2.request import InferCall, InferRequest, RequestedOutput
 from service.transports.v2.tensors import (
     BOOL,
     BYTES,

@@ -17,15 +17,14 @@ from service.transports.v1.problems import problem
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.messages import CACHED_HEADS, LENGTH_DELIMITED, InferMessage
 from service.transports.v2.grpc.status import status_details
-from service.transports.v2.inference import (
+from service.transports.v2.replies import (
     VERSION,
-    InferCall,
     InferReply,
+    binary_values,
     constant_output,
     reply_to_chunk,
 )
-from service.transports.v2.request import Signature
-from service.transports.v2.tensors import binary_values
+from service.transports.v2.request import InferCall, Signature
 
 
 def encode_reply(reply: InferReply, message: pb.ModelInferResponse) -> pb.ModelInferResponse:

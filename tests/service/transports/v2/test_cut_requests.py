@@ -15,7 +15,7 @@ from service.transports.v2.http_body import (
     cut_request,
     decode_request,
 )
-from service.transports.v2.request import InferParameters
+from service.transports.v2.parameters import InferParameters
 
 TENSOR = '{"name":"inputs","datatype":"FP32","shape":[1,3],"parameters":{"binary_data_size":12}}'
 INPUTS = f'"inputs":[{TENSOR}]'

@@ -20,7 +20,7 @@ from service.core.errors import StoreUnavailable
 from service.core.values import Reply
 from service.transports.v2.http_routes import add_kserve
 from service.transports.v2.inference import Inference
-from service.transports.v2.tensors import OutputTensor
+from service.transports.v2.replies import OutputTensor
 from tests.service.transports.v1 import test_blocks, test_per_chunk, test_whole
 from tests.service.transports.v1.harness import harness, rows
 from tests.service.transports.v2.conftest import add_v2

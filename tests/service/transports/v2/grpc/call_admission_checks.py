@@ -26,9 +26,8 @@ from service.settings import Settings
 from service.transports.v2.grpc import admission, public_services
 from service.transports.v2.grpc.infer_requests import SERVICE
 from service.transports.v2.grpc.server import GrpcServer
-from service.transports.v2.inference import InferReply
+from service.transports.v2.replies import InferReply, OutputTensor
 from service.transports.v2.settings import V2Settings
-from service.transports.v2.tensors import OutputTensor
 from tests.service.transports.v2.grpc.call_checks import request_of
 from tests.support.servers import becomes
 

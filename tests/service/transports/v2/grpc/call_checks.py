@@ -39,8 +39,8 @@ from service.transports.v2.grpc.messages import (
 )
 from service.transports.v2.grpc.replies import ReplyEncoder, encode_reply
 from service.transports.v2.grpc.status import STATUS_CODES, status_code
-from service.transports.v2.inference import InferCall, reply_to_chunk
-from service.transports.v2.request import SelectedOutput, Signature
+from service.transports.v2.replies import reply_to_chunk
+from service.transports.v2.request import InferCall, SelectedOutput, Signature
 
 WINDOW = 64
 UNLIMITED = MessageRoom(2**40, 60.0)
