@@ -29,6 +29,10 @@ MAX_EXPONENTS: Final = 8192
 """Most numbers with an exponent in a long body. simdjson takes up to 8 us for one of many digits,
 and at most 50 ns for a byte of numbers without exponents, however many digits they have."""
 
+MAX_NUMBER_BYTES: Final = 64
+"""Most bytes for each number of a list whose length is known: of a longer list simdjson would parse
+more numbers than it may have."""
+
 _F4: Final = np.dtype("<f4")
 _F8: Final = np.dtype(np.float64)
 _INPUTS: Final = b'"inputs"'
@@ -154,6 +158,8 @@ class JsonRowsDecoder:
         Args:
             has_batch: whether the list of rows may be in a further list, alone.
         """
+        if len(text) > MAX_NUMBER_BYTES * count * self._features:
+            return None
         try:
             lists: Any = self._parser.parse(text)
             brackets = 1

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from models.artifact.artifact import Artifact
 from service.access.caller import ANYONE
+from service.codec.json_rows import MAX_NUMBER_BYTES
 from service.core.values import Chunk
 from service.telemetry.logs import RequestIds
 from service.transports.v1.fast_path import FastRequest
@@ -237,6 +238,15 @@ def test_requests_of_more_steps_than_a_chunk_may_have_are_left_to_the_slow_path(
     for text in USUAL[:4]:
         assert not paths.check(fill(text, "[5,3]", data=values))
         assert not paths.check(fill(text, "[0,3]", data="[]"))
+
+
+def test_longer_lists_than_their_numbers_need_are_left_to_the_slow_path(paths: Paths) -> None:
+    """To parse hostile numbers takes simdjson up to 0.5 us a byte, however few there may be."""
+    assert paths.check(fill(USUAL[0], SHAPES[0]))
+    for spaces, is_usual in ((6 * MAX_NUMBER_BYTES - len(VALUES), True), (6 * 64, False)):
+        assert (
+            paths.check(fill(USUAL[0], SHAPES[0], data=f"[{' ' * spaces}{VALUES[1:]}")) is is_usual
+        )
 
 
 def test_codes_of_categories_are_checked(
