@@ -25,7 +25,7 @@ and its numbers are checked before, since simdjson takes up to 0.5 us for a byte
 MAX_LONG_BYTES: Final = 2 * 2**20
 """Longest body that simdjson parses; longer ones are decoded in another thread."""
 
-MAX_EXPONENTS: Final = 8192
+MAX_EXPONENTS: Final = 4096
 """Most numbers with an exponent in a long body. simdjson takes up to 8 us for one of many digits,
 and at most 50 ns for a byte of numbers without exponents, however many digits they have."""
 
