@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
-from typing import Final, NamedTuple, TypeVar, cast
+from typing import Final, TypeVar, cast
 
+import msgspec
 import structlog
 from structlog.contextvars import bound_contextvars
 
@@ -43,7 +44,7 @@ Work = Callable[[RequestFacts], Awaitable[tuple[T, int]]]
 """Answers a request and notes its facts; returns the result and the number of bytes sent."""
 
 
-class RequestContext(NamedTuple):
+class RequestContext(msgspec.Struct, frozen=True):
     """What the requests of one call share.
 
     Attributes:

@@ -153,15 +153,18 @@ class InferenceServicer:
         """What the requests of a call share, and the caller, or why the call is rejected."""
         in_stream = method == STREAM_INFER
         timeout_s = self._api.limits.effective_timeout_s(None if in_stream else call.head.timeout_s)
-        propagated = self._read_trace_headers(call)
-        context = RequestContext(call, method, None, propagated, timeout_s, in_stream)
+        propagated, authorization = self._read_trace_headers(call), None
+        caller: Caller | CarryError
         try:
-            context = context._replace(authorization=_authorization(call))
-            caller = self._caller(context.authorization)
+            authorization = _authorization(call)
+            caller = self._caller(authorization)
             self._admission.calls.acquire(call)
+            if self._end is not None:
+                caller = self._end.copy()
         except CarryError as error:
-            return context, error
-        return context, caller if self._end is None else self._end.copy()
+            caller = error
+        context = RequestContext(call, method, authorization, propagated, timeout_s, in_stream)
+        return context, caller
 
     def _start_description(self, method: str, call: Call) -> Handler:
         run = partial(self._describe, method)
