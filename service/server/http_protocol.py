@@ -301,8 +301,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         self._is_lingering = True
         self._connections.remove(self)
         self.connections.discard(self)
-        # nothing reads cookies, which may be longer than the library accepts
-        WebSocketProtocol.take_over(self, websockets, self._serialize_head(without=b"cookie"))
+        WebSocketProtocol.take_over(self, websockets)
         return True
 
     def _parse(self, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""One WebSocket: uvicorn's protocol, with the limits, backpressure and closes of the service.
+"""One WebSocket: the sans-I/O protocol of `websockets`, with the limits and closes of the service.
 
 The application is called once, with the socket: it accepts the handshake, then receives messages,
 one at a time. What it is not ready for stays unparsed, and while anything is unparsed the
@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.utils import ClientDisconnected
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.datastructures import Headers
 from websockets.exceptions import InvalidHeader, InvalidUpgrade
-from websockets.frames import CloseCode, Frame
+from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -42,6 +40,10 @@ MAX_LIST_ITEMS: Final = 64
 """Maximum items of the lists in a handshake: the library takes a microsecond for each."""
 
 _LISTS: Final = ("Connection", "Upgrade", "Sec-WebSocket-Protocol")
+
+_logger = logging.getLogger("websockets.server")
+# its lines at `info` repeat those of the service
+_logger.setLevel(logging.WARNING)
 
 
 class _Library(ServerProtocol):
@@ -73,44 +75,38 @@ class _Library(ServerProtocol):
         return response
 
 
-class _NoQueue:
-    """Drops the ASGI events that uvicorn queues: nothing reads them."""
-
-    def put_nowait(self, event: object) -> None: ...
-
-
-_NO_QUEUE: Final[Any] = _NoQueue()
-
-
-class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
+class WebSocketProtocol(asyncio.Protocol, Connection):
     """One WebSocket, from its handshake on.
 
     Args:
-        options: of uvicorn's protocol.
+        http: the protocol of the connection until now.
 
     Attributes:
+        url, headers: of the handshake; no headers once it is accepted.
         session: set by the application before it accepts the handshake.
+        read_paused: whether the socket is not read.
         end_code: the close code of a socket that receives nothing more; 0 until then.
         received_bytes, sent_bytes: of frames.
     """
 
     transport_name = "websocket"
 
-    def __init__(self, websockets: WebSockets, **options: Any):
-        super().__init__(**options)
-        # its lines at `info` name streams, or repeat those of the service
-        self.logger = logging.getLogger("websockets.server")
-        self.logger.setLevel(logging.WARNING)
-        self.conn = _Library(max_size=websockets.max_bytes, logger=self.logger)
-        # `Connections` pings: uvicorn would close a socket whose pong is not parsed yet
-        self.ping_interval = None
+    def __init__(self, http: HttpToolsProtocol, websockets: WebSockets):
+        self.loop, self.transport = http.loop, http.transport
+        self.url, self.headers = http.url, http.headers
+        self.conn = _Library(state=State.OPEN, max_size=websockets.max_bytes, logger=_logger)
+        self._server_state = http.server_state
         self._websockets = websockets
-        self._connections, self._error_response, *_ = self.app_state[HTTP_STATE]
+        self._connections, self._error_response, *_ = http.app_state[HTTP_STATE]
         self.session: Session | None = None
-        # an empty deque takes 0.7 KB, and the queue that uvicorn fills 3 KB, of each idle socket
+        self._response: Response | None = None
+        self._has_accepted = False
+        self.read_paused = False
+        self._is_write_paused = False
+        # an empty deque takes 0.7 KB of each idle socket
         self._received: list[tuple[bytes, bool] | None] = []
-        self.queue = _NO_QUEUE
         self._message: bytearray | None = None
+        self._is_text = False
         self._waiter: asyncio.Future[None] | None = None
         self._unparsed = b""
         self._parsed_bytes = 0
@@ -120,50 +116,49 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         self.received_bytes = self.sent_bytes = 0
 
     @classmethod
-    def take_over(cls, http: HttpToolsProtocol, websockets: WebSockets, head: bytes) -> None:
-        """Serve the connection of a request for an upgrade, and start the handshake of its head."""
-        state = {"server_state": http.server_state, "app_state": http.app_state}
-        socket = cls(websockets, config=http.config, **state)
-        socket.connection_made(http.transport)
+    def take_over(cls, http: HttpToolsProtocol, websockets: WebSockets) -> None:
+        """Serve the connection of a request for an upgrade, and start the handshake."""
+        socket = cls(http, websockets)
         http.transport.set_protocol(socket)
+        # uvicorn calls `shutdown` of each
+        http.server_state.connections.add(socket)  # type: ignore[arg-type]
         socket._connections.add(socket)
         # nothing is read before the handshake is answered
         socket._set_reading()
-        socket.conn.receive_data(head)
-        socket.handle_events()
-        if not (socket.handshake_initiated or socket._is_lingering):
-            error = MalformedRequest("expected a WebSocket handshake")
-            socket.reject(socket._error_response(error))
-
-    def handle_connect(self, event: Request) -> None:
-        """Start the application, unless the handshake is wrong."""
+        fields = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in http.headers]
         try:
-            super().handle_connect(event)
+            socket._response = socket.conn.accept(Request(http.url.decode(), Headers(fields)))
         except CarryError as error:
-            self.reject(self._error_response(error))
+            socket.reject(socket._error_response(error))
+            return
+        task, tasks = socket.loop.create_task(socket._serve()), http.server_state.tasks
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     def reject(self, response: bytes) -> None:
         """Answer the handshake with an error, and close the connection."""
         self.transport.write(response)
         self._linger()
 
-    async def accept(self, subprotocol: str | None, headers: list[tuple[bytes, bytes]]) -> None:
+    def accept(self, subprotocol: str | None, headers: list[tuple[bytes, bytes]]) -> None:
         """Accept the handshake, unless the client disconnected."""
-        with suppress(ClientDisconnected):
-            await self.send(
-                {"type": "websocket.accept", "subprotocol": subprotocol, "headers": headers}
-            )
-        # they would be kept as long as the socket is open
-        self.scope.clear()  # type: ignore[attr-defined]
-        self.request.headers.clear()
-        del self.request, self.response
+        response, self._response, self.headers = self._response, None, []
+        if response is None or self.transport.is_closing():
+            return
+        del response.headers["Date"]
+        for name, value in headers:
+            response.headers[name.decode()] = value.decode("latin-1")
+        if subprotocol is not None:
+            response.headers["Sec-WebSocket-Protocol"] = subprotocol
+        self._has_accepted = True
+        self.transport.write(response.serialize())
 
-    async def run_asgi(self) -> None:
+    async def _serve(self) -> None:
         """Run the application, and close the connection after it."""
         try:
             await self._websockets.serve(self)
         except Exception:
-            self.logger.exception("a WebSocket failed")
+            _logger.exception("a WebSocket failed")
             self.fail(CloseCode.INTERNAL_ERROR, "")
         finally:
             self._linger()
@@ -180,7 +175,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
             if not self._wake():
                 self._set_reading()
 
-    async def receive(self) -> tuple[bytes, bool] | None:  # type: ignore[override]
+    async def receive(self) -> tuple[bytes, bool] | None:
         """The next message, and whether it is text; None at the end of all (`end_code`).
 
         One in each iteration of the event loop.
@@ -188,15 +183,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         if self._received:
             await asyncio.sleep(0)
         while not self._received:
-            if self._unparsed and not self.writable.is_set():
-                # a client that reads no pongs gets no more of them
-                self._set_reading()
-                await self.writable.wait()
-            elif self._unparsed:
+            # a client that reads no pongs gets no more of them
+            if self._unparsed and not self._is_write_paused:
                 self._parse_piece()
                 if not self._received:
                     await asyncio.sleep(0)
-            elif self._half_closed:
+            elif self._half_closed and not self._unparsed:
                 self._end(CloseCode.NORMAL_CLOSURE)
             else:
                 self._set_reading()
@@ -217,10 +209,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         if self._parsed_bytes >= len(self._unparsed):
             self._unparsed = b""
         self.conn.receive_data(piece)
-        self.handle_events()
+        for event in self.conn.events_received():
+            if isinstance(event, Frame):
+                self._receive_frame(event)
+        self._flush()
         if self.conn.parser_exc is not None:
             self._finish_close()
-        incomplete = len(self.conn.reader.buffer) + len(self._message or b"".join(self.frames))
+        incomplete = len(self.conn.reader.buffer) + len(self._message or b"")
         if (incomplete or self.body_bytes) and not self._is_lingering:
             if not self.body_bytes:
                 self.body_began_s = self.loop.time()
@@ -230,7 +225,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
     def _set_reading(self) -> None:
         """Read the socket exactly when nothing is unparsed: also while the application does not
         receive, since only a socket that is read notices a disconnect."""
-        is_waiting = bool(self._unparsed) or not self.handshake_complete
+        is_waiting = bool(self._unparsed) or not self._has_accepted
         pauses = is_waiting and not self._is_lingering
         if pauses == self.read_paused or self.transport.is_closing():
             return
@@ -240,33 +235,35 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         else:
             self.transport.resume_reading()
 
-    def handle_cont(self, event: Frame) -> None:
-        """Add a fragment to its message, in one buffer: each object would take 40 bytes more."""
-        if self._message is None:
-            self._message = bytearray(self.frames.pop())
-        self._message += event.data
-        if event.fin:
-            self.send_receive_event_to_app()
+    def _receive_frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.CLOSE:
+            # the client closes the socket, or answers its close
+            self._flush()
+            self._end(CloseCode.NORMAL_CLOSURE)
+            self.transport.close()
+        elif frame.opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._is_text = frame.opcode is Opcode.TEXT
+            if frame.fin:
+                self._receive_message(bytes(frame.data))
+            else:
+                # fragments are in one buffer: each object would take 40 bytes more
+                self._message = bytearray(frame.data)
+        elif frame.opcode is Opcode.CONT and self._message is not None:
+            self._message += frame.data
+            if frame.fin:
+                data, self._message = bytes(self._message), None
+                self._receive_message(data)
 
-    def send_receive_event_to_app(self) -> None:
+    def _receive_message(self, data: bytes) -> None:
         """Queue a complete message for the application."""
-        data = self.frames.pop() if self._message is None else self._message
-        self._message = None
         self._last_message_s = self.loop.time()
-        is_text = self.curr_msg_data_type == "text"
         try:
-            if is_text and not data.isascii():
+            if self._is_text and not data.isascii():
                 data.decode()
         except UnicodeDecodeError as error:
             self.fail(CloseCode.INVALID_DATA, f"expected UTF-8 in text frames: {error.reason}")
         else:
-            self._received.append((bytes(data), is_text))
-
-    def handle_close(self, event: Frame) -> None:
-        """The client closes the socket, or answers its close."""
-        self._flush()
-        self._end(CloseCode.NORMAL_CLOSURE)
-        self.transport.close()
+            self._received.append((data, self._is_text))
 
     def send_now(self, message: bytes, *, is_text: bool) -> None:
         """Send a message, unless the socket is closing."""
@@ -294,7 +291,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
 
     def fail(self, code: int, reason: str) -> None:
         """Close without waiting for the client's close frame."""
-        self.conn.fail(code, reason)
+        if self._has_accepted:
+            self.conn.fail(code, reason)
         self._finish_close()
 
     def _finish_close(self) -> None:
@@ -310,8 +308,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
             self._wake()
 
     def _drop_received(self) -> None:
-        self._unparsed = b""
-        self.frames, self._message = [], None
+        self._unparsed, self._message = b"", None
         if self.session is not None:
             self.session.cancel()
         # nothing comes after the client's close frame
@@ -321,16 +318,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
     @property
     def is_open(self) -> bool:
         """Whether messages can be sent."""
-        return self.conn.state is State.OPEN and not self.transport.is_closing()
+        is_connected = self._has_accepted and not self.transport.is_closing()
+        return is_connected and self.conn.state is State.OPEN
 
     @property
     def phase(self) -> Phase:
         """What the connection is waiting for."""
-        if (closing := self._closing_phase(write_paused=not self.writable.is_set())) is not None:
+        if (closing := self._closing_phase(write_paused=self._is_write_paused)) is not None:
             return closing
         if self.conn.state is State.CLOSING:
             return Phase.LINGER
-        if not self.handshake_complete or self.requests:
+        if not self._has_accepted or self.requests:
             return Phase.SERVICE
         return Phase.BODY if self.body_bytes else Phase.LIVE
 
@@ -364,10 +362,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         """Reject the message that it is receiving, because all bodies together exceed the limit."""
         self.fail(CloseCode.TRY_AGAIN_LATER, "too many bytes of incomplete messages")
 
+    def pause_writing(self) -> None:
+        """Parse nothing more: the client does not read."""
+        self._is_write_paused = True
+
     def resume_writing(self) -> None:
-        """Resume sending: the client reads again."""
-        super().resume_writing()
+        """Continue to parse: the client reads again."""
+        self._is_write_paused = False
         self.progress += 1
+        self._wake()
 
     def shutdown(self) -> None:
         """Graceful shutdown: the application answers what it has received, then closes."""
@@ -377,7 +380,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         """Close gracefully; the client then reconnects to the process that replaces this one."""
         self.shutdown()
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]
+    def eof_received(self) -> bool | None:
         """Handle a half-close: the client disconnected, or waits for its outcomes."""
         if not self.is_open or not (self.requests or self._unparsed or self._received):
             return None
@@ -397,5 +400,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         """The client disconnected, or the connection was closed."""
         self._linger()
         self._connections.remove(self)
-        super().connection_lost(exc)
+        self._server_state.connections.discard(self)
+        self._is_write_paused = False
         self._end(CloseCode.ABNORMAL_CLOSURE)
+        self._wake()

@@ -108,10 +108,9 @@ class LiveSockets:
 
     async def _answer(self, socket: WebSocketProtocol) -> Session | None:
         """Answer a handshake; returns the session of a socket that it opened."""
-        scope = socket.scope
-        headers = [*scope["headers"]]
+        headers = socket.headers
         request_id = request_id_of(headers, self.ids)
-        address = _ADDRESS.fullmatch(socket.request.path.encode())
+        address = _ADDRESS.fullmatch(socket.url)
         if address is None:
             raise RuntimeError("expected the address of a live socket")
         route = MODEL_ROUTE if address[2] is None else STREAM_ROUTE
@@ -124,8 +123,8 @@ class LiveSockets:
                 check_origin(headers, self.api.origins)
                 of_request = (request_id.decode(), route, trace_headers(headers))
                 opened, hello = await self._open(caller, address, facts, of_request)
-                accepted = SUBPROTOCOL if SUBPROTOCOL in scope["subprotocols"] else None
-                await socket.accept(accepted, [(REQUEST_ID_HEADER, request_id)])
+                accepted = SUBPROTOCOL if _offers_subprotocol(headers) else None
+                socket.accept(accepted, [(REQUEST_ID_HEADER, request_id)])
                 socket.send_now(dumps(Media.JSON, {"hello": hello}), is_text=True)
                 session = opened
             except Exception as failure:
@@ -195,6 +194,12 @@ class LiveSockets:
         hello |= {"window": self.window, "max_frame_bytes": api.limits.max_body_bytes}
         session = Session(api, caller, model, stream, self.window, options, timeout_s, *of_request)
         return session, hello
+
+
+def _offers_subprotocol(headers: Headers) -> bool:
+    """Whether a handshake offers the subprotocol of the service."""
+    offered = [value for name, value in headers if name == b"sec-websocket-protocol"]
+    return SUBPROTOCOL.encode() in map(bytes.strip, b",".join(offered).split(b","))
 
 
 def _authorization(headers: Headers) -> bytes | None:

@@ -13,6 +13,7 @@ from service.core.errors import StoreUnavailable
 from tests.service.transports.live.sockets import ORIGINS, Sockets, live
 from tests.service.transports.v1.harness import Harness, problem
 from tests.service.transports.v1.raw_http import HOST, answer, converse, port_of
+from tests.support.servers import becomes
 
 PATH = "/v1/models/probe/streams/s/live"
 UPGRADE = ("Connection: Upgrade", "Upgrade: websocket")
@@ -45,6 +46,21 @@ async def test_a_valid_handshake_switches_the_protocol(api: Harness) -> None:
     # RFC 6455, section 1.3
     assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
     assert b"Sec-WebSocket-Extensions" not in head
+
+
+async def test_a_client_that_half_closes_after_its_handshake_is_answered(api: Harness) -> None:
+    async with live(api) as sockets:
+        reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
+        api.store.held = asyncio.Event()
+        writer.write(handshake(*UPGRADE, *SECURITY))
+        await becomes(lambda: api.store.holds > 0, "a read of the stream")
+        writer.write_eof()
+        # read after it, if it is read
+        await exchange(sockets, handshake(first="GET /health/live HTTP/1.1"))
+        api.store.held.set()
+        response = await reader.read()
+        writer.close()
+    assert response.startswith(b"HTTP/1.1 101 ")
 
 
 WRONG_HANDSHAKES = [
