@@ -50,10 +50,15 @@ _REPLY: Final = (
     b'{"model_name":"%b","model_version":"%b",%%b"parameters":{"position":%%d,"epoch":"%%b",'
     b'"tag":"%%b","replayed":%%b%%b},"outputs":%b}'
 )
-_RESPONSE: Final = (
-    b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\ncontent-type: %b\r\nx-request-id: %b\r\n%b\r\n%b"
+_BINARY_RESPONSE: Final = (
+    b"HTTP/1.1 200 OK\r\n"
+    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n"
+    b"content-type: application/octet-stream\r\nx-request-id: %b\r\n%b\r\n%b"
 )
-_BINARY, _JSON = b"application/octet-stream", b"application/json"
+_JSON_RESPONSE: Final = (
+    b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n"
+    b"content-type: application/json\r\nx-request-id: %b\r\n%b\r\n%b"
+)
 
 
 class FastInferPath(FastChunkRoute):
@@ -162,10 +167,8 @@ class FastInferPath(FastChunkRoute):
                 body, json_bytes = text + binary_values(reply.outputs), len(text)
             else:
                 body = b"%b%b}]}" % (text, encode_json(reply.outputs.ravel()))
-        length, media = b"", _JSON
-        if has_binary:
-            length, media = b"%b: %d\r\n" % (_HEADER_LENGTH, json_bytes), _BINARY
-        return _RESPONSE % (length, len(body), media, request.request_id, header_lines, body)
+        end = len(body), request.request_id, header_lines, body
+        return _BINARY_RESPONSE % (json_bytes, *end) if has_binary else _JSON_RESPONSE % end
 
 
 def _reply_template(signature: Signature) -> bytes | None:
