@@ -10,20 +10,24 @@ output is checked: once and in order, those of one stream also against the oracl
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
 
+import hiredis
 import numpy as np
 import orjson
 import psutil
+from numpy.typing import NDArray
 
 from service.core.values import StreamKey
 from service.store.keys import KeySpace
@@ -42,7 +46,7 @@ BURSTS = (1, 16)
 
 EQUAL_RATES = "consume/1 at 50 % of http/carry"
 LEAST_EVENTS, ADDED_AT_ONCE = 2000, 1000
-ENDS_WITHIN_S, POLL_S = 120.0, 0.002
+ENDS_WITHIN_S, POLL_S, MIN_WAIT_S = 120.0, 0.002, 0.00005
 
 PARTITIONS = 1024  # by default
 SHARED_STREAMS, EVENT_INTERVAL_S, LOOK_EVERY, SETTLED_S = 64, 0.04, 5, 1.0
@@ -68,18 +72,20 @@ class TopicFeed:
         """Stream and position of the n-th event."""
         return workloads.place_in_bursts(number, self.burst, self.spec.streams)
 
-    def add(self, events: int) -> None:
-        """Add the next events."""
-        pipe = self.client.pipeline(transaction=False)
+    def commands(self, events: int) -> list[bytes]:
+        """The commands that add the next events, which count as added."""
+        packed = []
         for number in range(self.added, self.added + events):
             stream, position = self.place(number)
             event = self.spec.values[self.spec.body(stream, position)][1:-1]
-            fields = {"stream": self.spec.name(stream), "position": position, "event": event}
-            pipe.xadd(self.source, fields)
-            if len(pipe) == ADDED_AT_ONCE:
-                pipe.execute()
-        pipe.execute()
+            fields = ("stream", self.spec.name(stream), "position", position, "event", event)
+            packed.append(hiredis.pack_command(("XADD", self.source, "*", *fields)))
         self.added += events
+        return packed
+
+    def add(self, events: int) -> None:
+        """Add the next events."""
+        add_at(self.store.socket, self.commands(events), np.zeros(events))
 
     def await_outputs(self, process: psutil.Process) -> None:
         """Wait for an output entry of each event, from a process."""
@@ -158,26 +164,47 @@ class Reader:
         """One more round of an open loop."""
         self.process.resume()
         due = draw_arrivals(rate_per_s, bench.options.seconds * 2, seed)
-        bench.measure(row, self.server, partial(self._run_open, due))
+        first = self.feed.added
+        added = bench.run, add_at, self.feed.store.socket, self.feed.commands(len(due)), due
+        bench.measure(row, self.server, partial(self._run_open, first, due, *added))
         self.process.suspend()
 
-    def _run_open(self, due: Any) -> Load:
-        feed, first, done = self.feed, self.feed.added, 0
-        started_s = time.time() + LEAD_S
-        cpu_s = time.process_time()
-        while done < len(due):
-            passed_s = time.time() - started_s
-            ready = int(np.searchsorted(due, passed_s)) - done
-            if ready:
-                feed.add(ready)
-                done += ready
-            else:
-                time.sleep(max(0.0, due[done] - passed_s))
+    def _run_open(self, first: int, due: Any, run: Callable[..., Any], *added: Any) -> Load:
+        feed, count = self.feed, len(due)
+        started_s, cpu_s = run(*added)
         feed.await_outputs(self.process)
-        passed_s, cpu_s = time.time() - started_s, time.process_time() - cpu_s
+        passed_s = time.time() - started_s
         found = feed.check()
-        ends_s = np.array([found[feed.place(first + at)] + 1 for at in range(done)]) / 1000
-        return Load(passed_s, ends_s - (started_s + due), done, done, cpu_s)
+        ends_s = np.array([found[feed.place(first + at)] + 1 for at in range(count)]) / 1000
+        return Load(passed_s, ends_s - (started_s + due), count, count, cpu_s)
+
+
+def add_at(path: str, commands: Sequence[bytes], due: NDArray[np.float64]) -> tuple[float, float]:
+    """Send commands when they are due, in seconds after the start, without waiting for replies.
+
+    Returns:
+        The start, by the clock, and the processor time that it took.
+    """
+    cpu_s, done, replies = time.process_time(), 0, hiredis.Reader()
+    missing = len(commands)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        started_s = time.time() + LEAD_S
+        while missing:
+            ready = int(np.searchsorted(due, time.time() - started_s, "right"))
+            ready = min(ready, done + ADDED_AT_ONCE)
+            if ready > done:
+                connection.settimeout(None)
+                connection.sendall(b"".join(commands[done:ready]))
+                done = ready
+            wait_s = 0.0 if done == len(due) else due[done] + started_s - time.time()
+            connection.settimeout(max(wait_s, MIN_WAIT_S) if done < len(due) else ENDS_WITHIN_S)
+            with suppress(TimeoutError):
+                replies.feed(connection.recv(1 << 16))
+            while (reply := replies.gets()) is not False:
+                assert isinstance(reply, bytes), reply
+                missing -= 1
+    return started_s, time.process_time() - cpu_s
 
 
 def start_reader(
