@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Final
 
-from service.store.topics import END, TopicKeys, Topics
+from service.store.topics import END, Entry, TopicKeys, Topics
 
 UNNOTICED_S: Final = 1.0
 """Longest time between two reads of a topic that is watched."""
 
 PACE_S: Final = 0.001
-"""Shortest time between two waits, so that a busy topic is not read for each of its entries."""
+"""Shortest time between two reads, so that a busy topic is not read for each of its entries."""
 
 
 class Arrivals:
@@ -30,18 +31,22 @@ class Arrivals:
         """Forget which entries were read: the topic was acquired again."""
         self._last, self._has_entries = END, False
 
-    async def wait(self, last: bytes | None, longest_s: float) -> None:
+    async def wait(self, entries: Sequence[Entry], longest_s: float) -> None:
         """Wait until there may be entries that were not read yet, or `wake` is called.
 
         Args:
-            last: id of the last entry of the read before; None if there was none.
+            entries: those of the read before.
             longest_s: longest wait if the topic cannot be watched.
         """
-        if last is not None:
-            self._last = last.decode()
+        if entries:
+            self._last, self._has_entries = entries[-1].id.decode(), False
         elif self._has_entries:
             # those behind the last one were read by others of the group
             self._last = END
+        if len(entries) > 1:
+            # busy: more of them follow before a watch would be worth its calls
+            await asyncio.sleep(PACE_S)
+            return
         loop = asyncio.get_running_loop()
         noticed = self._noticed = loop.create_future()
         is_watched = self._topics.watch(self._keys, self._last, noticed)

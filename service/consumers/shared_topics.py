@@ -224,8 +224,7 @@ class LeasedTopic:
                 most = min(2 * most, self._max_read)
             elif not self._is_releasing and self.fence is not None:
                 most = max(most // 2, self._min_read)
-                last = entries[-1].id if entries else None
-                await self._arrivals.wait(last, self._shared.poll_s)
+                await self._arrivals.wait(entries, self._shared.poll_s)
 
     async def _read(self, after: str, most: int) -> tuple[Sequence[Entry], int]:
         """Read and process entries, as many as there is memory for; returns them and that

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from models.artifact.artifact import Artifact
 from service.consumers.arrivals import Arrivals
 from service.store.redis.topics import RedisTopics
-from service.store.topics import END, TopicKeys
+from service.store.topics import END, Entry, TopicKeys
 from tests.support.consumers import (
     add,
     assert_outputs,
@@ -50,9 +50,10 @@ def client(server: RealServer) -> Iterator[Any]:
         yield client
 
 
-async def wait(arrivals: Arrivals, topics: Watched, last: bytes | None, *, found: bool) -> str:
-    """Wait, until the watch notices something; returns the id behind which it looked."""
-    waiting = asyncio.create_task(arrivals.wait(last, NEVER_S))
+async def wait(arrivals: Arrivals, topics: Watched, *ids: bytes, found: bool = False) -> str:
+    """Wait after a read of entries, until the watch notices something; returns the id behind which
+    it looked."""
+    waiting = asyncio.create_task(arrivals.wait([Entry(each, ()) for each in ids], NEVER_S))
     count = len(topics.watches)
     await becomes(lambda: len(topics.watches) > count, "a watch")
     after, noticed = topics.watches[-1]
@@ -65,9 +66,18 @@ async def wait(arrivals: Arrivals, topics: Watched, last: bytes | None, *, found
 async def test_a_watch_looks_behind_the_last_entry_that_was_read() -> None:
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
-    assert await wait(arrivals, topics, None, found=False) == END
-    assert await wait(arrivals, topics, b"7-0", found=False) == "7-0"
-    assert await wait(arrivals, topics, None, found=False) == "7-0"
+    assert await wait(arrivals, topics) == END
+    assert await wait(arrivals, topics, b"7-0") == "7-0"
+    assert await wait(arrivals, topics) == "7-0"
+
+
+async def test_a_busy_topic_is_read_again_without_a_watch() -> None:
+    topics = Watched()
+    arrivals = Arrivals(topics, KEYS)
+    await wait(arrivals, topics, b"7-0", found=True)
+    await arrivals.wait([Entry(b"8-0", ()), Entry(b"9-0", ())], NEVER_S)
+    assert len(topics.watches) == 1
+    assert await wait(arrivals, topics) == "9-0"
 
 
 async def test_entries_that_others_of_the_group_read_are_not_looked_for_again() -> None:
@@ -75,13 +85,13 @@ async def test_entries_that_others_of_the_group_read_are_not_looked_for_again() 
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
     assert await wait(arrivals, topics, b"7-0", found=True) == "7-0"
-    assert await wait(arrivals, topics, None, found=False) == END
+    assert await wait(arrivals, topics) == END
 
 
 async def test_a_released_topic_waits_no_longer() -> None:
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
-    waiting = asyncio.create_task(arrivals.wait(None, NEVER_S))
+    waiting = asyncio.create_task(arrivals.wait([], NEVER_S))
     await becomes(lambda: topics.watches, "a watch")
     arrivals.wake()
     await waiting
