@@ -28,6 +28,7 @@ from service.consumers.kafka_client import (
     describe_topic,
     explain,
     load_library,
+    make_client,
     with_logs,
 )
 from service.consumers.kafka_offsets import (
@@ -114,6 +115,7 @@ class KafkaSource:
             OperatorError, StoreUnavailable, StoreRefused
         """
         await self._offsets.read(await self._in_thread(self._describe))
+        await self._in_thread(lambda: self._make_client().close())
 
     def check(self) -> Check:
         """Check readiness: whether every partition that is assigned to this process is read."""
@@ -184,17 +186,16 @@ class KafkaSource:
     # in the thread of the client
 
     def _make_client(self) -> Client:
-        client: Client = self._library.Consumer(
-            {
-                "queued.max.messages.kbytes": MAX_QUEUE_KBYTES,
-                **self._properties,
-                "group.id": self._config.kafka_group,
-                "enable.auto.commit": False,
-                "auto.offset.reset": "error",
-                "partition.assignment.strategy": "range",
-                "error_cb": self._on_error,
-            }
-        )
+        properties = {
+            "queued.max.messages.kbytes": MAX_QUEUE_KBYTES,
+            **self._properties,
+            "group.id": self._config.kafka_group,
+            "enable.auto.commit": False,
+            "auto.offset.reset": "error",
+            "partition.assignment.strategy": "range",
+            "error_cb": self._on_error,
+        }
+        client: Client = make_client(self._library.Consumer, properties)
         return client
 
     def _describe(self) -> TopicDescription:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from confluent_kafka import KafkaError
+
+Client = TypeVar("Client")
 
 REQUEST_TIMEOUT_S: Final = 5.0
 
@@ -48,6 +50,18 @@ def with_logs(properties: Mapping[str, Any]) -> dict[str, Any]:
     return {"log.connection.close": False, **properties, "logger": logging.getLogger("kafka")}
 
 
+def make_client(kind: Callable[[dict[str, Any]], Client], properties: Mapping[str, Any]) -> Client:
+    """Make a client of a class of the library.
+
+    Raises:
+        OperatorError: a property does not exist, or has an invalid value.
+    """
+    try:
+        return kind(dict(properties))
+    except load_library().KafkaException as error:
+        raise OperatorError(f"kafka: {error.args[0].str()}") from error
+
+
 def describe_topic(properties: Mapping[str, Any], name: str) -> TopicDescription:
     """Ask the brokers for a topic.
 
@@ -55,13 +69,16 @@ def describe_topic(properties: Mapping[str, Any], name: str) -> TopicDescription
         OperatorError: there is none, the client has no right to see it, or no broker answers.
     """
     library = load_library()
-    admin = library.admin.AdminClient(dict(properties))
+    # of connections: a request only says that it had no answer
+    errors: list[KafkaError] = []
+    admin = make_client(library.admin.AdminClient, {**properties, "error_cb": errors.append})
     topics = library.TopicCollection([name])
     described = admin.describe_topics(topics, request_timeout=REQUEST_TIMEOUT_S)
     try:
         topic = described[name].result()
     except library.KafkaException as error:
-        raise OperatorError(explain(error.args[0], name)) from error
+        admin.poll(0)
+        raise OperatorError(explain((*errors, error.args[0])[0], name)) from error
     return TopicDescription(str(topic.topic_id), len(topic.partitions))
 
 

@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
-from service.consumers.kafka_client import describe_topic, explain, load_library, with_logs
+from service.consumers.kafka_client import (
+    describe_topic,
+    explain,
+    load_library,
+    make_client,
+    with_logs,
+)
 from service.consumers.kafka_config import KafkaTopic
 from service.consumers.relay import DELIVERIES_AT_ONCE, DeliveryFailed, DeliveryRejected
 from service.store.topics import Entry
@@ -115,14 +121,13 @@ class KafkaSink:
         return ""
 
     def _make_producer(self) -> Producer:
-        producer: Producer = self._library.Producer(
-            {
-                **self._properties,
-                "acks": "all",
-                "enable.idempotence": True,
-                "enable.gapless.guarantee": True,
-                # given up by `TIMEOUT_S`, all together
-                "message.timeout.ms": 0,
-            }
-        )
+        properties = {
+            **self._properties,
+            "acks": "all",
+            "enable.idempotence": True,
+            "enable.gapless.guarantee": True,
+            # given up by `TIMEOUT_S`, all together
+            "message.timeout.ms": 0,
+        }
+        producer: Producer = make_client(self._library.Producer, properties)
         return producer

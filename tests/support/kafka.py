@@ -11,7 +11,7 @@ import ctypes
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from ctypes import c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_char_p, c_int, c_int16, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from service.store.settings import StoreSettings
 from tests.support.consumers import PROBE
 
 ONE_BROKER = 1
+JOIN_GROUP = 11
 
 QUICK = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 100}
 """Properties of members of a group. When one leaves or joins, this broker waits for the others for
@@ -48,6 +49,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [c_void_p, c_char_p, c_int32, c_int64],
     ),
+    "rd_kafka_mock_push_request_errors_array": (
+        None,
+        [c_void_p, c_int16, c_size_t, c_void_p],
+    ),
+    "rd_kafka_mock_clear_request_errors": (None, [c_void_p, c_int16]),
     "rd_kafka_mock_broker_set_down": (c_int, [c_void_p, c_int32]),
     "rd_kafka_mock_broker_set_up": (c_int, [c_void_p, c_int32]),
 }
@@ -136,6 +142,15 @@ class Broker:
     def set_error(self, topic: str, code: int) -> None:
         """Answer requests for a topic with an error; 0 for none."""
         _library().rd_kafka_mock_topic_set_error(self._cluster, topic.encode(), code)
+
+    def fail_joins(self, code: int) -> None:
+        """Answer attempts to join a group with an error; 0 for none."""
+        errors = (c_int * 10_000)(*[code] * 10_000)
+        _library().rd_kafka_mock_clear_request_errors(self._cluster, JOIN_GROUP)
+        if code:
+            _library().rd_kafka_mock_push_request_errors_array(
+                self._cluster, JOIN_GROUP, len(errors), errors
+            )
 
     def stop(self) -> None:
         """Close all connections, and accept none."""

@@ -322,6 +322,29 @@ async def test_missing_topic_and_missing_rights_are_errors_at_the_start(
             await source.check_topic()
 
 
+async def test_reading_starts_when_the_client_may_join_the_group(
+    server: RealServer, client: Any, broker: Broker
+) -> None:
+    url = broker.create("events", 1)
+    broker.fail_joins(KafkaError.GROUP_AUTHORIZATION_FAILED)
+    async with reading(server.url, **{"from": url}) as source:
+        await becomes(lambda: "no right to use the consumer group" in source.check().detail, "it")
+        broker.fail_joins(0)
+        await becomes(lambda: source.check().ok, "the assignment")
+
+
+async def test_invalid_properties_are_errors_at_the_start(
+    server: RealServer, client: Any, broker: Broker
+) -> None:
+    url = broker.create("events", 1)
+    async with opened(server.url) as store:
+        keys = StoreSettings(server.url).keys
+        for properties in ({"no.such": 1}, {"session.timeout.ms": "x"}, {"fetch.min.bytes": 0}):
+            config = make_config(PROBE | {"from": url, "kafka": properties}, "test")
+            with pytest.raises(OperatorError, match=f"kafka: .*{next(iter(properties))}"):
+                await KafkaSource(store, keys, config).check_topic()
+
+
 async def test_reading_continues_when_the_broker_is_back(
     server: RealServer, client: Any, broker: Broker
 ) -> None:
