@@ -133,6 +133,27 @@ async def test_reading_continues_where_the_store_is_whatever_was_committed_to_ka
     assert origins(client) == [b"events:0:%d" % each for each in range(6, 10)]
 
 
+async def test_reading_continues_at_the_lowest_offset_of_the_input_topics(
+    server: RealServer, client: Any, broker: Broker
+) -> None:
+    url, settings = broker.create("events", 1), {"partitions": 2}
+    config = {"from": url, "partitioned": True}
+    inputs = [f"carry{{p{partition:04d}}}:in:{INPUT}" for partition in range(2)]
+    rows = {f"s{number}": rows_of(RANDOM, 5) for number in range(8)}
+    broker.produce("events", *records(rows))
+    async with reading(server.url, settings, **config):
+        await becomes(lambda: sum(map(client.xlen, inputs)) == 40, "the entries")
+    first, second = (origins(client, name) for name in inputs)
+    assert first
+    assert second
+    # one partition of the store loses everything
+    client.delete(inputs[1])
+    client.hset(f"{inputs[1]}:sources", "kafka:events:0", "0-0")
+    async with reading(server.url, settings, **config):
+        await becomes(lambda: client.xlen(inputs[1]) == len(second), "the lost entries")
+    assert (origins(client, inputs[0]), origins(client, inputs[1])) == (first, second)
+
+
 async def test_records_that_the_store_loses_are_read_again_in_order(
     server: RealServer, client: Any, broker: Broker
 ) -> None:
