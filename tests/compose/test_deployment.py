@@ -139,7 +139,8 @@ def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_
     report = tmp_path / "report.json"
     command = [
         *(sys.executable, "-m", "carry.cli", "replay"),
-        *("--url", deployment.url, "--prefix", "replay-", "--events", "80000"),
+        # at least a minute, by the events' times: four restarts take 20 s, on a busy machine longer
+        *("--url", deployment.url, "--prefix", "replay-", "--events", "40000", "--speed", "60000"),
         *("--chunk", "1..16", "--verify"),
         *("--patience-s", "300"),
         *("--report", str(report), "--quiet"),
@@ -167,7 +168,7 @@ def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_
             replay.communicate()
     assert replay.returncode == 0, output + errors
     assert report.exists()
-    say("replayed 80,000 events while both containers restarted; verified:")
+    say("replayed 40,000 events while both containers restarted; verified:")
     for line in output.splitlines():
         say(f"  {line}")
 
@@ -187,10 +188,19 @@ def test_scaled_services_behind_haproxy_restart_without_a_failed_request(
         subprocess.run(["docker", "restart", first], capture_output=True, check=True)
         healthy = lambda: deployment.inspect(first)["State"]["Health"]["Status"] == "healthy"  # noqa: E731
         until(healthy, "the restarted service", READY_S, 0.2)
-        feeders.wait_for_more()
+        since = deployment.inspect(first)["State"]["StartedAt"]
+        until(lambda: has_chunks(first, since), "chunks of the restarted service", READY_S, 0.2)
         subprocess.run(["docker", "stop", second], capture_output=True, check=True)
         feeders.wait_for_more()
     say(f"0 of {feeders.chunks} requests failed while one restarted and then the other stopped")
+
+
+def has_chunks(container: str, since: str) -> bool:
+    """Whether HAProxy has sent a service chunks, as its log says, since it was started."""
+    command = ["docker", "logs", "--since", since, container]
+    logged = subprocess.run(command, capture_output=True, text=True, check=True)
+    route = '"route":"/v1/models/{model}/streams/{stream}/chunks"'
+    return route in logged.stdout + logged.stderr
 
 
 def wait_for_events(deployment: Deployment, replay: subprocess.Popen[str], count: int) -> None:
