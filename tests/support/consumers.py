@@ -26,7 +26,7 @@ from service.settings import Settings
 from service.store.redis.redis_store import RedisStore
 from tests.support.forks import COMMAND, Fork
 from tests.support.pipelines import oracle_outputs
-from tests.support.servers import becomes, until
+from tests.support.servers import WAIT_S, becomes, until
 
 PROBE: dict[str, Any] = {"model": "probe", "from": "events", "to": "scores", "create": True}
 
@@ -36,7 +36,7 @@ async def relaying(
     url: str, settings: dict[str, Any] | None = None, **config: Any
 ) -> AsyncIterator[Relay]:
     """A relay that runs without its consumer; it is stopped at the end."""
-    loaded = Settings.load({"redis_url": url, **(settings or {})})
+    loaded = Settings.load({"redis_url": url, "store_wait_s": WAIT_S, **(settings or {})})
     store = RedisStore(loaded.store)
     await store.start()
     relay = make_relay(loaded, make_config(PROBE | config, "test"), store)
@@ -56,7 +56,8 @@ async def consuming(
     url: str, artifact: Artifact, settings: dict[str, Any] | None = None, **config: Any
 ) -> AsyncIterator[Consumer]:
     """A consumer that runs; it is stopped at the end."""
-    flags = {"redis_url": url, "models_dir": artifact.path, **(settings or {})}
+    waits = {"store_wait_s": WAIT_S}
+    flags = {"redis_url": url, "models_dir": artifact.path, **waits, **(settings or {})}
     loaded = Settings.load(flags)
     store = TopicStore(loaded.store)
     configured = make_config(PROBE | config, "test")

@@ -36,6 +36,7 @@ from tests.support.needs import find_program
 
 KINDS = ("valkey", "redis")
 DEADLINE_S = 60.0
+WAIT_S = 60.0
 _POLL_S = 0.005
 
 
@@ -289,8 +290,9 @@ def emptied(running: Any) -> Any:
 
 @asynccontextmanager
 async def opened(url: str, **settings: Any) -> AsyncIterator[Store]:
-    """Open and start a store; close it afterwards."""
-    store = RedisStore(StoreSettings(url, **settings))
+    """Open and start a store; close it afterwards. By default it waits for longer than a busy
+    machine suspends its server: after a third of the time it reconnects and sends again."""
+    store = RedisStore(StoreSettings(url, **{"store_wait_s": WAIT_S, **settings}))
     try:
         await store.start()
         yield store

@@ -12,7 +12,15 @@ from service.store.base import Store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster, breakable_cluster, own_cluster, shared_cluster
-from tests.support.servers import KINDS, RealServer, own_server, real_server, server, shared_server
+from tests.support.servers import (
+    KINDS,
+    WAIT_S,
+    RealServer,
+    own_server,
+    real_server,
+    server,
+    shared_server,
+)
 from tests.support.streams import OpenStore, Streams
 
 __all__ = [
@@ -41,7 +49,7 @@ async def open_on(server: RealServer) -> AsyncIterator[OpenStore]:
     async with AsyncExitStack() as stack:
 
         async def open_one(**settings: Any) -> Store:
-            store = RedisStore(StoreSettings(server.url, **settings))
+            store = RedisStore(StoreSettings(server.url, **{"store_wait_s": WAIT_S, **settings}))
             stack.push_async_callback(store.close)
             await store.start()
             return store
