@@ -19,8 +19,9 @@ from service.codec.field_rules import MAX_FRAME_ID_CHARS, MAX_POSITION, is_epoch
 from service.core.values import Feed, FloatRows, Steps, is_stream_name
 
 MAX_BYTES: Final = 256 * 1024
-"""Longest body for the parser that is kept, with its memory. A longer one gets a parser of its own,
-and its numbers are checked before, since simdjson takes up to 0.5 us for a byte of hostile ones."""
+"""Longest body for the parser of each model, which keeps the memory of the longest. Longer ones
+share one parser, and their numbers are checked, since simdjson takes up to 0.5 us for a byte of
+hostile ones."""
 
 MAX_LONG_BYTES: Final = 2 * 2**20
 """Longest body that simdjson parses; longer ones are decoded in another thread."""
@@ -52,6 +53,11 @@ FRAME_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream", "id")
 _ITEM_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream")
 _PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError)
 """What simdjson raises for malformed JSON, and for a list of values other than numbers."""
+
+
+_LONG_PARSER: Final = simdjson.Parser()
+"""The parser of the long bodies of all models, which keeps up to 32 MiB. A parser for each body
+would be filled with new pages of memory each time, which takes as long as parsing."""
 
 
 class RowsChunk(msgspec.Struct, gc=False):
@@ -185,7 +191,7 @@ class JsonRowsDecoder:
             return self._parser.parse(body)
         if sum([len(body) - len(body.replace(each, b"")) for each in (b"e", b"E")]) > MAX_EXPONENTS:
             raise ValueError("perhaps hostile numbers")
-        return simdjson.Parser().parse(body)
+        return _LONG_PARSER.parse(body)
 
     def _read(
         self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
