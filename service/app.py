@@ -6,7 +6,6 @@ servers of other ports, and at shutdown stops these before the pipeline drains.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import structlog
 from fastapi import FastAPI
 
-from service.build import PipelineService, build_pipeline
+from service.build import PipelineService, build_pipeline, tune_garbage_collector
 from service.console.page import add_console
 from service.pipeline.watching import Watches
 from service.server.connection_balance import FULL
@@ -35,9 +34,6 @@ from service.transports.v2.inference import Inference
 if TYPE_CHECKING:
     from service.transports.v2.grpc.server import GrpcServer
 
-COLLECTOR_THRESHOLDS = (10_000, 20, 1_000)
-"""Allocations before a collection of the youngest generation, and collections of each generation
-before the next one's."""
 
 log = structlog.get_logger(__name__)
 
@@ -103,7 +99,7 @@ async def _serve(
         return max(connections.count_active(), pipeline.count_chunks())
 
     async with service:
-        _tune_garbage_collector()
+        tune_garbage_collector()
         for server in servers:
             await server.start()
         log.info("ready", models=sorted(pipeline.models), warm_s=service.warm_s)
@@ -140,14 +136,3 @@ def _grpc_server(service: PipelineService, inference: Inference) -> GrpcServer:
     server = GrpcServer(inference, service.recorder.statistics, service.settings)
     service.loads.append(lambda: {"grpc": server.load()})
     return server
-
-
-def _tune_garbage_collector() -> None:
-    """Exempt long-lived objects from garbage collection, and collect rarely.
-
-    A full collection traverses every state in memory, tens of milliseconds with the default size of
-    the state cache. Other objects are freed by their reference counts, or young.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECTOR_THRESHOLDS)

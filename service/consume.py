@@ -10,7 +10,7 @@ from typing import Protocol
 
 import structlog
 
-from service.build import build_pipeline
+from service.build import build_pipeline, tune_garbage_collector
 from service.consumers.config import ConsumerConfig
 from service.consumers.consumer import Consumer
 from service.consumers.kafka import KafkaSource
@@ -87,6 +87,7 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
             metrics.append(KafkaMetrics(recorder.registry, source, config.input))
         for each in metrics:
             stack.callback(asyncio.create_task(each.run()).cancel)
+        tune_garbage_collector()
         log.info("ready", model=config.model, source=config.source, sink=config.sink)
         await _run_all(readers)
     log.info("stopped", **consumer.counts, **({} if relay is None else {"relay": relay.counts}))
