@@ -87,6 +87,7 @@ def explain(error: KafkaError, name: str) -> str:
     code = load_library().KafkaError
     causes = {
         code.UNKNOWN_TOPIC_OR_PART: "there is no such topic",
+        code._UNKNOWN_TOPIC: "there is no such topic",
         code.TOPIC_AUTHORIZATION_FAILED: "the client has no right to use the topic",
         code.GROUP_AUTHORIZATION_FAILED: "the client has no right to use the consumer group",
         code.SASL_AUTHENTICATION_FAILED: "the broker rejected the credentials",

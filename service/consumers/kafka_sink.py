@@ -8,6 +8,7 @@ epoch and position, and those of a stream that come for the first time are in or
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,7 @@ class KafkaSink:
         self._topic = topic.name
         self._properties = with_logs(topic.properties(properties))
         self._producer: Producer | None = None
+        self._producing = threading.Lock()
         self._executor = ThreadPoolExecutor(DELIVERIES_AT_ONCE, "kafka-sink")
         codes = self._library.KafkaError
         self._of_record = {
@@ -76,49 +78,67 @@ class KafkaSink:
         self._executor.shutdown(wait=False)
 
     def _deliver(self, entries: Sequence[Entry]) -> None:
-        producer = self._producer = self._producer or self._make_producer()
         # appended by whichever thread polls
         reports: list[KafkaError | None] = []
-        reason, sent = "", 0
-        for entry in entries:
-            reason = self._produce(producer, entry, lambda error, _: reports.append(error))
-            if reason:
-                break
-            sent += 1
+        failure: DeliveryRejected | DeliveryFailed | None = None
+        sent = 0
+        # or another thread discards the producer in between, and what follows is sent first
+        with self._producing:
+            producer = self._producer = self._producer or self._make_producer()
+            try:
+                for entry in entries:
+                    self._produce(producer, entry, lambda error, _: reports.append(error))
+                    sent += 1
+            except (DeliveryRejected, DeliveryFailed) as error:
+                failure = error
         deadline_s = time.monotonic() + TIMEOUT_S
         while len(reports) < sent and time.monotonic() < deadline_s:
             producer.poll(POLL_S)
         errors = [error for error in reports if error is not None]
-        if errors or len(reports) < sent:
-            # nothing is sent behind what failed: another producer starts there
-            if self._producer is producer:
-                self._producer = None
-            producer.purge()
-            if rejected := [each for each in errors if each.code() in self._of_record]:
-                raise DeliveryRejected(explain(rejected[0], self._topic))
-            raise DeliveryFailed(
-                explain(errors[0], self._topic) if errors else "the brokers have not confirmed"
-            )
-        if reason:
-            raise DeliveryRejected(reason)
+        if errors:
+            rejected = [each for each in errors if each.code() in self._of_record]
+            failure = self._failure((rejected or errors)[0])
+        elif len(reports) < sent:
+            failure = DeliveryFailed("the brokers have not confirmed")
+        if errors or len(reports) < sent or isinstance(failure, DeliveryFailed):
+            self._discard(producer)
+        if failure is not None:
+            raise failure
 
     def _produce(
         self, producer: Producer, entry: Entry, on_delivery: Callable[[Any, Message], None]
-    ) -> str:
-        """Hand an output to the producer; returns why it is rejected, if it is."""
+    ) -> None:
+        """Hand an output to the producer.
+
+        Raises:
+            DeliveryRejected, DeliveryFailed
+        """
         fields = entry.fields or ()
         values = dict(zip(fields[::2], fields[1::2], strict=True))
         key, value = values.pop(b"stream", None), values.pop(b"outputs", None)
         if value is None:
-            return "the entry is not an output: expected the field `outputs`"
+            raise DeliveryRejected("the entry is not an output: expected the field `outputs`")
         headers: list[tuple[str, str | bytes | None]] = [
             (name.decode("latin-1"), content) for name, content in values.items()
         ]
         try:
             producer.produce(self._topic, value, key, headers=headers, on_delivery=on_delivery)
         except self._library.KafkaException as error:
-            return explain(error.args[0], self._topic)
-        return ""
+            raise self._failure(error.args[0]) from error
+        except BufferError as error:
+            raise DeliveryFailed(f"kafka topic {self._topic!r}: {error}") from error
+
+    def _failure(self, error: KafkaError) -> DeliveryRejected | DeliveryFailed:
+        """What an error means: only a few are about the output."""
+        kind = DeliveryRejected if error.code() in self._of_record else DeliveryFailed
+        return kind(explain(error, self._topic))
+
+    def _discard(self, producer: Producer) -> None:
+        """Send nothing behind what failed: another producer starts there."""
+        with self._producing:
+            if self._producer is producer:
+                self._producer = None
+            producer.purge()
 
     def _make_producer(self) -> Producer:
         properties = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from confluent_kafka import KafkaException
 
 from models.artifact.artifact import Artifact
 from service.consumers import kafka_sink
@@ -31,6 +32,7 @@ from tests.support.servers import RealServer, becomes, emptied, real_server, unt
 RANDOM = np.random.default_rng(29)
 PARTITIONS = 3
 OUTBOX = "scores.carry-probe"
+UNKNOWN_TOPIC, NOT_AUTHORIZED = 3, 29
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +147,36 @@ async def test_outputs_that_are_too_large_become_dead_letters(
     assert b"not an output" in letters[1][b"carry-reason"]
     found = [position for position, _ in delivered(broker)["a"]]
     assert found == [each for each in range(20) if each not in (7, 9)]
+
+
+@pytest.mark.parametrize("code", [UNKNOWN_TOPIC, NOT_AUTHORIZED])
+async def test_outputs_wait_while_their_topic_cannot_be_used(
+    server: RealServer, client: Any, broker: Broker, code: int
+) -> None:
+    """That the client knows it before it sends an output is no rejection of the output."""
+    url = broker.create("scores", PARTITIONS)
+    settings = {"topic.metadata.refresh.interval.ms": 10, "topic.metadata.propagation.max.ms": 0}
+    async with relaying(server.url, to=url, kafka=settings) as relay:
+        add(client, OUTBOX, output(0))
+        await becomes(lambda: relay.counts["delivered"] == 1, "the first output")
+        producer = relay.target._producer  # type: ignore[attr-defined]
+        broker.set_error("scores", code)
+        await becomes(lambda: is_rejected_at_once(producer), "the error of the topic")
+        add(client, OUTBOX, *[output(position) for position in range(1, 5)])
+        await becomes(lambda: relay.counts["failures"] >= 2, "failed deliveries")
+        broker.set_error("scores", 0)
+        await becomes(lambda: relay.counts["delivered"] == 5, "the outputs")
+    assert not client.exists(f"{OUTBOX}:dead")
+    assert [position for position, _ in delivered(broker)["a"]] == [*range(5)]
+
+
+def is_rejected_at_once(producer: Any) -> bool:
+    """Whether a producer knows that its topic cannot be used."""
+    try:
+        producer.produce("scores", b"{}", "a", headers=[("epoch", b"e1"), ("position", b"0")])
+    except KafkaException:
+        return True
+    return False
 
 
 async def test_missing_topic_is_an_error_at_the_start(broker: Broker) -> None:
