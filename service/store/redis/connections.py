@@ -39,6 +39,8 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.settings import StoreSettings
 
 RETRY_AFTER_S: Final = 1
+CANCEL_S: Final = 2.0
+"""How long a task has to end before it is cancelled again."""
 ATTEMPTS_PER_CALL: Final = 3
 """A connection that is unresponsive for a third of a call's timeout is closed and opened again:
 longer than a healthy server pauses, and early enough to reach its replacement after a failover."""
@@ -224,3 +226,14 @@ def _redacted_url(options: Mapping[str, Any]) -> str:
     scheme = "rediss" if options.get("connection_class") else "redis"
     host, port = options.get("host", "localhost"), options.get("port", 6379)
     return f"{scheme}://{host}:{port}/{options.get('db', 0)}"
+
+
+async def end_tasks(*tasks: asyncio.Task[Any] | None) -> None:
+    """Cancel tasks, and wait for their end. Before Python 3.12 a call that completes at the same
+    time may lose a cancellation, so it is repeated."""
+    started = [task for task in tasks if task is not None]
+    while running := [task for task in started if not task.done()]:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=CANCEL_S)
+    await asyncio.gather(*started, return_exceptions=True)

@@ -38,6 +38,7 @@ from service.store.capabilities import LIVE_S, StoreMonitor, StreamCount
 from service.store.codec import HEADER_BYTES, CodecError, StateHeader
 from service.store.keys import KeySpace
 from service.store.redis.commands import Command, Script
+from service.store.redis.connections import end_tasks
 from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Router
 from service.store.redis.scan import scan_page, scan_step
@@ -81,10 +82,7 @@ class RedisMonitor(StoreMonitor):
 
     async def close(self) -> None:
         """Stop the checks; before the connections are closed."""
-        tasks = [task for task in (self._watcher, self._checking) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._watcher, self._checking)
 
     async def check(self) -> Check:
         """Check the servers now. Never raises."""

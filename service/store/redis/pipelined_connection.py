@@ -43,6 +43,7 @@ from service.store.redis.connections import (
     abort,
     describe_error,
     drop_unsent_on_close,
+    end_tasks,
     is_error_reply,
     is_transient,
     transport_of,
@@ -183,9 +184,7 @@ class PipelinedConnection:
 
     async def close(self) -> None:
         """Close the connection; once, after the last command was resolved."""
-        if self._runner is not None:
-            self._runner.cancel()
-            await asyncio.wait({self._runner})
+        await end_tasks(self._runner)
 
     @property
     def _is_open(self) -> bool:

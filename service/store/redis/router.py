@@ -47,6 +47,7 @@ from service.store.redis.connections import (
     RETRY_AFTER_S,
     OnConnect,
     describe_error,
+    end_tasks,
 )
 from service.store.redis.outcomes import Outcome, ReplyLost, ServerReply
 from service.store.redis.pipelined_connection import (
@@ -155,9 +156,7 @@ class Router(ABC):
 
     async def close(self) -> None:
         """Close every connection; once, after the last call returned."""
-        for task in (*self._tasks, *([self._refreshing] if self._refreshing else [])):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks, self._refreshing)
         for server in list(self._servers.values()):
             await server.close()
 

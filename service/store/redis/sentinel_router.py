@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 
 from service.core.errors import StoreUnavailable
 from service.store.redis.address import Address, StoreAddress
-from service.store.redis.connections import ATTEMPTS_PER_CALL, ConnectionFactory
+from service.store.redis.connections import ATTEMPTS_PER_CALL, ConnectionFactory, end_tasks
 from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Layout, Router, Topology
 from service.store.settings import StoreSettings
@@ -73,9 +73,7 @@ class SentinelRouter(Router):
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait({self._watcher})
+        await end_tasks(self._watcher)
         await super().close()
         for server in self._replicas_at_start:
             await server.close()

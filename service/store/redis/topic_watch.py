@@ -24,6 +24,7 @@ from service.store.redis.connections import (
     ConnectionFactory,
     abort,
     describe_error,
+    end_tasks,
     is_transient,
     transport_of,
 )
@@ -91,9 +92,7 @@ class _ServerWatch:
 
     async def close(self) -> None:
         """Close the connection."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        await end_tasks(self._task)
 
     async def _run(self) -> None:
         """Open the connection, wait until it ends, and pause."""

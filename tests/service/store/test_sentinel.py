@@ -13,6 +13,7 @@ from redis.asyncio.sentinel import Sentinel
 from service.core.values import StreamState
 from service.store.base import Committed, Store
 from service.store.codec import encode_state
+from service.store.redis import sentinel_router
 from service.store.redis.address import Address
 from service.store.redis.router import Topology
 from service.store.redis.sentinel_router import SentinelRouter
@@ -76,6 +77,28 @@ async def test_a_primary_that_a_sentinel_considers_down_is_not_connected_to(
         await rejection(
             lambda: store.load([key("a")], time.monotonic() + 1), r"considers the primary .* down"
         )
+
+
+async def test_close_ends_a_watcher_that_lost_its_cancellation(
+    servers: Monitored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Python 3.12, if a call completes at the same time."""
+    has_begun, cancellations = asyncio.Event(), list[None]()
+
+    async def read_topology(_: SentinelRouter) -> None:
+        has_begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancellations.append(None)
+            if len(cancellations) > 1:
+                raise
+
+    monkeypatch.setattr(sentinel_router, "CHECK_INTERVAL_S", 0)
+    async with asyncio.timeout(60), opened(servers.url):
+        monkeypatch.setattr(SentinelRouter, "_read_topology", read_topology)
+        await has_begun.wait()
+    assert len(cancellations) == 2
 
 
 async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
