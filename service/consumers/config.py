@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -299,27 +299,37 @@ def make_config(
 
 
 _PARTS: Final[dict[str, type[BaseModel]]] = {
-    each.__name__: each for each in (StreamSource, EventSource, WebhookConfig, Secret)
+    "stream": StreamSource,
+    "event": EventSource,
+    "webhook": WebhookConfig,
 }
+"""The members that are mappings."""
+
+
+def _members_at(place: Sequence[str | int]) -> list[str]:
+    """The names that are known beside the one at a place."""
+    part: type[BaseModel] = ConsumerConfig
+    if Secret.__name__ in place:
+        part = Secret
+    elif len(place) > 1:
+        part = _PARTS[str(place[0])]
+    return sorted(field.alias or name for name, field in part.model_fields.items())
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    known = {field.alias or name for name, field in ConsumerConfig.model_fields.items()}
     for problem in error.errors(include_url=False):
         place = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            among = f" among {', '.join(sorted(known))}" if len(problem["loc"]) == 1 else ""
-            message = f"expected a member{among}"
+            message = f"expected a member among {', '.join(_members_at(problem['loc']))}"
         elif problem["type"] == "model_type":
-            part = _PARTS[problem["ctx"]["class_name"]]
-            message = f"expected a mapping of {', '.join(part.model_fields)}"
+            names = ", ".join(_members_at((*problem["loc"], "")))
+            message = f"expected a mapping of {names}"
         if message[1:2].islower():
             message = f"{message[0].lower()}{message[1:]}"
-        # values of a webhook may be secret
-        shows_value = problem["type"] != "missing" and place.partition(".")[0] not in (
-            "",
-            "webhook",
-        )
+        # values of a webhook may be secret, and those of unknown members
+        shows_value = problem["type"] not in ("missing", "extra_forbidden") and place.partition(
+            "."
+        )[0] not in ("", "webhook")
         got = f", got {problem['input']!r}" if shows_value else ""
         yield f"{place}: {message}{got}".removeprefix(": ")

@@ -127,6 +127,16 @@ def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
     ("text", "message"),
     [
         ("model: probe\nfrom: events\nto: scores\nfrm: x\n", "frm: expected a member among"),
+        (f"model: probe\nfrom: a\nto: b\nsecret: {SECRET}\n", "secret: expected a member among"),
+        (
+            "model: probe\nfrom: a\nto: b\nstream: {feild: x}\n",
+            "stream.feild: expected a member among constant, field, key",
+        ),
+        (
+            f"{WEBHOOK}secret: {SECRET}, heders: {{}}}}",
+            "webhook.heders: expected a member among batch, ca_file, delete, headers",
+        ),
+        (f"{WEBHOOK}secret: {{var: x}}}}", "Secret.var: expected a member among env, file"),
         ("model: probe\nfrom: events\n", "to: field required"),
         ("model: probe\nfrom: events\nto: scores\nlease_s: 0\n", "lease_s: input should be"),
         ("model: other\nfrom: events\nto: scores\n", "model: expected one of probe"),
@@ -139,7 +149,7 @@ def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
         ("model: probe\nfrom: nothing\nto: scores\n", "expected a stream 'nothing'"),
         ("model: probe\nfrom: a\nto: a\n", "expected different topics, got 'a', 'a' and 'a:dead'"),
         ("model: probe\nfrom: a\nto: b\ndead_letters: a\n", "expected different topics"),
-        ("model: probe\nfrom: a\nto: b\nstream: x\n", "stream: expected a mapping of field, con"),
+        ("model: probe\nfrom: a\nto: b\nstream: x\n", "stream: expected a mapping of constant,"),
         ("model: probe\nfrom: a/b\nto: b\nstream: key\n", "from: expected with `stream: key` 1 to"),
         (f"{WEBHOOK}secret: x}}", "webhook.secret: expected whsec_ and at least 24 bytes"),
         (f"{WEBHOOK}secret: {{env: NO_SUCH}}}}", "webhook.secret: expected the variable NO_SUCH"),
