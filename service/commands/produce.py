@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.commands.common import DataDir, RedisUrl, run_on_store, show_progress
-from service.core.errors import OperatorError
+from service.core.errors import CarryError, OperatorError
 
 if TYPE_CHECKING:
     from service.store.topics import TopicEntry
@@ -65,10 +65,19 @@ def produce(
                     raise OperatorError(f"{file}: {error.strerror}") from error
             update = stack.enter_context(show_progress("produce"))
             entries = _entries(lines, topic, model or "", chosen)
-            while part := [*islice(entries, AT_ONCE)]:
-                await store.topics.add(part)
-                count += len(part)
-                update(count)
+            part: list[TopicEntry] = []
+            try:
+                while part := [*islice(entries, AT_ONCE)]:
+                    await store.topics.add(part)
+                    count += len(part)
+                    update(count)
+            except OperatorError as error:
+                raise OperatorError(f"{error}; {count} events were written") from error
+            except CarryError as error:
+                raise OperatorError(
+                    f"--to {topic}: {error.detail}; {count} events were written, and perhaps some "
+                    f"of the next {len(part)}"
+                ) from error
         return count
 
     count = run_on_store(redis_url, data_dir, send)
@@ -86,16 +95,19 @@ def _entries(lines: Iterable[bytes], topic: str, model: str, space: Any) -> Iter
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place = f"line {number}"
         try:
             members = decode(line)
-            stream = msgspec.json.decode(members["stream"], type=str)
             event = bytes(members["event"])
+            place = f"line {number}: stream"
+            stream = msgspec.json.decode(members["stream"], type=str)
+            place = f"line {number}: position"
             position = members.get("position")
             given = [] if position is None else [msgspec.json.decode(position, type=int)]
         except KeyError as error:
             raise OperatorError(f"line {number}: expected a member {error}") from error
         except msgspec.DecodeError as error:
-            raise OperatorError(f"line {number}: {error}") from error
+            raise OperatorError(f"{place}: {error}") from error
         if unknown := members.keys() - MEMBERS:
             raise OperatorError(
                 f"line {number}: expected members among {', '.join(sorted(MEMBERS))}, "

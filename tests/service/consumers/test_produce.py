@@ -83,7 +83,8 @@ async def test_the_producer_of_the_client_writes_what_is_consumed(
         (b'{"stream": "a"}', "line 1: expected a member 'event'"),
         (b'{"stream": "a/b", "event": {}}', "line 1: stream: expected 1 to 256"),
         (b'{"stream": "a", "event": {}, "at": 1}', "line 1: expected members among"),
-        (b'{"stream": "a", "event": {}, "position": 1.5}', "line 1: Expected `int`"),
+        (b'{"stream": "a", "event": {}, "position": 1.5}', "line 1: position: Expected `int`"),
+        (b'{"stream": 7, "event": {}}', "line 1: stream: Expected `str`"),
         (b'{"stream": "a", "event": "x"}', "line 1: event: expected an object or a row"),
         (b"[]", "line 1: Expected `object`"),
     ],
@@ -92,6 +93,27 @@ def test_an_invalid_line_is_an_error(server: RealServer, line: bytes, message: s
     result = carry("produce", "-", "--to", "events", "--redis-url", server.url, data=line)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_an_invalid_line_says_how_many_events_were_written(server: RealServer) -> None:
+    lines = b'{"stream": "a", "event": {}}\n' * 700 + b"{"
+    with server.client() as client:
+        client.delete("events")
+        result = carry("produce", "-", "--to", "events", "--redis-url", server.url, data=lines)
+        assert client.xlen("events") == 500
+    assert result.exit_code == 1
+    assert "line 701: " in result.stderr
+    assert result.stderr.endswith("; 500 events were written\n")
+
+
+def test_a_topic_that_is_no_stream_is_an_error_with_its_name(server: RealServer) -> None:
+    line = b'{"stream": "a", "event": {}}\n'
+    with server.client() as client:
+        client.set("text", "x")
+    result = carry("produce", "-", "--to", "text", "--redis-url", server.url, data=line)
+    assert result.exit_code == 1
+    assert "carry: --to text: " in result.stderr
+    assert result.stderr.endswith("; 0 events were written, and perhaps some of the next 1\n")
 
 
 def test_a_missing_file_is_an_error(server: RealServer) -> None:
