@@ -167,7 +167,8 @@ def _show_status(
                 typer.echo(_status_line(keys.topic, status, rate))
             elif keys is topics[0] and len(topics) < 3:
                 raise OperatorError(
-                    f"there is no topic {keys.topic!r}, or no group {keys.group!r} that reads it"
+                    f"there is no topic {keys.topic!r}, or no group {keys.group!r} that reads it; "
+                    "topics of partitions need --partitioned"
                 )
 
     run_on_store(redis_url, data_dir, show)

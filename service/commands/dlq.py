@@ -72,6 +72,12 @@ def list_letters(
                 shown += 1
                 if shown == limit:
                     return
+        if not shown:
+            names = repr(topics[0].dead_letters)
+            if len(topics) > 1:
+                names += f" to {topics[-1].dead_letters!r}"
+            of_stream = "" if stream is None else f" of stream {stream!r}"
+            typer.echo(f"no dead letters{of_stream} in {names}", err=True)
 
     overrides = {"from": source, "partitioned": partitioned}
     _run(config, overrides, redis_url, data_dir, show, outputs=outputs)
@@ -134,7 +140,9 @@ def replay_letters(
         for keys in topics:
             if stream is not None:
                 field = consumer.position
-                moved += await _replay_stream(store, keys, stream, field, adds=not discard)
+                moved += await _replay_stream(
+                    store, keys, stream, field, adds=not discard, is_configured=config is not None
+                )
                 continue
             found = [each.id async for each in _letters(store, keys, None) if each.id in chosen]
             missing -= {*found}
@@ -151,13 +159,23 @@ def replay_letters(
 
 
 async def _replay_stream(
-    store: RedisStore, keys: TopicKeys, stream: str, field: str | None, *, adds: bool
+    store: RedisStore,
+    keys: TopicKeys,
+    stream: str,
+    field: str | None,
+    *,
+    adds: bool,
+    is_configured: bool,
 ) -> int:
     """Replay a stream's dead letters; the stream continues behind the last one.
 
     Args:
         field: with the position; they are in its order if all have one, since a missing event that
             was sent while the stream halted is behind those that wait for it.
+        is_configured: whether the field is that of the consumer, and not the default.
+
+    Raises:
+        OperatorError: the positions are in another field.
     """
     moved = 0
     while True:
@@ -166,6 +184,12 @@ async def _replay_stream(
             last, values = letter.id, _values(letter)
             if values.get("carry-stream") == stream:
                 positions[last] = values.get(field or "", "")
+                is_ahead = values.get("carry-code") == "position_ahead"
+                if adds and is_ahead and not positions[last] and not is_configured:
+                    raise OperatorError(
+                        "--config: expected the configuration, which names the field of the "
+                        f"position: dead letter {last.decode()!r} has no field {field!r}"
+                    )
         ids = [*positions]
         if all(each.isdecimal() for each in positions.values()):
             ids.sort(key=lambda each: int(positions[each]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,28 @@ async def test_a_halted_stream_goes_on_once_its_missing_event_is_sent(
     assert client.xlen("events:dead") == 0
 
 
+async def test_a_replay_in_order_needs_to_know_the_field_of_the_position(
+    server: RealServer, client: Any, artifact: Artifact, tmp_path: Path
+) -> None:
+    rows = rows_of(RANDOM, 4)
+    good = [fields_of("a", row, seq=at) for at, row in enumerate(rows)]
+    config = tmp_path / "consumer.yaml"
+    config.write_text("model: probe\nfrom: events\nto: scores\nposition: seq\non_error: halt\n")
+    async with consuming(server.url, artifact, on_error="halt", position="seq"):
+        add(client, "events", good[0], *good[2:])
+        await until_count(client, "events:dead", 2)
+        add(client, "events", good[1])
+        await until_count(client, "events:dead", 3)
+        rejected = await dlq(server, "replay", "--stream", "a")
+        assert rejected.exit_code == 1
+        assert "--config: expected the configuration, which names the field" in rejected.stderr
+        assert client.xlen("events:dead") == 3
+        replayed = await dlq(server, "replay", "--stream", "a", "--config", str(config))
+        assert replayed.stdout == b"3 dead letters replayed\n"
+        await until_count(client, "scores", 4)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+
+
 async def test_single_dead_letters_are_replayed_with_their_fields(
     server: RealServer, client: Any, artifact: Artifact
 ) -> None:
@@ -149,4 +172,9 @@ async def test_dead_letters_and_status_are_shown_while_the_memory_is_full(
 async def test_what_is_missing_is_an_error(server: RealServer, client: Any) -> None:
     assert "no dead letter" in (await dlq(server, "show", "1-1")).stderr
     assert "--stream NAME" in (await dlq(server, "replay")).stderr
+    listed = await dlq(server, "list")
+    assert (listed.exit_code, listed.stdout) == (0, b"")
+    assert listed.stderr.endswith("no dead letters in 'events:dead'\n")
+    status = carry("consume", "status", "--from", "events", "--redis-url", server.url)
+    assert "; topics of partitions need --partitioned" in status.stderr
     assert carry("dlq", "list").stderr == "carry: expected a configuration, or --from TOPIC\n"
