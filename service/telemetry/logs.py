@@ -131,6 +131,8 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
         root.removeHandler(earlier)
     root.addHandler(handler)
     root.setLevel(number)
+    # it logs the address of each request, whose path or query may be secret
+    logging.getLogger("httpx").setLevel(max(number, logging.WARNING))
     logging.captureWarnings(True)
     access_log.level = number
     access_log.render = json_line if log_format == "json" else _console_line()
