@@ -191,6 +191,8 @@ def read_document(value: bytes, *, is_json: bool) -> msgspec.Raw:
         return _read_json(value)
     decoded = msgspec.msgpack.decode(value)
     if isinstance(decoded, bytes):
+        if len(decoded) % 4:
+            raise ValueError(f"expected 4 bytes for each float32 value, got {len(decoded)} bytes")
         decoded = np.frombuffer(decoded, "<f4").tolist()
     return msgspec.Raw(_encode_json(decoded))
 
