@@ -14,6 +14,9 @@ from collections import deque
 from functools import partial
 from typing import Final
 
+import msgspec
+import structlog
+
 from service.access.caller import ANYONE
 from service.build import PipelineService
 from service.codec.media import Media
@@ -23,12 +26,14 @@ from service.consumers.outputs import OutputWriter
 from service.consumers.shared_topics import SharedTopics
 from service.consumers.store import TopicStore
 from service.consumers.topic import OnReply, OwnedTopic
-from service.core.errors import CarryError, OperatorError
+from service.core.errors import CarryError, OperatorError, StoreRefused
 from service.core.values import Chunk, Reply, StreamHead, StreamKey
 from service.store.topics import TopicKeys
 
 EVENTS_PER_CHUNK: Final = 8
 """Most entries in memory for each chunk that the batcher may have."""
+
+log = structlog.get_logger(__name__)
 
 
 class Consumer(SharedTopics[OwnedTopic]):
@@ -78,21 +83,33 @@ class Consumer(SharedTopics[OwnedTopic]):
 
     async def run(self) -> None:
         """Announce what is read and written, and process entries as `SharedTopics.run`."""
-        await self.store.register(self._record)
+        record = self._record
+        earlier = await self.store.register(record)
+        if earlier not in (None, record):
+            log.warning(
+                "topics_changed",
+                topic=record.source,
+                group=record.group,
+                earlier=msgspec.to_builtins(earlier),
+                now=msgspec.to_builtins(record),
+            )
         await super().run()
 
     async def check_topics(self) -> None:
         """Check that the topics are streams, and that the source exists unless it may be created.
 
         Raises:
-            OperatorError, StoreUnavailable, StoreRefused
+            OperatorError, StoreUnavailable
         """
         if len(self._keys) > 1:
             return
         (keys,), config = self._keys.values(), self._config
         names = {"from": keys.topic, "to": keys.outputs, "dead_letters": keys.dead_letters}
         for member, name in names.items():
-            kind = await self.store.type_of(name)
+            try:
+                kind = await self.store.type_of(name)
+            except StoreRefused as error:
+                raise OperatorError(f"{member}: topic {name!r}: {error.detail}") from error
             may_be_missing = member != "from" or config.create or config.kafka_source is not None
             if kind != "stream" and not (kind == "none" and may_be_missing):
                 hint = ", or --create" if kind == "none" else ""

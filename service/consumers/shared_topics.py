@@ -338,6 +338,7 @@ class SharedTopics(Generic[AnyTopic]):
         self._stopped = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._members: set[str] = set()
+        self._is_join_failing = False
 
     def _make_topic(self, keys: TopicKeys) -> AnyTopic:
         raise NotImplementedError
@@ -377,12 +378,16 @@ class SharedTopics(Generic[AnyTopic]):
         return [*await self.store.join(self._pool, self.name, valid_s)]
 
     async def _try_join(self, members: list[str], valid_s: float = MEMBER_VALID_S) -> list[str]:
-        """Join; returns the earlier members if the store does not answer."""
+        """Join; returns the earlier members if the store does not answer, which is logged once."""
         try:
-            return await self._join(valid_s)
+            members = await self._join(valid_s)
         except CarryError as error:
-            log.warning("members_unknown", reason=error.detail)
-            return members
+            if not self._is_join_failing:
+                log.warning("members_unknown", reason=error.detail)
+            self._is_join_failing = True
+        else:
+            self._is_join_failing = False
+        return members
 
     def _assign(self, members: list[str]) -> None:
         """Acquire the topics that are assigned to this process, and release all others."""

@@ -330,9 +330,9 @@ class Topics(Protocol):
     async def status(self, keys: TopicKeys) -> TopicStatus | None:
         """Read how far the group has read a topic; None if topic or group do not exist."""
 
-    async def register(self, record: TopicRecord) -> None:
+    async def register(self, record: TopicRecord) -> TopicRecord | None:
         """Announce what a consumer group reads and writes, until another record of the group and
-        the source is."""
+        the source is; returns the earlier one."""
 
     async def records(self) -> Sequence[TopicRecord]:
         """Read the announced records."""

@@ -298,9 +298,11 @@ class RedisTopics(Topics):
             None if oldest is None else int(oldest.partition(b"-")[0]),
         )
 
-    async def register(self, record: TopicRecord) -> None:
+    async def register(self, record: TopicRecord) -> TopicRecord | None:
         field, value = f"{record.group}:{record.source}", msgspec.json.encode(record)
+        earlier = await self._execute(self._records, "HGET", self._records, field)
         await self._execute(self._records, "HSET", self._records, field, value)
+        return None if earlier is None else msgspec.json.decode(earlier, type=TopicRecord)
 
     async def records(self) -> Sequence[TopicRecord]:
         values = await self._execute(self._records, "HVALS", self._records)

@@ -13,6 +13,7 @@ import redis
 
 from carry_client import Producer
 from models.artifact.artifact import Artifact
+from service.core.errors import OperatorError
 from tests.support.cluster import Cluster, shared_cluster
 from tests.support.command import carry
 from tests.support.consumers import assert_outputs, consuming, outputs_of, relaying
@@ -101,6 +102,9 @@ async def test_consumer_and_producer_may_do_their_work_and_no_more(
             done = await asyncio.to_thread(carry, *command, *words, CARRY_PARTITIONS="4")
             assert done.exit_code == 0, done.stderr
         assert denied(server) == set()
+        with pytest.raises(OperatorError, match=r"from: topic 'events': .* permissions"):
+            async with consuming(url, artifact, flags):
+                pass
         consuming_client = redis.Redis.from_url(url)
         calls: list[Callable[[], Any]] = [
             lambda: consuming_client.hset("carry:keys", "a", "b"),

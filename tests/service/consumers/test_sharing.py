@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from models.artifact.artifact import Artifact
 from service.consumers.assignment import assign_topics
 from service.consumers.consumer import Consumer
-from service.core.errors import OperatorError
+from service.core.errors import OperatorError, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.keys import KeySpace
 from tests.support.cluster import Cluster, shared_cluster
@@ -173,6 +174,36 @@ async def test_a_stream_in_the_topic_of_another_partition_is_a_dead_letter(
         [(_, letter)] = client.xrange(topic_of(other, "dead"))
     assert letter[b"carry-code"] == b"invalid_input"
     assert b"another partition" in letter[b"carry-reason"]
+
+
+async def test_consumers_of_a_group_that_write_to_different_topics_are_logged(
+    server: RealServer, artifact: Artifact
+) -> None:
+    with capture_logs() as lines:
+        for sink in ("scores", "scores", "others"):
+            async with consuming(server.url, artifact, to=sink):
+                pass
+    [line] = [each for each in lines if each["event"] == "topics_changed"]
+    assert (line["group"], line["topic"], line["log_level"]) == ("carry", "events", "warning")
+    assert (line["earlier"]["sink"], line["now"]["sink"]) == ("scores", "others")
+
+
+async def test_a_store_that_does_not_answer_is_logged_once(
+    server: RealServer, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with consuming(server.url, artifact) as consumer:
+        await becomes(lambda: bool(consumer.topics), "the assignment")
+        failures: list[str] = []
+
+        async def fail(*_: Any) -> Any:
+            failures.append("")
+            raise StoreUnavailable("it does not answer")
+
+        with capture_logs() as lines:
+            monkeypatch.setattr(consumer.store, "join", fail)
+            await becomes(lambda: len(failures) > 2, "three failures")
+            monkeypatch.undo()
+    assert [each["event"] for each in lines].count("members_unknown") == 1
 
 
 def test_assignments_are_balanced_and_stable() -> None:
