@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from service.store.topics import END, Entry, TopicKeys, Topics
+from service.store.topics import Entry, TopicKeys, Topics
 
-UNNOTICED_S: Final = 1.0
+UNNOTICED_S: Final = 5.0
 """Longest time between two reads of a topic that is watched."""
 
 PACE_S: Final = 0.001
@@ -22,14 +22,15 @@ class Arrivals:
     def __init__(self, topics: Topics, keys: TopicKeys):
         self._topics = topics
         self._keys = keys
-        self._last = END
+        self._last: bytes | None = None
         self._has_entries = False
         self._noticed: asyncio.Future[bool] | None = None
+        self._woken: asyncio.Future[None] | None = None
         self._ended_s = 0.0
 
     def restart(self) -> None:
         """Forget which entries were read: the topic was acquired again."""
-        self._last, self._has_entries = END, False
+        self._last, self._has_entries = None, False
 
     async def wait(self, entries: Sequence[Entry], longest_s: float) -> None:
         """Wait until there may be entries that were not read yet, or `wake` is called.
@@ -37,24 +38,29 @@ class Arrivals:
         Args:
             entries: those of the read before.
             longest_s: longest wait if the topic cannot be watched.
+
+        Raises:
+            StoreUnavailable, StoreRefused
         """
         if entries:
-            self._last, self._has_entries = entries[-1].id.decode(), False
-        elif self._has_entries:
-            # those behind the last one were read by others of the group
-            self._last = END
+            self._last, self._has_entries = entries[-1].id, False
+        elif self._last is None or self._has_entries:
+            # what is behind it was read by others of the group; the next read has what follows
+            self._last, self._has_entries = await self._topics.last_id(self._keys), False
+            return
         if len(entries) > 1:
             # busy: more of them follow before a watch would be worth its calls
             await asyncio.sleep(PACE_S)
             return
         loop = asyncio.get_running_loop()
-        noticed = self._noticed = loop.create_future()
-        is_watched = self._topics.watch(self._keys, self._last, noticed)
-        longest_s = UNNOTICED_S if is_watched else longest_s
+        self._woken = woken = loop.create_future()
+        if self._noticed is None or self._noticed.done():
+            self._watch(self._last)
+        longest_s = longest_s if self._noticed is None else UNNOTICED_S
         # until the clock is at a multiple, so that one call reads many topics
-        timer = loop.call_later(longest_s - time.monotonic() % longest_s, self.wake)
+        timer = loop.call_later(longest_s - time.monotonic() % longest_s, self._expire)
         try:
-            self._has_entries = await noticed
+            await woken
         finally:
             timer.cancel()
         early_s = self._ended_s + PACE_S - time.monotonic()
@@ -64,5 +70,21 @@ class Arrivals:
 
     def wake(self) -> None:
         """End the wait."""
-        if self._noticed is not None and not self._noticed.done():
-            self._noticed.set_result(False)
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    def _expire(self) -> None:
+        """End the wait, and watch again: the topic may have moved to another server."""
+        self._noticed = None
+        self.wake()
+
+    def _watch(self, last: bytes) -> None:
+        """Watch the topic, if it can be watched now; a watch lasts until something is noticed."""
+        noticed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        noticed.add_done_callback(self._notice)
+        is_watched = self._topics.watch(self._keys, last, noticed)
+        self._noticed = noticed if is_watched else None
+
+    def _notice(self, noticed: asyncio.Future[bool]) -> None:
+        self._has_entries = noticed.result()
+        self.wake()

@@ -31,9 +31,6 @@ pending."""
 NEW: Final = ">"
 """Reads entries that were never delivered."""
 
-END: Final = "$"
-"""The last entry of a topic, as an id."""
-
 FIRST_PENDING: Final = "0"
 """Reads pending entries, from the first one on."""
 
@@ -305,9 +302,12 @@ class Topics(Protocol):
     ) -> Sequence[Entry] | Unclear:
         """Read entries: `NEW` ones, or pending ones behind an id."""
 
-    def watch(self, keys: TopicKeys, after: str, noticed: asyncio.Future[bool]) -> bool:
-        """Watch a topic once for entries behind an id (`END`: behind its present end); returns
-        whether it can be watched now. An entry may go unnoticed.
+    async def last_id(self, keys: TopicKeys) -> bytes:
+        """Read the id of a topic's last entry; one below all others if it has none."""
+
+    def watch(self, keys: TopicKeys, after: bytes, noticed: asyncio.Future[bool]) -> bool:
+        """Watch a topic once for entries behind an id; returns whether it can be watched now. An
+        entry may go unnoticed.
 
         Args:
             noticed: resolved once there may be such an entry; with True if there is one.

@@ -49,7 +49,7 @@ class TopicWatch:
         self._router = router
         self._servers: dict[RedisServer, _ServerWatch] = {}
 
-    def watch(self, name: str, after: str, noticed: asyncio.Future[bool]) -> bool:
+    def watch(self, name: str, after: bytes, noticed: asyncio.Future[bool]) -> bool:
         """Watch a topic once; as `Topics.watch`."""
         server = self._router.server_of(self._router.slot(name))
         if server is None:
@@ -78,7 +78,7 @@ class _ServerWatch:
         self._asked: deque[asyncio.Future[bool]] = deque()
         self._watched: dict[bytes, asyncio.Future[bool]] = {}
 
-    def add(self, name: str, after: str, noticed: asyncio.Future[bool]) -> bool:
+    def add(self, name: str, after: bytes, noticed: asyncio.Future[bool]) -> bool:
         """Watch a topic once, if the connection is open; otherwise open it."""
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())

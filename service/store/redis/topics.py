@@ -208,7 +208,12 @@ class RedisTopics(Topics):
         log.error("store_refused", topic=name, reason=text)
         return StoreRefused(f"the store at {self._router.redacted_url} refused {name!r}: {text}")
 
-    def watch(self, keys: TopicKeys, after: str, noticed: asyncio.Future[bool]) -> bool:
+    async def last_id(self, keys: TopicKeys) -> bytes:
+        found = await self._execute(keys.topic, "XREVRANGE", keys.topic, "+", "-", "COUNT", 1)
+        last: bytes = found[0][0] if found else b"0-0"
+        return last
+
+    def watch(self, keys: TopicKeys, after: bytes, noticed: asyncio.Future[bool]) -> bool:
         return self._watch.watch(keys.topic, after, noticed)
 
     async def commit(

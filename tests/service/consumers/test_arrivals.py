@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from models.artifact.artifact import Artifact
 from service.consumers.arrivals import Arrivals
 from service.store.redis.topics import RedisTopics
-from service.store.topics import END, Entry, TopicKeys
+from service.store.topics import Entry, TopicKeys
 from tests.support.consumers import (
     add,
     assert_outputs,
@@ -31,15 +31,19 @@ __all__ = ["server", "shared_server"]
 RANDOM = np.random.default_rng(5)
 KEYS = TopicKeys.of("events", "scores", "events:dead", "carry")
 NEVER_S = 600.0
+LAST = b"5-0"
 
 
 class Watched(RedisTopics):
-    """Topics whose watches the test ends."""
+    """Topics with a last entry, whose watches the test ends."""
 
     def __init__(self) -> None:
-        self.watches: list[tuple[str, asyncio.Future[bool]]] = []
+        self.watches: list[tuple[bytes, asyncio.Future[bool]]] = []
 
-    def watch(self, keys: TopicKeys, after: str, noticed: asyncio.Future[bool]) -> bool:
+    async def last_id(self, keys: TopicKeys) -> bytes:
+        return LAST
+
+    def watch(self, keys: TopicKeys, after: bytes, noticed: asyncio.Future[bool]) -> bool:
         self.watches.append((after, noticed))
         return True
 
@@ -50,15 +54,18 @@ def client(server: RealServer) -> Iterator[Any]:
         yield client
 
 
-async def wait(arrivals: Arrivals, topics: Watched, *ids: bytes, found: bool = False) -> str:
+def entries(*ids: bytes) -> list[Entry]:
+    return [Entry(each, ()) for each in ids]
+
+
+async def notice(arrivals: Arrivals, topics: Watched, *ids: bytes, found: bool) -> bytes:
     """Wait after a read of entries, until the watch notices something; returns the id behind which
     it looked."""
-    waiting = asyncio.create_task(arrivals.wait([Entry(each, ()) for each in ids], NEVER_S))
     count = len(topics.watches)
+    waiting = asyncio.create_task(arrivals.wait(entries(*ids), NEVER_S))
     await becomes(lambda: len(topics.watches) > count, "a watch")
     after, noticed = topics.watches[-1]
-    if not noticed.done():
-        noticed.set_result(found)
+    noticed.set_result(found)
     await waiting
     return after
 
@@ -66,32 +73,71 @@ async def wait(arrivals: Arrivals, topics: Watched, *ids: bytes, found: bool = F
 async def test_a_watch_looks_behind_the_last_entry_that_was_read() -> None:
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
-    assert await wait(arrivals, topics) == END
-    assert await wait(arrivals, topics, b"7-0") == "7-0"
-    assert await wait(arrivals, topics) == "7-0"
+    assert await notice(arrivals, topics, b"7-0", found=False) == b"7-0"
+    assert await notice(arrivals, topics, found=False) == b"7-0"
 
 
-async def test_a_busy_topic_is_read_again_without_a_watch() -> None:
+async def test_a_topic_that_was_read_to_its_end_before_is_read_again_behind_its_last_entry() -> (
+    None
+):
+    """An entry that is added in front of the watch is in that read."""
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
-    await wait(arrivals, topics, b"7-0", found=True)
-    await arrivals.wait([Entry(b"8-0", ()), Entry(b"9-0", ())], NEVER_S)
+    await arrivals.wait([], NEVER_S)
+    assert topics.watches == []
+    assert await notice(arrivals, topics, found=False) == LAST
+    arrivals.restart()
+    await arrivals.wait([], NEVER_S)
     assert len(topics.watches) == 1
-    assert await wait(arrivals, topics) == "9-0"
 
 
 async def test_entries_that_others_of_the_group_read_are_not_looked_for_again() -> None:
     """Otherwise each look would find them, and the topic would be read without a pause."""
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
-    assert await wait(arrivals, topics, b"7-0", found=True) == "7-0"
-    assert await wait(arrivals, topics) == END
+    assert await notice(arrivals, topics, b"7-0", found=True) == b"7-0"
+    await arrivals.wait([], NEVER_S)
+    assert await notice(arrivals, topics, found=False) == LAST
+
+
+async def test_a_busy_topic_is_read_again_without_a_watch() -> None:
+    topics = Watched()
+    arrivals = Arrivals(topics, KEYS)
+    await notice(arrivals, topics, b"7-0", found=True)
+    await arrivals.wait(entries(b"8-0", b"9-0"), NEVER_S)
+    assert len(topics.watches) == 1
+    assert await notice(arrivals, topics, found=False) == b"9-0"
+
+
+async def test_a_watch_lasts_until_it_notices_something() -> None:
+    topics = Watched()
+    arrivals = Arrivals(topics, KEYS)
+    waiting = asyncio.create_task(arrivals.wait(entries(b"7-0"), NEVER_S))
+    await becomes(lambda: topics.watches, "a watch")
+    arrivals.wake()
+    await waiting
+    again = asyncio.create_task(arrivals.wait([], NEVER_S))
+    await asyncio.sleep(0)
+    topics.watches[0][1].set_result(False)
+    await again
+    assert len(topics.watches) == 1
+
+
+async def test_a_topic_that_may_have_moved_is_watched_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.consumers.arrivals.UNNOTICED_S", 0.001)
+    topics = Watched()
+    arrivals = Arrivals(topics, KEYS)
+    await arrivals.wait(entries(b"7-0"), NEVER_S)
+    await arrivals.wait([], NEVER_S)
+    assert [after for after, _ in topics.watches] == [b"7-0", b"7-0"]
 
 
 async def test_a_released_topic_waits_no_longer() -> None:
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
-    waiting = asyncio.create_task(arrivals.wait([], NEVER_S))
+    waiting = asyncio.create_task(arrivals.wait(entries(b"7-0"), NEVER_S))
     await becomes(lambda: topics.watches, "a watch")
     arrivals.wake()
     await waiting
@@ -101,14 +147,12 @@ async def test_no_arrival_is_missed(
     server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.consumers.arrivals.UNNOTICED_S", NEVER_S)
-    """A topic that has had an entry is watched behind it: nothing depends on further reads."""
+    """Nothing depends on further reads."""
     rows = rows_of(RANDOM, 40)
-    add(client, "events", fields_of("a", rows[0]))
     async with consuming(server.url, artifact):
-        for at, row in enumerate(rows[1:], 1):
-            await until_count(client, "scores", at)
+        for at, row in enumerate(rows, 1):
             add(client, "events", fields_of("a", row))
-        await until_count(client, "scores", len(rows))
+            await until_count(client, "scores", at)
     assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from service.store.topics import END, TopicKeys
+from service.store.topics import TopicKeys
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, becomes, emptied, opened, real_server
 
@@ -28,7 +28,7 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
     return emptied(every_store)
 
 
-async def watch(store: Any, name: str, after: str = END) -> asyncio.Future[bool]:
+async def watch(store: Any, name: str, after: bytes = b"0-0") -> asyncio.Future[bool]:
     """Watch a topic, as soon as the connection to its server is open."""
     noticed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     await becomes(lambda: store.topics.watch(keys_of(name), after, noticed), "a watch")
@@ -39,16 +39,25 @@ async def test_an_entry_that_is_added_later_is_noticed(server: RealServer | Clus
     async with opened(server.url) as store, asyncio.timeout(60):
         with server.client() as client:
             for name in NAMES:
-                last = client.xadd(name, {"event": "1"}).decode()
+                last = client.xadd(name, {"event": "1"})
                 noticed = await watch(store, name, last)
                 client.xadd(name, {"event": "2"})
                 await noticed
 
 
+async def test_the_last_id_is_that_of_the_last_entry(server: RealServer | Cluster) -> None:
+    async with opened(server.url) as store:
+        with server.client() as client:
+            assert await store.topics.last_id(keys_of(NAMES[0])) == b"0-0"
+            client.xadd(NAMES[0], {"event": "1"})
+            last = client.xadd(NAMES[0], {"event": "2"})
+            assert await store.topics.last_id(keys_of(NAMES[0])) == last
+
+
 async def test_one_connection_watches_all_topics_of_a_server(server: RealServer | Cluster) -> None:
     async with opened(server.url) as store, asyncio.timeout(60):
         with server.client() as client:
-            lasts = {name: client.xadd(name, {"event": "1"}).decode() for name in NAMES}
+            lasts = {name: client.xadd(name, {"event": "1"}) for name in NAMES}
             watches = {name: await watch(store, name, last) for name, last in lasts.items()}
             for name in NAMES[::2]:
                 client.xadd(name, {"event": "2"})
@@ -59,7 +68,7 @@ async def test_one_connection_watches_all_topics_of_a_server(server: RealServer 
 async def test_an_entry_that_is_there_already_is_noticed(server: RealServer | Cluster) -> None:
     async with opened(server.url) as store, asyncio.timeout(60):
         with server.client() as client:
-            first = client.xadd(NAMES[0], {"event": "1"}).decode()
+            first = client.xadd(NAMES[0], {"event": "1"})
             client.xadd(NAMES[0], {"event": "2"})
             assert await (await watch(store, NAMES[0], first)) is True
 
@@ -70,7 +79,7 @@ async def test_a_broken_connection_ends_all_watches_and_is_opened_again() -> Non
             watches = [await watch(store, name) for name in NAMES]
             client.client_kill_filter(_type="normal", skipme=True)
             assert not any(await asyncio.gather(*watches))
-            last = client.xadd(NAMES[0], {"event": "1"}).decode()
+            last = client.xadd(NAMES[0], {"event": "1"})
             noticed = await watch(store, NAMES[0], last)
             client.xadd(NAMES[0], {"event": "2"})
             await noticed
@@ -86,9 +95,9 @@ async def test_a_server_that_does_not_permit_it_is_reported(
             ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
             def is_reported() -> bool:
-                store.topics.watch(keys_of(NAMES[0]), END, ended)
+                store.topics.watch(keys_of(NAMES[0]), b"0-0", ended)
                 found = [each for each in lines if each["event"] == "topics_not_watched"]
                 return any(command in each["reason"] for each in found)
 
             await becomes(is_reported, "the report")
-            assert not store.topics.watch(keys_of(NAMES[0]), END, ended)
+            assert not store.topics.watch(keys_of(NAMES[0]), b"0-0", ended)
