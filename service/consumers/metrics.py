@@ -132,11 +132,15 @@ class KafkaMetrics:
     async def run(self) -> None:
         """Sample until it is cancelled."""
         while True:
-            counts = Counter(self._source.counts)
-            for name, counter in self._counters.items():
-                counter.inc(counts[name] - self._before[name])
-            self._before = counts
-            self._lag.clear()
-            for partition, lag in self._source.lags.items():
-                self._lag.labels(self._topic, partition).set(lag)
+            self.sample()
             await asyncio.sleep(SAMPLE_INTERVAL_S)
+
+    def sample(self) -> None:
+        """Copy what the source counts."""
+        counts = Counter(self._source.counts)
+        for name, counter in self._counters.items():
+            counter.inc(counts[name] - self._before[name])
+        self._before = counts
+        self._lag.clear()
+        for partition, lag in self._source.lags.items():
+            self._lag.labels(self._topic, partition).set(lag)

@@ -12,7 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from models.spec.state import State
-from service.consumers.metrics import TopicMetrics
+from service.consumers.kafka import KafkaSource
+from service.consumers.metrics import KafkaMetrics, TopicMetrics
 from service.consumers.shared_topics import SharedTopics
 from service.core.errors import Conflict, StoreRefused
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
@@ -135,6 +136,8 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     shared = cast(SharedTopics[Any], SimpleNamespace(counts={}, count_owned=lambda: 0))
     TopicMetrics(recorder.registry, shared, "events", "consumer").sample()
     TopicMetrics(recorder.registry, shared, "scores", "relay").sample()
+    source = cast(KafkaSource, SimpleNamespace(counts={}, lags={0: 1}))
+    KafkaMetrics(recorder.registry, source, "events").sample()
     page = (ROOT / "docs/reference/metrics.md").read_text()
     documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")
