@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from models.artifact.artifact import Artifact
 from service.consumers import kafka
 from service.consumers.config import make_config
 from service.consumers.kafka import KafkaSource
-from service.consumers.kafka_client import TopicDescription
+from service.consumers.kafka_client import TopicDescription, load_library
 from service.consumers.kafka_offsets import OffsetsLostError, StoredOffsets, entry_id
 from service.core.errors import OperatorError
 from service.store.settings import StoreSettings
@@ -425,3 +426,9 @@ def test_configuration_is_checked() -> None:
     fails("group.id: set by Carry", **{"from": url, "kafka": {"group.id": "a"}})
     fails("expected `env` or `file`", **{"from": url, "kafka": {"sasl.password": {}}})
     fails("expected a field", **{"from": url, "event": {"field": None}})
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+    with pytest.raises(OperatorError, match=r"pip install 'carry\[kafka\]'"):
+        load_library()
