@@ -140,6 +140,7 @@ async def repartition(settings: Settings, config: ConsumerConfig, port: int | No
     _stop_on_signals(mover.stop)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
+        await mover.check_is_stream("from", config.source, may_be_missing=config.create)
         if port is not None:
             host = settings.http.admin_host or settings.http.host
             serving = health_port(host, port, checks, lambda: (b"", "text/plain"))

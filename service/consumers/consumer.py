@@ -26,7 +26,7 @@ from service.consumers.outputs import OutputWriter
 from service.consumers.shared_topics import SharedTopics
 from service.consumers.store import TopicStore
 from service.consumers.topic import OnReply, OwnedTopic
-from service.core.errors import CarryError, OperatorError, StoreRefused
+from service.core.errors import CarryError
 from service.core.values import Chunk, Reply, StreamHead, StreamKey
 from service.store.topics import TopicKeys
 
@@ -106,17 +106,8 @@ class Consumer(SharedTopics[OwnedTopic]):
         (keys,), config = self._keys.values(), self._config
         names = {"from": keys.topic, "to": keys.outputs, "dead_letters": keys.dead_letters}
         for member, name in names.items():
-            try:
-                kind = await self.store.type_of(name)
-            except StoreRefused as error:
-                raise OperatorError(f"{member}: topic {name!r}: {error.detail}") from error
             may_be_missing = member != "from" or config.create or config.kafka_source is not None
-            if kind != "stream" and not (kind == "none" and may_be_missing):
-                hint = ", or --create" if kind == "none" else ""
-                got = "nothing" if kind == "none" else f"a {kind}"
-                raise OperatorError(
-                    f"{member}: expected a stream {name!r} in the store{hint}; got {got}"
-                )
+            await self.check_is_stream(member, name, may_be_missing=may_be_missing)
 
     def _make_topic(self, keys: TopicKeys) -> OwnedTopic:
         return OwnedTopic(

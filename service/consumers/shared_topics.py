@@ -24,7 +24,7 @@ import structlog
 from service.consumers.arrivals import Arrivals
 from service.consumers.assignment import assign_topics
 from service.consumers.config import ConsumerConfig
-from service.core.errors import CarryError
+from service.core.errors import CarryError, OperatorError, StoreRefused
 from service.core.values import Check
 from service.store.base import COMMITTED, CommitResult
 from service.store.topics import (
@@ -342,6 +342,26 @@ class SharedTopics(Generic[AnyTopic]):
 
     def _make_topic(self, keys: TopicKeys) -> AnyTopic:
         raise NotImplementedError
+
+    async def check_is_stream(self, member: str, name: str, *, may_be_missing: bool) -> None:
+        """Check that a topic is a stream, and that it exists unless it may be missing.
+
+        Args:
+            member: of the configuration that names it, for errors.
+
+        Raises:
+            OperatorError: naming what was expected and what came; StoreUnavailable
+        """
+        try:
+            kind = await self.store.type_of(name)
+        except StoreRefused as error:
+            raise OperatorError(f"{member}: topic {name!r}: {error.detail}") from error
+        if kind != "stream" and not (kind == "none" and may_be_missing):
+            hint = ", or --create" if kind == "none" else ""
+            got = "nothing" if kind == "none" else f"a {kind}"
+            raise OperatorError(
+                f"{member}: expected a stream {name!r} in the store{hint}; got {got}"
+            )
 
     async def run(self) -> None:
         """Process entries until `stop`; then commit what was begun, and release the topics.

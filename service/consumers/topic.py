@@ -131,7 +131,8 @@ class OwnedTopic(LeasedTopic):
             event = self._reader.read(entry)
             if not self._is_of_topic(self._reader.key(event.stream)):
                 raise InvalidInput(
-                    f"stream {event.stream!r} belongs to the topic of another partition"
+                    f"stream {event.stream!r} of model {self._config.model!r} belongs to the topic "
+                    "of another partition: its producer has another model or number of partitions"
                 )
             if event.stream in self._halted:
                 raise _halts(event.stream)

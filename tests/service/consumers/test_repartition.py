@@ -16,6 +16,7 @@ from service.consumers.repartition import Repartitioner
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster, shared_cluster
+from tests.support.command import carry
 from tests.support.consumers import (
     PROBE,
     add,
@@ -104,6 +105,20 @@ async def test_what_was_moved_and_not_acknowledged_is_not_moved_again(
         async with moving(server.url) as mover:
             await becomes(lambda: mover.counts["moved"] == 15, "all")
         assert client.xlen(name) == 25
+
+
+@pytest.mark.parametrize(("source", "got"), [("nothing", "nothing"), ("text", "a string")])
+def test_a_topic_that_is_missing_or_no_stream_is_an_error(
+    server: RealServer, source: str, got: str
+) -> None:
+    with server.client() as client:
+        client.set("text", "x")
+        words = ("--from", source, "--model", "probe", "--redis-url", server.url)
+        result = carry("consume", "--repartition", *words)
+        assert client.exists("nothing") == 0
+    assert result.exit_code == 1
+    assert f"from: expected a stream {source!r} in the store" in result.stderr
+    assert result.stderr.endswith(f"got {got}\n")
 
 
 async def test_entries_are_moved_once_while_the_store_is_killed(
