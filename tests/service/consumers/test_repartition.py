@@ -114,7 +114,7 @@ def test_a_topic_that_is_missing_or_no_stream_is_an_error(
     with server.client() as client:
         client.set("text", "x")
         words = ("--from", source, "--model", "probe", "--redis-url", server.url)
-        result = carry("consume", "--repartition", *words)
+        result = carry("consume", "--repartition", *words, CARRY_PARTITIONS=str(PARTITIONS))
         assert client.exists("nothing") == 0
     assert result.exit_code == 1
     assert f"from: expected a stream {source!r} in the store" in result.stderr
