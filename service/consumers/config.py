@@ -327,9 +327,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             message = f"expected a mapping of {names}"
         if message[1:2].islower():
             message = f"{message[0].lower()}{message[1:]}"
-        # values of a webhook may be secret, and those of unknown members
-        shows_value = problem["type"] not in ("missing", "extra_forbidden") and place.partition(
-            "."
-        )[0] not in ("", "webhook")
+        # values of these may be secret, and those of unknown members
+        is_secret = place.partition(".")[0] in ("", "webhook", "kafka")
+        shows_value = problem["type"] not in ("missing", "extra_forbidden") and not is_secret
         got = f", got {problem['input']!r}" if shows_value else ""
         yield f"{place}: {message}{got}".removeprefix(": ")

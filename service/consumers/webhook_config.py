@@ -27,7 +27,7 @@ class Secret(BaseModel):
 
 
 def read_secret(value: str | Secret, place: str) -> str:
-    """The value of a secret; a string is the value itself.
+    """The value of a secret, without white space around it; a string is the value itself.
 
     Args:
         place: the member of the configuration, for errors.
@@ -36,7 +36,7 @@ def read_secret(value: str | Secret, place: str) -> str:
         OperatorError: there is no such variable, or the file cannot be read.
     """
     if isinstance(value, str):
-        return value
+        return value.strip()
     if value.file is not None:
         try:
             return value.file.read_text().strip()

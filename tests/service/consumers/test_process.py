@@ -173,6 +173,11 @@ def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
             WEBHOOK.replace("http://h", "http://h:99999") + "secret: x}",
             "webhook.url: input should be a",
         ),
+        (
+            f"model: a\nfrom: b\nto: c\nkafka: {{sasl.password: {{value: {SECRET}}}}}\n",
+            "kafka.sasl.password.Secret.value: expected a member",
+        ),
+        (f"model: a\nfrom: kafka://a:{SECRET}@b/c\nto: d\n", "expected kafka://HOST:PORT"),
     ],
 )
 def test_an_invalid_configuration_is_an_error_with_its_place(

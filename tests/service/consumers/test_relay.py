@@ -380,13 +380,15 @@ async def test_proxies_of_the_environment_are_not_used(
     async with receiving() as receiver, receiving() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         monkeypatch.setenv("ALL_PROXY", proxy.url)
-        headers = {"authorization": {"env": "TOKEN"}}
+        # the error of an invalid header would have its value
+        headers = {"authorization": {"env": "TOKEN"}, "x-key": " secret "}
         monkeypatch.setenv("TOKEN", "Bearer abc")
         async with relaying(server.url, webhook=webhook(receiver, headers=headers)):
             await until_acknowledged(client)
     assert not proxy.requests
     [request] = receiver.requests
     assert request.headers["authorization"] == "Bearer abc"
+    assert request.headers["x-key"] == "secret"
     assert request.head == "POST /outputs HTTP/1.1"
 
 
