@@ -2,7 +2,8 @@
 
 Calls with a key have slots and room for messages of their own, and so have those that need none:
 probes, health and reflection. So neither kind blocks the other. A further call that needs no key
-resets the oldest one, since a probe usually takes milliseconds.
+resets the oldest one of the connection with the most, since a probe usually takes milliseconds, and
+those who watch the health of the service should not lose it to a client with many calls.
 
 An incomplete message counts as what has arrived of it, a complete one as its length until it is
 applied. Beyond the limit the calls whose messages are incomplete are ended, the oldest first, as
@@ -26,6 +27,7 @@ from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v2.settings import V2Settings
 
 if TYPE_CHECKING:
+    from service.server.http2_protocol import Http2Connection
     from service.transports.v2.grpc.call import Call
 
 MAX_PUBLIC: Final = 1000
@@ -61,13 +63,15 @@ class Slots:
     """Bounds concurrent calls. Each counts until its reply is sent.
 
     Args:
-        ends_oldest: whether a further call resets the oldest one, and is not rejected.
+        ends_oldest: whether a further call resets the oldest one of the connection that has the
+            most, and is not rejected.
     """
 
     def __init__(self, limit: int, *, ends_oldest: bool = False):
         self._limit = limit
         self._ends_oldest = ends_oldest
-        self._calls: dict[Call, None] = {}
+        self._count = 0
+        self._calls: dict[Http2Connection, dict[Call, None]] = {}
 
     def acquire(self, call: Call) -> None:
         """Take a slot until the call ends.
@@ -75,15 +79,24 @@ class Slots:
         Raises:
             Overloaded: there are too many.
         """
-        if len(self._calls) >= self._limit:
+        if self._count >= self._limit:
             if not self._ends_oldest:
                 detail = f"expected at most {self._limit} concurrent calls, got one more"
                 raise Overloaded(detail, retry_after_s=1)
-            oldest = next(iter(self._calls))
+            calls = max(self._calls.values(), key=len)
+            oldest = next(iter(calls))
             oldest.cancel()
             oldest.reset(ErrorCode.ENHANCE_YOUR_CALM)
-        self._calls[call] = None
-        call.on_release.append(partial(self._calls.pop, call))
+        self._count += 1
+        self._calls.setdefault(call.connection, {})[call] = None
+        call.on_release.append(partial(self._release, call))
+
+    def _release(self, call: Call) -> None:
+        self._count -= 1
+        calls = self._calls[call.connection]
+        del calls[call]
+        if not calls:
+            del self._calls[call.connection]
 
 
 class MessageRoom:

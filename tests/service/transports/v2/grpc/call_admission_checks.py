@@ -207,6 +207,28 @@ async def test_further_call_without_a_key_resets_the_oldest(
         watches[1].cancel()
 
 
+async def test_client_with_many_calls_without_a_key_resets_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it could make others' health checks fail for ever, and with them their connections."""
+    monkeypatch.setattr(admission, "MAX_PUBLIC", MAX_CALLS)
+    async with serving() as (channel, port), asyncio.timeout(WAIT_S):
+        watch = channel.stream_stream(WATCH)()
+        assert await ask(watch, b"") == b"\x08\x01"
+        # pools are not shared, so that it is another connection
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as other:
+            calls = [other.stream_stream(WATCH)() for _ in range(MANY)]
+            await asyncio.gather(*[ask(call, b"") for call in calls])
+            await becomes(
+                lambda: sum(not each.done() for each in calls) < MAX_CALLS, "the others' end"
+            )
+            assert not watch.done()
+            assert await accepts(other, CHECK)
+        assert not watch.done()
+        watch.cancel()
+
+
 async def accepts(channel: grpc.aio.Channel, *call: Any) -> bool:
     """Whether a call succeeds."""
     return await status(channel, *call) == "OK"
