@@ -235,6 +235,11 @@ class KafkaSource:
     def _find_starts(self, assigned: Sequence[TopicPartition], wait_for: WaitFor) -> None:
         """Set where each partition is read from, or why it is not."""
         topic = self._describe()
+        if unknown := [each for each in assigned if each.partition >= topic.partitions]:
+            raise OperatorError(
+                f"kafka topic {self._topic!r}: a broker does not know partition "
+                f"{unknown[0].partition} yet, which is assigned"
+            )
         stored = wait_for(self._offsets.read(topic))
         if first := self._first_offsets(stored):
             wait_for(self._offsets.write(topic, first, only_missing=True))

@@ -116,6 +116,25 @@ async def test_entry_has_key_value_configured_headers_and_origin(
     assert second == {b"carry-origin": b"events:0:1", b"event": b"[2]"}
 
 
+async def test_partitions_that_a_broker_does_not_know_yet_are_read_later(
+    server: RealServer, client: Any, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another broker than the coordinator's describes the topic."""
+    monkeypatch.setattr(kafka, "RESTART_S", 0.01)
+    describe, described = kafka.describe_topic, []
+
+    def describe_too_few(*arguments: Any) -> TopicDescription:
+        described.append(describe(*arguments))
+        return described[-1]._replace(partitions=2 if len(described) > 2 else 1)
+
+    monkeypatch.setattr(kafka, "describe_topic", describe_too_few)
+    url = broker.create("events", 2)
+    broker.produce("events", *[record_of("a", rows_of(RANDOM, 1)[0], partition=1)] * 3)
+    async with reading(server.url, **{"from": url}):
+        await becomes(lambda: client.xlen(INPUT) == 3, "the entries")
+    assert len(described) > 2
+
+
 async def test_reading_continues_where_the_store_is_whatever_was_committed_to_kafka(
     server: RealServer, client: Any, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
