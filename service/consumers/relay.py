@@ -187,6 +187,8 @@ class RelayedTopic(LeasedTopic):
             shortest_s = 0.0
             try:
                 async with self._deliveries:
+                    if self._interrupted.is_set():
+                        break
                     await self._target.deliver(self.keys.topic, entries)
                 return None
             except DeliveryRejected as error:

@@ -337,6 +337,33 @@ async def test_the_deliveries_in_progress_are_bounded(server: RealServer, client
         assert receiver.most_in_progress == DELIVERIES_AT_ONCE
 
 
+async def test_deliveries_that_wait_for_others_do_not_begin_after_the_stop(
+    server: RealServer, client: Any
+) -> None:
+    """Nor after the topic was lost: its next owner may have delivered what follows."""
+    names = [f"carry{{p{number:04d}}}:out:scores" for number in range(32)]
+    for name in names:
+        add(client, name, output(name[7:11], 0))
+    async with receiving() as receiver:
+        answers = asyncio.Event()
+        receiver.before = answers.wait
+        config: dict[str, Any] = {"partitioned": True, "webhook": webhook(receiver, timeout_s=60)}
+        async with relaying(server.url, {"partitions": 32}, **config) as relay:
+
+            def has_read_all() -> bool:
+                topics = relay.topics.values()
+                return len(topics) == 32 and all(topic._unacknowledged for topic in topics)
+
+            await becomes(has_read_all, "all reads")
+            await becomes(lambda: receiver.in_progress >= DELIVERIES_AT_ONCE, "requests")
+            relay.stop()
+            await becomes(
+                lambda: all(topic._is_releasing for topic in relay.topics.values()), "the stop"
+            )
+            answers.set()
+        assert receiver.count() == DELIVERIES_AT_ONCE
+
+
 async def test_relays_share_the_topics_of_partitions(server: RealServer, client: Any) -> None:
     names = [f"carry{{p{number:04d}}}:out:scores" for number in range(8)]
     partitions = {"partitions": 8}
