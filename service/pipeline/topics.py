@@ -42,11 +42,13 @@ class NewOutput(NamedTuple):
     """An entry of an output topic.
 
     Attributes:
+        model: that computed it; None if the entry does not say.
         time_ms: of the commit, epoch milliseconds.
         outputs: of the event, by name.
     """
 
     stream: str
+    model: str | None
     position: int
     time_ms: int
     outputs: dict[str, Any]
@@ -112,7 +114,14 @@ class TopicViews:
             entries = await self._newest(wanted.keys(self._topics.space), count)
         entries.sort(key=_time_of, reverse=True)
         found = map(_output_of, entries[:count])
-        return [each for each in found if each and each.stream.startswith(caller.prefix)]
+        # consumers of several models may write one output topic
+        return [
+            each
+            for each in found
+            if each
+            and each.stream.startswith(caller.prefix)
+            and caller.covers_model(each.model or wanted.model)
+        ]
 
     async def _newest(self, keys: Sequence[TopicKeys], count: int) -> list[Entry]:
         entries: list[Entry] = []
@@ -139,8 +148,10 @@ def _output_of(entry: Entry) -> NewOutput | None:
     fields = dict(zip(values[::2], values[1::2], strict=True))
     try:
         stream, outputs = fields[b"stream"].decode(), fields[b"outputs"]
+        model = fields[b"model"].decode() if b"model" in fields else None
         codec = msgspec.json if outputs.startswith(b"{") else msgspec.msgpack
-        decoded = codec.decode(outputs, type=dict[str, Any])
-        return NewOutput(stream, int(fields[b"position"]), int(fields[b"time"]), decoded)
-    except (KeyError, ValueError):
+        # MessagePack has values that JSON has not
+        decoded = msgspec.to_builtins(codec.decode(outputs, type=dict[str, Any]), str_keys=True)
+        return NewOutput(stream, model, int(fields[b"position"]), int(fields[b"time"]), decoded)
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None

@@ -123,11 +123,15 @@ async def test_outputs_in_messagepack_are_read_and_other_entries_skipped(
             {"a": "b"},
             entry_of("a", 1, b"{"),
             entry_of("a", 1, b"\xc1"),
+            entry_of("a", 1, b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+            entry_of("a", 1, msgspec.msgpack.encode({"late": msgspec.msgpack.Ext(5, b"")})),
             {**entry_of("a", 1), "position": "x"},
         ]
-        add(client, "scores", entry_of("a", 0, packed), *others)
-    (found,) = (await outputs_of(api, "")).json()["outputs"]
-    assert (found["position"], found["outputs"]) == (0, {"late": 0.25})
+        unusual = msgspec.msgpack.encode({"late": {1: b"\0"}})
+        add(client, "scores", entry_of("a", 0, packed), *others, entry_of("a", 2, unusual))
+    second, first = (await outputs_of(api, "")).json()["outputs"]
+    assert (first["position"], first["outputs"]) == (0, {"late": 0.25})
+    assert (second["position"], second["outputs"]) == (2, {"late": {"1": "AA=="}})
 
 
 async def test_a_key_sees_its_models_topics_and_its_streams_outputs(
@@ -155,6 +159,20 @@ async def test_a_key_sees_its_models_topics_and_its_streams_outputs(
         rejected = await api.client.get(path, headers=headers["no verb"])
         assert (rejected.status_code, rejected.json()["code"]) == (403, "forbidden")
         assert (await api.client.get(path)).status_code == 401
+
+
+async def test_a_key_sees_no_outputs_of_other_models_in_a_topic_that_they_share(
+    api: Harness, pipeline_server: RealServer
+) -> None:
+    await api.store.topics.register(RECORD)
+    with pipeline_server.client() as client:
+        entries = [{**entry_of("a", 0), "model": model} for model in ("probe", "small")]
+        add(client, "scores", *entries, entry_of("a", 2))
+    key = await api.key(verbs=(Verb.WATCH,), models=("probe",))
+    found = (await outputs_of(api, "", headers={"authorization": key})).json()["outputs"]
+    assert [each["position"] for each in found] == [2, 0]
+    everything = (await outputs_of(api, "", headers={"authorization": await api.key()})).json()
+    assert len(everything["outputs"]) == 3
 
 
 async def test_an_unavailable_store_is_an_error_and_not_an_empty_list(api: Harness) -> None:
