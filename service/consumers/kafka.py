@@ -204,8 +204,11 @@ class KafkaSource:
     def _poll(self) -> list[Message]:
         records = self._client.consume(1, POLL_S)
         if records:
+            assignment = self._next
             # what is in memory; with a timeout it would wait for as many
-            records += self._client.consume(AT_ONCE - 1, 0)
+            more = self._client.consume(AT_ONCE - 1, 0)
+            # the first record is read again if its partition was assigned again in between
+            records = records + more if self._next is assignment else more
         if "topic" in self._problems:
             try:
                 self._describe()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, TopicPartition
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
@@ -133,6 +134,47 @@ async def test_partitions_that_a_broker_does_not_know_yet_are_read_later(
     async with reading(server.url, **{"from": url}):
         await becomes(lambda: client.xlen(INPUT) == 3, "the entries")
     assert len(described) > 2
+
+
+async def test_record_in_hand_at_a_rebalance_hides_no_loss_of_the_store(
+    server: RealServer, client: Any, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store loses records, and the partition is assigned again behind the next record."""
+    url = broker.create("events", 1)
+    sent = records({"a": rows_of(RANDOM, 11)})
+    broker.produce("events", *sent[:10])
+    make_client, is_due = KafkaSource._make_client, threading.Event()
+
+    class Rebalanced:
+        """A client that is assigned its partition again behind the first record that it reads."""
+
+        def __init__(self, source: KafkaSource):
+            self._client = make_client(source)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._client, name)
+
+        def subscribe(self, names: list[str], on_assign: Any, on_revoke: Any) -> None:
+            self._on_assign = on_assign
+            self._client.subscribe(names, on_assign=on_assign, on_revoke=on_revoke)
+
+        def consume(self, count: int, timeout_s: float) -> list[Any]:
+            if count > 1 and is_due.is_set():
+                is_due.clear()
+                for entry_id, _ in client.xrange(INPUT)[6:]:
+                    client.xdel(INPUT, entry_id)
+                client.hset(SOURCES, "kafka:events:0", "6-0")
+                self._on_assign(self._client, [TopicPartition("events", 0)])
+            found: list[Any] = self._client.consume(count, timeout_s)
+            return found
+
+    monkeypatch.setattr(KafkaSource, "_make_client", lambda source: Rebalanced(source))
+    async with reading(server.url, **{"from": url}):
+        await becomes(lambda: client.xlen(INPUT) == 10, "the entries")
+        is_due.set()
+        broker.produce("events", sent[10])
+        await becomes(lambda: client.hget(SOURCES, "kafka:events:0") == b"11-0", "the last record")
+    assert origins(client) == [b"events:0:%d" % each for each in range(11)]
 
 
 async def test_reading_continues_where_the_store_is_whatever_was_committed_to_kafka(
