@@ -165,7 +165,8 @@ class WebSocketProtocol(asyncio.Protocol, Connection):
 
     def data_received(self, data: bytes) -> None:
         """Keep received bytes until the application is ready for a message."""
-        self.progress += 1
+        # parts of a message do not extend its time
+        self.progress += not self.body_bytes
         self._has_pinged = False
         self.received_bytes += len(data)
         if not self._is_lingering:
@@ -256,6 +257,7 @@ class WebSocketProtocol(asyncio.Protocol, Connection):
 
     def _receive_message(self, data: bytes) -> None:
         """Queue a complete message for the application."""
+        self.progress += 1
         self._last_message_s = self.loop.time()
         try:
             if self._is_text and not data.isascii():

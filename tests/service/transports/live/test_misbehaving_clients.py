@@ -230,6 +230,22 @@ async def test_an_incomplete_message_expires_or_is_shed(api: Harness) -> None:
             await closed(client, 1013)
 
 
+async def test_message_that_arrives_byte_by_byte_expires(api: Harness) -> None:
+    connections = api.http_state().connections
+    part = Frame(Opcode.TEXT, b"x" * 5000).serialize(mask=True)[:4000]
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(part[:-1])
+        await becomes(lambda: sockets.served()[0].phase is Phase.BODY, "a part of a message")
+        [served] = sockets.served()
+        now_s = asyncio.get_running_loop().time()
+        check(connections, now_s)
+        received = served.received_bytes
+        client.transport.write(part[-1:])
+        await becomes(lambda: served.received_bytes > received, "another byte")
+        check(connections, now_s + 3600)
+        assert "in time" in await closed(client, 1008)
+
+
 async def test_tiny_frames_are_bounded_by_one_piece(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
