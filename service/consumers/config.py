@@ -175,14 +175,14 @@ class ConsumerConfig(_Part):
 
     @property
     def kafka_group(self) -> str:
-        """The consumer group of Kafka, one for each model."""
-        return f"{self.group}-{self.model}"
+        """The consumer group of Kafka, one for each model. No group or model contains a colon."""
+        return f"{self.group}:{self.model}"
 
     @property
     def input(self) -> str:
         """The name of the input topic in the store. Of a topic of Kafka each group has its own."""
         topic = self.kafka_source
-        return self.source if topic is None else f"{topic.name}.{self.kafka_group}"
+        return self.source if topic is None else f"{topic.name}:{self.kafka_group}"
 
     @property
     def kafka_sink(self) -> KafkaTopic | None:
@@ -198,7 +198,7 @@ class ConsumerConfig(_Part):
     def output(self) -> str:
         """The name of the output topic in the store; from there a relay delivers to Kafka."""
         topic = self.kafka_sink
-        return self.sink if topic is None else f"{topic.name}.{self.kafka_group}"
+        return self.sink if topic is None else f"{topic.name}:{self.kafka_group}"
 
     @property
     def deletes(self) -> bool:

@@ -32,6 +32,7 @@ from service.consumers.webhook_config import WebhookConfig, read_secret
 from service.core.errors import OperatorError
 from service.store.topics import Entry
 
+MAX_TIME_S: Final = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()
 TYPE: Final = "carry.outputs"
 """The type of every message."""
 
@@ -140,7 +141,8 @@ class Webhook:
 
     def _body(self, topic: str, entries: Sequence[Entry]) -> bytes:
         """The message: type, time of the last entry, topic, and the outputs."""
-        last_s = int(entries[-1].id.partition(b"-")[0]) / 1000
+        # an id that a writer chose may be any number
+        last_s = min(int(entries[-1].id.partition(b"-")[0]) / 1000, MAX_TIME_S)
         message = {
             "type": TYPE,
             "timestamp": datetime.fromtimestamp(last_s, UTC).isoformat(timespec="milliseconds"),

@@ -36,8 +36,8 @@ __all__ = ["shared_cluster"]
 
 RANDOM = np.random.default_rng(19)
 PARTITIONS = 8
-GROUP = "carry-probe"
-INPUT = f"events.{GROUP}"
+GROUP = "carry:probe"
+INPUT = f"events:{GROUP}"
 SOURCES = f"{INPUT}:sources"
 
 
@@ -487,6 +487,14 @@ def test_configuration_is_checked() -> None:
     fails("group.id: set by Carry", **{"from": url, "kafka": {"group.id": "a"}})
     fails("expected `env` or `file`", **{"from": url, "kafka": {"sasl.password": {}}})
     fails("expected a field", **{"from": url, "event": {"field": None}})
+
+
+def test_groups_and_models_have_topics_of_their_own() -> None:
+    shared = PROBE | {"from": "kafka://127.0.0.1:9092/events"}
+    one = make_config(shared | {"group": "a-b", "model": "c"}, "test")
+    other = make_config(shared | {"group": "a", "model": "b-c"}, "test")
+    assert one.input != other.input
+    assert one.kafka_group != other.kafka_group
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from tests.support.servers import RealServer, emptied, real_server, until
 RANDOM = np.random.default_rng(23)
 KAFKA_PARTITIONS = 6
 PARTITIONS = 4
-INPUT = "events.carry-probe"
+INPUT = "events:carry:probe"
 OUTPUTS = [f"carry{{p{partition:04d}}}:out:scores" for partition in range(PARTITIONS)]
 
 

@@ -31,7 +31,7 @@ from tests.support.servers import RealServer, becomes, emptied, real_server, unt
 
 RANDOM = np.random.default_rng(29)
 PARTITIONS = 3
-OUTBOX = "scores.carry-probe"
+OUTBOX = "scores:carry:probe"
 UNKNOWN_TOPIC, NOT_AUTHORIZED = 3, 29
 
 

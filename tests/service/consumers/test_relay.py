@@ -131,6 +131,16 @@ async def test_the_receiver_of_the_guide_gets_each_output_once(
     assert lines == [f"('a', 'e1') {at} {{'out': {at}}}" for at in range(3)]
 
 
+async def test_entries_with_ids_that_are_no_times_are_delivered(
+    server: RealServer, client: Any
+) -> None:
+    for at, entry in enumerate(("1-0", f"{2**64 - 1}-0")):
+        client.xadd("scores", output("a", at), id=entry)
+    async with receiving() as receiver, relaying(server.url, webhook=webhook(receiver)):
+        await until_acknowledged(client)
+    assert positions(receiver) == [0, 1]
+
+
 async def test_a_changed_body_or_another_secret_does_not_verify(
     server: RealServer, client: Any
 ) -> None:
