@@ -16,7 +16,7 @@ from service.consumers.consumer import Consumer
 from service.consumers.kafka import KafkaSource
 from service.consumers.kafka_sink import KafkaSink
 from service.consumers.metrics import KafkaMetrics, TopicMetrics
-from service.consumers.relay import Relay, Target
+from service.consumers.relay import Relay, Sink
 from service.consumers.repartition import Repartitioner
 from service.consumers.store import TopicStore
 from service.consumers.webhook import Webhook
@@ -70,7 +70,7 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
         if source is not None:
             await source.check_topic()
         if relay is not None:
-            await relay.target.check()
+            await relay.sink.check()
         if port is not None:
             host = settings.http.admin_host or settings.http.host
             serving = health_port(
@@ -81,7 +81,7 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
             TopicMetrics(recorder.registry, consumer, config.input, "consumer")
         ]
         if relay is not None:
-            stack.push_async_callback(relay.target.close)
+            stack.push_async_callback(relay.sink.close)
             metrics.append(TopicMetrics(recorder.registry, relay, config.output, "relay"))
         if source is not None:
             metrics.append(KafkaMetrics(recorder.registry, source, config.input))
@@ -94,20 +94,20 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
 
 
 def make_relay(settings: Settings, config: ConsumerConfig, store: RedisStore) -> Relay | None:
-    """The relay of a configuration's outputs, if it has a target; close its target after use.
+    """The relay of a configuration's outputs, if it has a sink; close its sink after use.
 
     Raises:
-        OperatorError: the target cannot be made.
+        OperatorError: the sink cannot be made.
     """
-    target: Target
+    sink: Sink
     if config.webhook is not None:
-        target = Webhook(config.webhook, is_json=config.outputs == "json")
+        sink = Webhook(config.webhook, is_json=config.outputs == "json")
     elif config.kafka_sink is not None:
-        target = KafkaSink(config.kafka_sink, config.kafka)
+        sink = KafkaSink(config.kafka_sink, config.kafka)
     else:
         return None
     keys = config.outboxes(settings.store.keys, is_cluster=settings.store.is_cluster)
-    return Relay(store.topics, keys, config, target)
+    return Relay(store.topics, keys, config, sink)
 
 
 async def _run_all(readers: Sequence[Reader]) -> None:

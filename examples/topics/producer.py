@@ -1,4 +1,4 @@
-"""Produces departures into a topic without an end, for `docker compose --profile streams up`.
+"""Produces departures into a topic continuously, for `docker compose --profile streams up`.
 
     EVENTS_PER_S=20 python producer.py redis://localhost
 
@@ -36,7 +36,7 @@ RETRY_S = 1.0
 
 
 def departures(start: int = 0) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Stream, event and position of each departure, from a number on, without an end."""
+    """Stream, event and position of each departure, from a number on, endlessly."""
     day = [json.loads(line) for line in gzip.decompress(DAY.read_bytes()).splitlines()]
     per_day = Counter(each["stream"] for each in day)
     number = start - start % len(day)
@@ -67,7 +67,7 @@ def produce(client: redis.Redis, events_per_s: float, partitions: int) -> None:
 
 
 def main(url: str) -> None:
-    """Produce until it is ended, also while the store restarts."""
+    """Produce until the process ends, also while the store restarts."""
     events_per_s = float(os.environ.get("EVENTS_PER_S", "20"))
     partitions = int(os.environ.get("CARRY_PARTITIONS", "1024"))
     while True:

@@ -41,7 +41,8 @@ Stream = Annotated[str | None, typer.Option(help="Of this stream only.")]
 Outputs = Annotated[
     bool,
     typer.Option(
-        "--outputs", help="Outputs that a webhook rejected, instead of events; needs --config."
+        "--outputs",
+        help="Outputs that a webhook or Kafka rejected, instead of events; needs --config.",
     ),
 ]
 

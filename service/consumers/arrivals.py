@@ -9,7 +9,7 @@ from typing import Final
 
 from service.store.topics import Entry, TopicKeys, Topics
 
-UNNOTICED_S: Final = 5.0
+MAX_READ_INTERVAL_S: Final = 5.0
 """Longest time between two reads of a topic that is watched."""
 
 PACE_S: Final = 0.001
@@ -24,8 +24,8 @@ class Arrivals:
         self._keys = keys
         self._last: bytes | None = None
         self._has_entries = False
-        self._noticed: asyncio.Future[bool] | None = None
-        self._woken: asyncio.Future[None] | None = None
+        self._notification: asyncio.Future[bool] | None = None
+        self._wakeup: asyncio.Future[None] | None = None
         self._ended_s = 0.0
 
     def restart(self) -> None:
@@ -53,14 +53,14 @@ class Arrivals:
             await asyncio.sleep(PACE_S)
             return
         loop = asyncio.get_running_loop()
-        self._woken = woken = loop.create_future()
-        if self._noticed is None or self._noticed.done():
+        self._wakeup = wakeup = loop.create_future()
+        if self._notification is None or self._notification.done():
             self._watch(self._last)
-        longest_s = longest_s if self._noticed is None else UNNOTICED_S
+        longest_s = longest_s if self._notification is None else MAX_READ_INTERVAL_S
         # until the clock is at a multiple, so that one call reads many topics
         timer = loop.call_later(longest_s - time.monotonic() % longest_s, self._expire)
         try:
-            await woken
+            await wakeup
         finally:
             timer.cancel()
         early_s = self._ended_s + PACE_S - time.monotonic()
@@ -70,21 +70,21 @@ class Arrivals:
 
     def wake(self) -> None:
         """End the wait."""
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     def _expire(self) -> None:
         """End the wait, and watch again: the topic may have moved to another server."""
-        self._noticed = None
+        self._notification = None
         self.wake()
 
     def _watch(self, last: bytes) -> None:
         """Watch the topic, if it can be watched now; a watch lasts until something is noticed."""
-        noticed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        noticed.add_done_callback(self._notice)
-        is_watched = self._topics.watch(self._keys, last, noticed)
-        self._noticed = noticed if is_watched else None
+        notification: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        notification.add_done_callback(self._handle_notification)
+        is_watched = self._topics.watch(self._keys, last, notification)
+        self._notification = notification if is_watched else None
 
-    def _notice(self, noticed: asyncio.Future[bool]) -> None:
-        self._has_entries = noticed.result()
+    def _handle_notification(self, notification: asyncio.Future[bool]) -> None:
+        self._has_entries = notification.result()
         self.wake()

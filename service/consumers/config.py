@@ -58,8 +58,8 @@ class StreamSource(_Part):
             raise ValueError(f"expected as `constant` {STREAM_NAME_RULE}")
 
 
-def _stream_source(given: Any) -> Any:
-    return {"key": True} if given == "key" else given
+def _stream_source(value: Any) -> Any:
+    return {"key": True} if value == "key" else value
 
 
 class EventSource(_Part):
@@ -132,14 +132,14 @@ class ConsumerConfig(_Part):
     died. Choose it longer than pauses of a process or the network that should not move topics."""
 
     webhook: WebhookConfig | None = None
-    """Where the outputs are posted, too."""
+    """The receiver that outputs are also posted to."""
 
     kafka: dict[str, Property] = {}
     """Properties of the Kafka clients (librdkafka), such as `security.protocol`; a secret is
     `{env: NAME}` or `{file: PATH}`."""
 
     tombstones: Literal["dead_letter", "skip"] = "dead_letter"
-    """What becomes of Kafka records without a value."""
+    """Whether Kafka records without a value become dead letters or are skipped."""
 
     def model_post_init(self, _: Any) -> None:
         if self.has_relay and self.keep:
@@ -191,7 +191,7 @@ class ConsumerConfig(_Part):
 
     @property
     def has_relay(self) -> bool:
-        """Whether the outputs are delivered to a target outside the store."""
+        """Whether the outputs are delivered to a sink outside the store."""
         return self.webhook is not None or self.kafka_sink is not None
 
     @property

@@ -4,8 +4,8 @@ The offsets are in the store: an append to an input topic also stores the offset
 the records of a partition of Kafka, and skips those that it has. So a record that is delivered
 again, to this process or another one, changes nothing, and an owner of a partition that was
 suspended does no harm. An append also names the offset that it relies on: if the store has lost it
-(a replica was promoted), reading starts again where the store is. The offsets that are committed to
-Kafka are only for others to see. The reasons are in `docs/decisions/consumers.md`.
+(a replica was promoted), reading starts again at the store's offsets. The offsets that are
+committed to Kafka are for monitoring tools only. The reasons are in `docs/decisions/consumers.md`.
 
 The client is used in one thread, and its callbacks run there. They use the store by the event loop.
 """
@@ -54,7 +54,7 @@ MAX_QUEUE_KBYTES: Final = 16_384
 """Most records in memory that the client has read ahead."""
 
 MAX_BACKLOG: Final = 20_000
-"""Entries of the input topics from which on nothing is read, until half of them are processed."""
+"""Entries of the input topics above which reading pauses, until half of them are processed."""
 
 SAVE_INTERVAL_S: Final = 5.0
 RETRY_S: Final = 0.2
@@ -77,7 +77,7 @@ class KafkaSource:
     Attributes:
         counts: records by result: `appended`, `redelivered` (the store had them), `skipped`
             (without a value).
-        is_paused: whether nothing is read, since the consumers have much to process.
+        is_paused: whether reading pauses, since the consumers have a backlog.
         lags: by partition that this process reads: how many records it has not read yet.
 
     Raises:
@@ -128,7 +128,7 @@ class KafkaSource:
         self._stopped.set()
 
     async def reset(self, start: str) -> None:
-        """Continue at the `beginning` or the `end` of every partition, wherever reading was.
+        """Continue at the `beginning` or the `end` of every partition.
 
         Raises:
             OperatorError, StoreUnavailable, StoreRefused
@@ -300,8 +300,8 @@ class KafkaSource:
         return client.get_watermark_offsets(place, REQUEST_TIMEOUT_S, cached)
 
     def _partition(self, partition: int, *offset: int) -> TopicPartition:
-        made: TopicPartition = self._library.TopicPartition(self._topic, partition, *offset)
-        return made
+        place: TopicPartition = self._library.TopicPartition(self._topic, partition, *offset)
+        return place
 
     # in the event loop
 
@@ -374,7 +374,7 @@ class KafkaSource:
                 return
 
     async def _limit_backlog(self) -> None:
-        """Pause while the consumers have much to process."""
+        """Pause reading while the consumers have a backlog."""
         lengths, limit = self._offsets.lengths, MAX_BACKLOG // (2 if self.is_paused else 1)
         if lengths.total() > limit:
             await self._repeat(self._offsets.read_lengths)
@@ -387,7 +387,7 @@ class KafkaSource:
             self.is_paused = is_paused
 
     def _check_error(self, error: KafkaError) -> None:
-        """Note an error that comes in the place of a record.
+        """Record an error that the client returned instead of a record.
 
         Raises:
             KafkaException: the client does not recover from it.

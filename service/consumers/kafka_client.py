@@ -21,7 +21,7 @@ class TopicDescription(NamedTuple):
     """A topic as its brokers describe it.
 
     Attributes:
-        id: identifies the topic for ever: one that is created again has another.
+        id: identifies the topic: one that is created again has another.
         partitions: how many it has.
     """
 
@@ -46,7 +46,7 @@ def load_library() -> ModuleType:
 
 
 def with_logs(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Properties of a client that logs by the logger `kafka`."""
+    """Add the logger `kafka` to the properties of a client."""
     return {"log.connection.close": False, **properties, "logger": logging.getLogger("kafka")}
 
 
@@ -66,10 +66,10 @@ def describe_topic(properties: Mapping[str, Any], name: str) -> TopicDescription
     """Ask the brokers for a topic.
 
     Raises:
-        OperatorError: there is none, the client has no right to see it, or no broker answers.
+        OperatorError: there is none, the client is not authorized to see it, or no broker answers.
     """
     library = load_library()
-    # of connections: a request only says that it had no answer
+    # errors of connections, since a request only reports that it had no answer
     errors: list[KafkaError] = []
     admin = make_client(library.admin.AdminClient, {**properties, "error_cb": errors.append})
     topics = library.TopicCollection([name])
@@ -83,13 +83,13 @@ def describe_topic(properties: Mapping[str, Any], name: str) -> TopicDescription
 
 
 def explain(error: KafkaError, name: str) -> str:
-    """What went wrong with a topic, in a sentence."""
+    """Describe an error of a topic in a sentence."""
     code = load_library().KafkaError
     causes = {
         code.UNKNOWN_TOPIC_OR_PART: "there is no such topic",
         code._UNKNOWN_TOPIC: "there is no such topic",
-        code.TOPIC_AUTHORIZATION_FAILED: "the client has no right to use the topic",
-        code.GROUP_AUTHORIZATION_FAILED: "the client has no right to use the consumer group",
+        code.TOPIC_AUTHORIZATION_FAILED: "the client is not authorized to use the topic",
+        code.GROUP_AUTHORIZATION_FAILED: "the client is not authorized to use the consumer group",
         code.SASL_AUTHENTICATION_FAILED: "the broker rejected the credentials",
         code._AUTHENTICATION: "the broker rejected the credentials",
         code._TIMED_OUT: "no broker answers",

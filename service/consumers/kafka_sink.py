@@ -1,4 +1,4 @@
-"""A topic of Kafka as the target of outputs: records keyed by stream, in order, at least once.
+"""A topic of Kafka as the sink of outputs: records keyed by stream, in order, at least once.
 
 The producer is idempotent, and never sends what follows a record that failed: then all that was not
 confirmed is delivered again, by another producer. So records come twice only with the same stream,
@@ -35,7 +35,7 @@ POLL_S: Final = 0.01
 
 
 class KafkaSink:
-    """A target (`service.consumers.relay.Target`) that produces records; `close` after use.
+    """A sink (`service.consumers.relay.Sink`) that produces records; `close` after use.
 
     Raises:
         OperatorError: the extra is missing, or the configuration is incomplete.
@@ -52,7 +52,7 @@ class KafkaSink:
         self._producing = threading.Lock()
         self._executor = ThreadPoolExecutor(DELIVERIES_AT_ONCE, "kafka-sink")
         codes = self._library.KafkaError
-        self._of_record = {
+        self._rejection_codes = {
             codes.MSG_SIZE_TOO_LARGE,
             codes.INVALID_RECORD,
             codes.INVALID_MSG,
@@ -69,7 +69,7 @@ class KafkaSink:
         await loop.run_in_executor(self._executor, describe_topic, self._properties, self._topic)
 
     async def deliver(self, topic: str, entries: Sequence[Entry]) -> None:
-        """Produce records, and wait until the brokers have confirmed them; see `Target`."""
+        """Produce records, and wait until the brokers have confirmed them; see `Sink`."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._deliver, entries)
 
     async def close(self) -> None:
@@ -82,7 +82,7 @@ class KafkaSink:
         reports: list[KafkaError | None] = []
         failure: DeliveryRejected | DeliveryFailed | None = None
         sent = 0
-        # or another thread discards the producer in between, and what follows is sent first
+        # otherwise another thread may discard the producer in between, and later outputs precede
         with self._producing:
             producer = self._producer = self._producer or self._make_producer()
             try:
@@ -96,7 +96,7 @@ class KafkaSink:
             producer.poll(POLL_S)
         errors = [error for error in reports if error is not None]
         if errors:
-            rejected = [each for each in errors if each.code() in self._of_record]
+            rejected = [each for each in errors if each.code() in self._rejection_codes]
             failure = self._failure((rejected or errors)[0])
         elif len(reports) < sent:
             failure = DeliveryFailed("the brokers have not confirmed")
@@ -129,12 +129,13 @@ class KafkaSink:
             raise DeliveryFailed(f"kafka topic {self._topic!r}: {error}") from error
 
     def _failure(self, error: KafkaError) -> DeliveryRejected | DeliveryFailed:
-        """What an error means: only a few are about the output."""
-        kind = DeliveryRejected if error.code() in self._of_record else DeliveryFailed
+        """The failure that an error means: only a few errors are about the output."""
+        kind = DeliveryRejected if error.code() in self._rejection_codes else DeliveryFailed
         return kind(explain(error, self._topic))
 
     def _discard(self, producer: Producer) -> None:
-        """Send nothing behind what failed: another producer starts there."""
+        """Discard a producer, so that it sends nothing after what failed; the next delivery makes
+        another one."""
         with self._producing:
             if self._producer is producer:
                 self._producer = None
@@ -146,7 +147,7 @@ class KafkaSink:
             "acks": "all",
             "enable.idempotence": True,
             "enable.gapless.guarantee": True,
-            # given up by `TIMEOUT_S`, all together
+            # no limit for each record: all are discarded together after `TIMEOUT_S`
             "message.timeout.ms": 0,
         }
         producer: Producer = make_client(self._library.Producer, properties)

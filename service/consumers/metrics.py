@@ -25,7 +25,7 @@ this time for each."""
 
 TOPIC: Final = ("topic",)
 Reader = Literal["consumer", "relay"]
-COUNTED: Final[dict[Reader, tuple[str, Sequence[str]]]] = {
+ENTRY_COUNTERS: Final[dict[Reader, tuple[str, Sequence[str]]]] = {
     "consumer": ("events", ("committed", "duplicates", "dead_letters", "deleted")),
     "relay": ("outputs", ("delivered", "dead_letters", "deleted")),
 }
@@ -44,7 +44,7 @@ class TopicMetrics:
     def __init__(
         self, registry: CollectorRegistry, shared: SharedTopics[Any], topic: str, reader: Reader
     ):
-        entries, results = COUNTED[reader]
+        entries, results = ENTRY_COUNTERS[reader]
         counter, gauge, _ = makers_of(registry)
         prefix = f"carry_{reader}"
         self._shared = shared

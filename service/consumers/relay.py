@@ -1,12 +1,12 @@
-"""Delivers output topics to a target outside the store, at least once, each topic in order.
+"""Delivers output topics to a sink outside the store, at least once, each topic in order.
 
 An output topic is an outbox: the script that commits a chunk writes it. A relay reads it by a
-consumer group of its own, gives a batch to the target, and acknowledges it once the target has
+consumer group of its own, gives a batch to the sink, and acknowledges it once the sink has
 confirmed it; what fails is delivered again. So an output arrives twice only with the same stream,
 epoch and position, by which a receiver recognises it. A batch of each topic is in delivery at a
-time, and `DELIVERIES_AT_ONCE` of all; a slow target delays no commit.
+time, and `DELIVERIES_AT_ONCE` of all; a slow sink delays no commit.
 
-To add a target, write a class with the members of `Target`, a part of `ConsumerConfig` for its
+To add a sink, write a class with the members of `Sink`, a part of `ConsumerConfig` for its
 settings, and make it in `service.consume.make_relay`.
 """
 
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 
 class DeliveryFailed(Exception):
-    """The target has not confirmed the entries, some of which may have arrived.
+    """The sink has not confirmed the entries, some of which may have arrived.
 
     Args:
         retry_after_s: shortest pause before they are delivered again.
@@ -48,10 +48,10 @@ class DeliveryFailed(Exception):
 
 
 class DeliveryRejected(Exception):
-    """The target will never accept the entries, or one of them."""
+    """The sink will never accept the entries, or one of them."""
 
 
-class Target(Protocol):
+class Sink(Protocol):
     """Where a relay delivers entries.
 
     Attributes:
@@ -67,7 +67,7 @@ class Target(Protocol):
     def on_error(self) -> str: ...
 
     async def check(self) -> None:
-        """Check, before the first delivery, what can be known of the target.
+        """Check, before the first delivery, what can be known of the sink.
 
         Raises:
             OperatorError
@@ -99,14 +99,14 @@ class Relay(SharedTopics["RelayedTopic"]):
     """
 
     def __init__(
-        self, store: Topics, keys: Sequence[TopicKeys], config: ConsumerConfig, target: Target
+        self, store: Topics, keys: Sequence[TopicKeys], config: ConsumerConfig, sink: Sink
     ):
         pool = f"{config.group}/relay:{config.output}"
-        room = target.batch * DELIVERIES_AT_ONCE
+        room = sink.batch * DELIVERIES_AT_ONCE
         super().__init__(store, keys, config, pool=pool, room=room)
         # outputs that were written before the relay's first start are delivered, too
         self.start = "0"
-        self.target = target
+        self.sink = sink
         self.deliveries = asyncio.Semaphore(DELIVERIES_AT_ONCE)
 
     def check(self, name: str = "relay") -> Check:
@@ -124,8 +124,8 @@ class RelayedTopic(LeasedTopic):
     """An output topic."""
 
     def __init__(self, keys: TopicKeys, relay: Relay):
-        super().__init__(keys, relay, min_read=relay.target.batch, max_read=relay.target.batch)
-        self._target = relay.target
+        super().__init__(keys, relay, min_read=relay.sink.batch, max_read=relay.sink.batch)
+        self._sink = relay.sink
         self._deliveries = relay.deliveries
         self._interrupted = asyncio.Event()
 
@@ -189,10 +189,10 @@ class RelayedTopic(LeasedTopic):
                 async with self._deliveries:
                     if self._interrupted.is_set():
                         break
-                    await self._target.deliver(self.keys.topic, entries)
+                    await self._sink.deliver(self.keys.topic, entries)
                 return None
             except DeliveryRejected as error:
-                if self._target.on_error == "continue":
+                if self._sink.on_error == "continue":
                     return str(error)
                 reason = str(error)
             except DeliveryFailed as error:

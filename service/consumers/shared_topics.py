@@ -449,12 +449,12 @@ class SharedTopics(Generic[AnyTopic]):
     async def read_status(self) -> list[TopicStatus]:
         """Read how far the topics that it owns were read."""
         owned = [topic.keys for topic in self.topics.values() if topic.fence is not None]
-        found: list[TopicStatus | None] = []
+        statuses: list[TopicStatus | None] = []
         # no commit waits long behind them
         for at in range(0, len(owned), STATUS_AT_ONCE):
             topics = owned[at : at + STATUS_AT_ONCE]
-            found += await asyncio.gather(*map(self.store.status, topics))
-        return [status for status in found if status is not None]
+            statuses += await asyncio.gather(*map(self.store.status, topics))
+        return [status for status in statuses if status is not None]
 
     # Memory for entries
 

@@ -41,17 +41,18 @@ MAX_RETRY_AFTER_S: Final = 3600.0
 MAX_REPLY_BYTES: Final = 65_536
 """Most bytes of a reply that are read, so that its connection can be used again."""
 
-SHOWN_BYTES: Final = 300
+MAX_REASON_BYTES: Final = 300
 """Most bytes of a reply in the reason of a failure."""
 
-NOT_OF_OUTPUTS: Final = {401, 403, 404, 405, 407, 408, 410, 421, 425, 429}
-"""Rejections that are not about the outputs: a wrong address or secret, or too many requests."""
+RETRIED_STATUSES: Final = {401, 403, 404, 405, 407, 408, 410, 421, 425, 429}
+"""Statuses of 4xx that are retried, since they are not about the outputs: a wrong address or
+secret, or too many requests."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 class Webhook:
-    """A target (`service.consumers.relay.Target`) that posts outputs; `close` after use.
+    """A sink (`service.consumers.relay.Sink`) that posts outputs; `close` after use.
 
     Args:
         is_json: whether outputs are JSON; otherwise MessagePack.
@@ -93,7 +94,7 @@ class Webhook:
         """Do nothing: a receiver may start later."""
 
     async def deliver(self, topic: str, entries: Sequence[Entry]) -> None:
-        """Post outputs; see `Target`."""
+        """Post outputs; see `Sink`."""
         body = self._body(topic, entries)
         message = f"{topic}\0{entries[0].id!r}\0{entries[-1].id!r}\0{len(entries)}"
         message_id = f"msg_{hashlib.blake2b(message.encode(), digest_size=16).hexdigest()}"
@@ -109,12 +110,12 @@ class Webhook:
         if 200 <= status < 300:
             return
         reason = f"{self._host} returned {status}: {text}".rstrip(": ")
-        if 400 <= status < 500 and status not in NOT_OF_OUTPUTS:
+        if 400 <= status < 500 and status not in RETRIED_STATUSES:
             raise DeliveryRejected(reason)
         raise DeliveryFailed(reason, retry_after_s)
 
     async def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, str, float]:
-        """Send a request; returns status, begin of the reply, and `Retry-After` in seconds."""
+        """Send a request; returns status, beginning of the reply, and `Retry-After` in seconds."""
         status, retry_after_s, reply = 0, 0.0, b""
         try:
             async with (
@@ -128,11 +129,11 @@ class Webhook:
                     if len(reply) > MAX_REPLY_BYTES:
                         break
         except (httpx.HTTPError, OSError) as error:
-            # the status is the answer, also if the rest of the reply is not
+            # the status decides, even if the rest of the reply is lost
             if not status:
                 reason = str(error) or type(error).__name__
                 raise DeliveryFailed(f"{self._host}: {reason}") from error
-        text = " ".join(reply[:SHOWN_BYTES].decode("utf-8", "replace").split())
+        text = " ".join(reply[:MAX_REASON_BYTES].decode("utf-8", "replace").split())
         return status, "".join(filter(str.isprintable, text)), retry_after_s
 
     async def close(self) -> None:
@@ -185,8 +186,8 @@ def _signing_keys(text: str) -> list[bytes]:
             keys.append(b"")
     if not keys or min(map(len, keys)) < MIN_SECRET_BYTES:
         raise OperatorError(
-            f"webhook.secret: expected whsec_ and at least {MIN_SECRET_BYTES} bytes in base64, as "
-            'of `echo "whsec_$(openssl rand -base64 32)"`'
+            f"webhook.secret: expected whsec_ and at least {MIN_SECRET_BYTES} bytes in base64, "
+            'such as from `echo "whsec_$(openssl rand -base64 32)"`'
         )
     return keys
 

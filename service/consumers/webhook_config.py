@@ -42,14 +42,14 @@ def read_secret(value: str | Secret, place: str) -> str:
             return value.file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise OperatorError(f"{place}: {value.file} cannot be read: {error}") from error
-    found = os.environ.get(value.env or "")
-    if found is None:
+    variable = os.environ.get(value.env or "")
+    if variable is None:
         raise OperatorError(f"{place}: expected the variable {value.env}, which is not set")
-    return found.strip()
+    return variable.strip()
 
 
 class WebhookConfig(BaseModel):
-    """Where outputs are posted, and how."""
+    """The receiver of outputs, and how they are posted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -64,7 +64,7 @@ class WebhookConfig(BaseModel):
     """Headers of each request, such as `authorization`."""
 
     batch: Annotated[int, Field(ge=1, le=1000)] = 100
-    """Most outputs of a request."""
+    """Maximum number of outputs in a request."""
 
     timeout_s: Annotated[float, Field(ge=0.1, le=300)] = 15.0
     """Duration in seconds after which a request has failed."""

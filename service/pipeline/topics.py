@@ -78,10 +78,10 @@ class TopicViews:
 
     async def _view(self, record: TopicRecord) -> TopicView:
         keys = record.keys(self._topics.space)
-        found: list[TopicStatus | None] = []
+        statuses: list[TopicStatus | None] = []
         for at in range(0, len(keys), AT_ONCE):
-            found += await asyncio.gather(*map(self._topics.status, keys[at : at + AT_ONCE]))
-        pairs = zip(keys, found, strict=True)
+            statuses += await asyncio.gather(*map(self._topics.status, keys[at : at + AT_ONCE]))
+        pairs = zip(keys, statuses, strict=True)
         return TopicView(record, [(each.topic, status) for each, status in pairs if status])
 
     async def newest_outputs(
@@ -113,11 +113,11 @@ class TopicViews:
                 )
             entries = await self._newest(wanted.keys(self._topics.space), count)
         entries.sort(key=_time_of, reverse=True)
-        found = map(_output_of, entries[:count])
+        outputs = map(_output_of, entries[:count])
         # consumers of several models may write one output topic
         return [
             each
-            for each in found
+            for each in outputs
             if each
             and each.stream.startswith(caller.prefix)
             and caller.covers_model(each.model or wanted.model)

@@ -305,12 +305,12 @@ class Topics(Protocol):
     async def last_id(self, keys: TopicKeys) -> bytes:
         """Read the id of a topic's last entry; one below all others if it has none."""
 
-    def watch(self, keys: TopicKeys, after: bytes, noticed: asyncio.Future[bool]) -> bool:
+    def watch(self, keys: TopicKeys, after: bytes, notification: asyncio.Future[bool]) -> bool:
         """Watch a topic once for entries behind an id; returns whether it can be watched now. An
         entry may go unnoticed.
 
         Args:
-            noticed: resolved once there may be such an entry; with True if there is one.
+            notification: resolved once there may be such an entry; with True if there is one.
         """
 
     async def commit(

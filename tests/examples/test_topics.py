@@ -18,7 +18,7 @@ from tests.support.strict_events import event_adapter
 EVENTS_PER_DAY = 934
 
 
-def test_positions_and_moments_go_on_from_day_to_day() -> None:
+def test_positions_and_times_continue_from_day_to_day() -> None:
     positions: Counter[str] = Counter()
     last: dict[str, datetime] = {}
     sent = [*islice(departures(), 2 * EVENTS_PER_DAY + 5)]

@@ -47,7 +47,7 @@ async def relaying(
     finally:
         relay.stop()
         await task
-        await relay.target.close()
+        await relay.sink.close()
         await store.close()
 
 

@@ -237,7 +237,7 @@ CASES = (
         {NOT_DELIVERED: "61x60"},
         5,
         SCORES,
-        "scores: the oldest output waits for 1m 1s for the webhook",
+        "scores: the oldest output waits for 1m 1s to be delivered",
     ),
     Case(
         "CarryOutputsRejected",
@@ -245,7 +245,7 @@ CASES = (
         {REJECTED: "0 0 1x60"},
         2,
         SCORES,
-        "scores: the webhook rejected outputs",
+        "scores: outputs were rejected",
     ),
 )
 

@@ -49,7 +49,7 @@ class TopicWatch:
         self._router = router
         self._servers: dict[RedisServer, _ServerWatch] = {}
 
-    def watch(self, name: str, after: bytes, noticed: asyncio.Future[bool]) -> bool:
+    def watch(self, name: str, after: bytes, notification: asyncio.Future[bool]) -> bool:
         """Watch a topic once; as `Topics.watch`."""
         server = self._router.server_of(self._router.slot(name))
         if server is None:
@@ -57,7 +57,7 @@ class TopicWatch:
         watch = self._servers.get(server)
         if watch is None:
             watch = self._servers[server] = _ServerWatch(server.factory)
-        return watch.add(name, after, noticed)
+        return watch.add(name, after, notification)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -68,25 +68,25 @@ class TopicWatch:
 class _ServerWatch:
     """Watches the topics of one server.
 
-    Invariant: `_asked` has, in order, who waits for a reply.
+    Invariant: `_pending_replies` has, in order, the notifications of commands without a reply yet.
     """
 
     def __init__(self, factory: ConnectionFactory):
         self._factory = factory
         self._replies: ReplyReader | None = None
         self._task: asyncio.Task[None] | None = None
-        self._asked: deque[asyncio.Future[bool]] = deque()
-        self._watched: dict[bytes, asyncio.Future[bool]] = {}
+        self._pending_replies: deque[asyncio.Future[bool]] = deque()
+        self._watches: dict[bytes, asyncio.Future[bool]] = {}
 
-    def add(self, name: str, after: bytes, noticed: asyncio.Future[bool]) -> bool:
+    def add(self, name: str, after: bytes, notification: asyncio.Future[bool]) -> bool:
         """Watch a topic once, if the connection is open; otherwise open it."""
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
         replies = self._replies
         if replies is None or replies.ended.done() or replies.transport.is_closing():
             return False
-        self._asked.append(noticed)
-        self._watched[name.encode()] = noticed
+        self._pending_replies.append(notification)
+        self._watches[name.encode()] = notification
         replies.transport.write(pack_command(("XREAD", "COUNT", 1, "STREAMS", name, after)))
         return True
 
@@ -110,10 +110,10 @@ class _ServerWatch:
         finally:
             self._replies = None
             await abort(connection)
-            for noticed in (*self._asked, *self._watched.values()):
-                _resolve(noticed, has_entries=False)
-            self._asked.clear()
-            self._watched.clear()
+            for notification in (*self._pending_replies, *self._watches.values()):
+                _resolve(notification, has_entries=False)
+            self._pending_replies.clear()
+            self._watches.clear()
         is_rejected = not is_transient(error) and not isinstance(error, AskError)
         if is_rejected:
             url, reason = self._factory.redacted_url, describe_error(error)
@@ -126,20 +126,20 @@ class _ServerWatch:
         Raises:
             RedisError: which the server replied; it ends the connection.
         """
-        noticed = self._asked.popleft()
+        notification = self._pending_replies.popleft()
         if isinstance(reply, RedisError):
             raise reply
         if reply:
-            _resolve(noticed, has_entries=True)
+            _resolve(notification, has_entries=True)
 
     def _handle_push(self, message: list[Any]) -> None:
         """Process an announcement of changed keys: all keys, if it names none."""
         if message[0] == b"invalidate":
-            for name in [*self._watched] if message[1] is None else message[1]:
-                if (noticed := self._watched.pop(name, None)) is not None:
-                    _resolve(noticed, has_entries=False)
+            for name in [*self._watches] if message[1] is None else message[1]:
+                if (notification := self._watches.pop(name, None)) is not None:
+                    _resolve(notification, has_entries=False)
 
 
-def _resolve(noticed: asyncio.Future[bool], *, has_entries: bool) -> None:
-    if not noticed.done():
-        noticed.set_result(has_entries)
+def _resolve(notification: asyncio.Future[bool], *, has_entries: bool) -> None:
+    if not notification.done():
+        notification.set_result(has_entries)

@@ -209,12 +209,12 @@ class RedisTopics(Topics):
         return StoreRefused(f"the store at {self._router.redacted_url} refused {name!r}: {text}")
 
     async def last_id(self, keys: TopicKeys) -> bytes:
-        found = await self._execute(keys.topic, "XREVRANGE", keys.topic, "+", "-", "COUNT", 1)
-        last: bytes = found[0][0] if found else b"0-0"
+        entries = await self._execute(keys.topic, "XREVRANGE", keys.topic, "+", "-", "COUNT", 1)
+        last: bytes = entries[0][0] if entries else b"0-0"
         return last
 
-    def watch(self, keys: TopicKeys, after: bytes, noticed: asyncio.Future[bool]) -> bool:
-        return self._watch.watch(keys.topic, after, noticed)
+    def watch(self, keys: TopicKeys, after: bytes, notification: asyncio.Future[bool]) -> bool:
+        return self._watch.watch(keys.topic, after, notification)
 
     async def commit(
         self,
@@ -314,8 +314,8 @@ class RedisTopics(Topics):
         return [msgspec.json.decode(value, type=TopicRecord) for value in values]
 
     async def newest(self, name: str, count: int) -> Sequence[Entry]:
-        found = await self._execute(name, "XREVRANGE", name, "+", "-", "COUNT", count)
-        return [Entry(*each) for each in found]
+        entries = await self._execute(name, "XREVRANGE", name, "+", "-", "COUNT", count)
+        return [Entry(*each) for each in entries]
 
     async def type_of(self, name: str) -> str:
         kind: bytes = await self._execute(name, "TYPE", name)
@@ -365,8 +365,8 @@ class RedisTopics(Topics):
 
     async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
         name, start = keys.dead_letters, after if after == "-" else f"({after}"
-        found = await self._execute(name, "XRANGE", name, start, "+", "COUNT", count)
-        return [Entry(*each) for each in found]
+        entries = await self._execute(name, "XRANGE", name, start, "+", "COUNT", count)
+        return [Entry(*each) for each in entries]
 
     async def replay(
         self,

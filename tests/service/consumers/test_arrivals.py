@@ -43,8 +43,8 @@ class Watched(RedisTopics):
     async def last_id(self, keys: TopicKeys) -> bytes:
         return LAST
 
-    def watch(self, keys: TopicKeys, after: bytes, noticed: asyncio.Future[bool]) -> bool:
-        self.watches.append((after, noticed))
+    def watch(self, keys: TopicKeys, after: bytes, notification: asyncio.Future[bool]) -> bool:
+        self.watches.append((after, notification))
         return True
 
 
@@ -64,8 +64,8 @@ async def notice(arrivals: Arrivals, topics: Watched, *ids: bytes, found: bool) 
     count = len(topics.watches)
     waiting = asyncio.create_task(arrivals.wait(entries(*ids), NEVER_S))
     await becomes(lambda: len(topics.watches) > count, "a watch")
-    after, noticed = topics.watches[-1]
-    noticed.set_result(found)
+    after, notification = topics.watches[-1]
+    notification.set_result(found)
     await waiting
     return after
 
@@ -126,7 +126,7 @@ async def test_a_watch_lasts_until_it_notices_something() -> None:
 async def test_a_topic_that_may_have_moved_is_watched_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.consumers.arrivals.UNNOTICED_S", 0.001)
+    monkeypatch.setattr("service.consumers.arrivals.MAX_READ_INTERVAL_S", 0.001)
     topics = Watched()
     arrivals = Arrivals(topics, KEYS)
     await arrivals.wait(entries(b"7-0"), NEVER_S)
@@ -146,7 +146,7 @@ async def test_a_released_topic_waits_no_longer() -> None:
 async def test_no_arrival_is_missed(
     server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.consumers.arrivals.UNNOTICED_S", NEVER_S)
+    monkeypatch.setattr("service.consumers.arrivals.MAX_READ_INTERVAL_S", NEVER_S)
     """Nothing depends on further reads."""
     rows = rows_of(RANDOM, 40)
     async with consuming(server.url, artifact):

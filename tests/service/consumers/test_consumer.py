@@ -325,7 +325,7 @@ async def test_events_whose_chunk_failed_unexpectedly_are_processed_again_in_ord
     assert [each["event"] for each in logged if each.get("exc_info")] == ["chunk_failed"]
 
 
-async def test_an_entry_that_cannot_be_read_unexpectedly_is_a_dead_letter(
+async def test_an_entry_that_raises_an_unexpected_error_becomes_a_dead_letter(
     server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, read = rows_of(RANDOM, 30), EventReader._value

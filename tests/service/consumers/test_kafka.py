@@ -390,7 +390,7 @@ async def test_topic_that_ends_in_front_of_its_offset_is_not_read(
         await becomes(lambda: "ends at 1, but was read up to 5" in source.check().detail, "it")
 
 
-async def test_missing_topic_and_missing_rights_are_errors_at_the_start(
+async def test_missing_topic_and_missing_permission_are_errors_at_the_start(
     server: RealServer, client: Any, broker: Broker
 ) -> None:
     url = broker.create("events", 1)
@@ -401,7 +401,7 @@ async def test_missing_topic_and_missing_rights_are_errors_at_the_start(
             await KafkaSource(store, keys, missing).check_topic()
         broker.set_error("events", KafkaError.TOPIC_AUTHORIZATION_FAILED)
         source = KafkaSource(store, keys, make_config(PROBE | {"from": url}, "test"))
-        with pytest.raises(OperatorError, match="'events': the client has no right"):
+        with pytest.raises(OperatorError, match="'events': the client is not authorized"):
             await source.check_topic()
 
 
@@ -411,7 +411,9 @@ async def test_reading_starts_when_the_client_may_join_the_group(
     url = broker.create("events", 1)
     broker.fail_joins(KafkaError.GROUP_AUTHORIZATION_FAILED)
     async with reading(server.url, **{"from": url}) as source:
-        await becomes(lambda: "no right to use the consumer group" in source.check().detail, "it")
+        await becomes(
+            lambda: "not authorized to use the consumer group" in source.check().detail, "it"
+        )
         broker.fail_joins(0)
         await becomes(lambda: source.check().ok, "the assignment")
 

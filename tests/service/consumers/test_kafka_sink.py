@@ -159,7 +159,7 @@ async def test_outputs_wait_while_their_topic_cannot_be_used(
     async with relaying(server.url, to=url, kafka=settings) as relay:
         add(client, OUTBOX, output(0))
         await becomes(lambda: relay.counts["delivered"] == 1, "the first output")
-        producer = relay.target._producer  # type: ignore[attr-defined]
+        producer = relay.sink._producer  # type: ignore[attr-defined]
         broker.set_error("scores", code)
         await becomes(lambda: is_rejected_at_once(producer), "the error of the topic")
         add(client, OUTBOX, *[output(position) for position in range(1, 5)])

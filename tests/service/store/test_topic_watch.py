@@ -30,9 +30,9 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
 
 async def watch(store: Any, name: str, after: bytes = b"0-0") -> asyncio.Future[bool]:
     """Watch a topic, as soon as the connection to its server is open."""
-    noticed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-    await becomes(lambda: store.topics.watch(keys_of(name), after, noticed), "a watch")
-    return noticed
+    notification: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    await becomes(lambda: store.topics.watch(keys_of(name), after, notification), "a watch")
+    return notification
 
 
 async def test_an_entry_that_is_added_later_is_noticed(server: RealServer | Cluster) -> None:
@@ -40,9 +40,9 @@ async def test_an_entry_that_is_added_later_is_noticed(server: RealServer | Clus
         with server.client() as client:
             for name in NAMES:
                 last = client.xadd(name, {"event": "1"})
-                noticed = await watch(store, name, last)
+                notification = await watch(store, name, last)
                 client.xadd(name, {"event": "2"})
-                await noticed
+                await notification
 
 
 async def test_the_last_id_is_that_of_the_last_entry(server: RealServer | Cluster) -> None:
@@ -80,9 +80,9 @@ async def test_a_broken_connection_ends_all_watches_and_is_opened_again() -> Non
             client.client_kill_filter(_type="normal", skipme=True)
             assert not any(await asyncio.gather(*watches))
             last = client.xadd(NAMES[0], {"event": "1"})
-            noticed = await watch(store, NAMES[0], last)
+            notification = await watch(store, NAMES[0], last)
             client.xadd(NAMES[0], {"event": "2"})
-            await noticed
+            await notification
 
 
 @pytest.mark.parametrize("command", REJECTED)

@@ -1,4 +1,4 @@
-"""The topics that consumers read: how far, and their newest outputs."""
+"""Routes of the topics that consumers read: their progress and their newest outputs."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ async def get_topics(request: Request) -> Response:
 
 
 async def get_outputs(request: Request) -> Response:
-    """The newest outputs of a topic.
+    """Return the newest outputs of a topic.
 
-    Those of streams that the key may watch.
+    Only those of streams that the key may watch.
     """
     caller, api = caller_of(request), api_of(request)
     parameters = query(request, ["topic", "group", "limit"])
     topic, group = parameters.get("topic", ""), parameters.get("group", DEFAULT_GROUP)
     most = count(parameters, "limit", default=OUTPUTS, maximum=MAX_OUTPUTS)
     answer = reply_media(request)
-    found = await api.pipeline.topics.newest_outputs(caller, group, topic, most)
+    newest = await api.pipeline.topics.newest_outputs(caller, group, topic, most)
     outputs: list[TopicOutput] = [
         {
             "stream": each.stream,
@@ -59,7 +59,7 @@ async def get_outputs(request: Request) -> Response:
             "time_ms": each.time_ms,
             "outputs": each.outputs,
         }
-        for each in found
+        for each in newest
     ]
     document: TopicOutputs = {"topic": topic, "group": group, "outputs": outputs}
     return reply(answer, document)

@@ -200,7 +200,7 @@ def test_usual_requests_are_decoded_once_for_each_shape(paths: Paths) -> None:
         assert not paths.decoded, text
 
 
-def test_odd_values_are_those_of_the_whole_decoder(paths: Paths) -> None:
+def test_odd_values_are_read_as_by_the_whole_decoder(paths: Paths) -> None:
     """Each after a valid request of the same shape, and before one."""
     read = set()
     for text, shape in product([*USUAL, *UNUSUAL], SHAPES):
@@ -211,7 +211,7 @@ def test_odd_values_are_those_of_the_whole_decoder(paths: Paths) -> None:
     assert {*FLAT, DEEP} <= read
 
 
-def test_damaged_requests_are_those_of_the_whole_decoder(
+def test_damaged_requests_are_read_as_by_the_whole_decoder(
     models: Mapping[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = Paths(models["probe"], monkeypatch)
