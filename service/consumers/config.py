@@ -27,7 +27,7 @@ from service.consumers.webhook_config import Secret, WebhookConfig
 from service.core.errors import OperatorError
 from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.keys import KeySpace
-from service.store.topics import TopicKeys, TopicRecord
+from service.store.topics import TopicKeys, TopicRegistration
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TopicName = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -205,7 +205,7 @@ class ConsumerConfig(_Part):
         """Whether acknowledged entries are deleted: those of records of Kafka always are."""
         return self.delete or self.kafka_source is not None
 
-    def record(self, *, is_cluster: bool) -> TopicRecord:
+    def registration(self, *, is_cluster: bool) -> TopicRegistration:
         """What the consumer group reads and writes.
 
         Raises:
@@ -223,16 +223,16 @@ class ConsumerConfig(_Part):
         if not partitioned and len({*names}) < len(names):
             got = "{!r}, {!r} and {!r}".format(*names)
             raise OperatorError(f"from, to, dead_letters: expected different topics, got {got}")
-        return TopicRecord(self.group, *names, self.model, partitioned)
+        return TopicRegistration(self.group, *names, self.model, partitioned)
 
     def topics(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
         """The keys of each topic.
 
         Raises:
-            OperatorError: as for `record`.
+            OperatorError: as for `registration`.
         """
-        record = self.record(is_cluster=is_cluster)
-        return record.keys(space, self.keep, deletes=self.deletes)
+        registration = self.registration(is_cluster=is_cluster)
+        return registration.keys(space, self.keep, deletes=self.deletes)
 
     def outboxes(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
         """The keys by which a relay reads the output topics.

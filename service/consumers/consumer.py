@@ -56,13 +56,13 @@ class Consumer(SharedTopics[OwnedTopic]):
     def __init__(self, service: PipelineService, store: TopicStore, config: ConsumerConfig):
         settings, pipeline = service.settings, service.pipeline
         served = pipeline.models[config.model]
-        self._record = config.record(is_cluster=settings.store.is_cluster)
+        self._registration = config.registration(is_cluster=settings.store.is_cluster)
         batching = settings.batching
         places = 2 * pipeline.max_batch_rows(served) * batching.batches_in_flight
         self._places = min(places, batching.max_queue)
         super().__init__(
             store.topics,
-            self._record.keys(settings.store.keys, config.keep, deletes=config.deletes),
+            self._registration.keys(settings.store.keys, config.keep, deletes=config.deletes),
             config,
             pool=f"{config.group}:{config.input}",
             room=EVENTS_PER_CHUNK * self._places,
@@ -83,15 +83,15 @@ class Consumer(SharedTopics[OwnedTopic]):
 
     async def run(self) -> None:
         """Announce what is read and written, and process entries as `SharedTopics.run`."""
-        record = self._record
-        earlier = await self.store.register(record)
-        if earlier not in (None, record):
+        registration = self._registration
+        earlier = await self.store.register(registration)
+        if earlier not in (None, registration):
             log.warning(
                 "topics_changed",
-                topic=record.source,
-                group=record.group,
+                topic=registration.source,
+                group=registration.group,
                 earlier=msgspec.to_builtins(earlier),
-                now=msgspec.to_builtins(record),
+                now=msgspec.to_builtins(registration),
             )
         await super().run()
 

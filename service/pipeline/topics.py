@@ -15,7 +15,7 @@ import msgspec
 
 from service.access.caller import Caller, Verb
 from service.core.errors import InvalidInput
-from service.store.topics import Entry, TopicKeys, TopicRecord, Topics, TopicStatus
+from service.store.topics import Entry, TopicKeys, TopicRegistration, Topics, TopicStatus
 
 AT_ONCE: Final = 16
 """Topics that are read at a time, so that no commit waits long behind them."""
@@ -34,7 +34,7 @@ class TopicView(NamedTuple):
         partitions: of those that exist, key and status.
     """
 
-    record: TopicRecord
+    registration: TopicRegistration
     partitions: Sequence[tuple[str, TopicStatus]]
 
 
@@ -68,21 +68,23 @@ class TopicViews:
         with caller.admit((Verb.METRICS,), None):
             async with self._reading:
                 if time.monotonic() >= self._valid_until_s:
-                    records = sorted(await self._topics.records(), key=_name_of)
-                    self._views = [await self._view(record) for record in records]
+                    registrations = sorted(await self._topics.registrations(), key=_name_of)
+                    self._views = [await self._view(registration) for registration in registrations]
                     self._valid_until_s = time.monotonic() + VALID_S
                 views = self._views
         return [
-            view for view in views if view.partitions and caller.covers_model(view.record.model)
+            view
+            for view in views
+            if view.partitions and caller.covers_model(view.registration.model)
         ]
 
-    async def _view(self, record: TopicRecord) -> TopicView:
-        keys = record.keys(self._topics.space)
+    async def _view(self, registration: TopicRegistration) -> TopicView:
+        keys = registration.keys(self._topics.space)
         statuses: list[TopicStatus | None] = []
         for at in range(0, len(keys), AT_ONCE):
             statuses += await asyncio.gather(*map(self._topics.status, keys[at : at + AT_ONCE]))
         pairs = zip(keys, statuses, strict=True)
-        return TopicView(record, [(each.topic, status) for each, status in pairs if status])
+        return TopicView(registration, [(each.topic, status) for each, status in pairs if status])
 
     async def newest_outputs(
         self, caller: Caller, group: str, source: str, count: int
@@ -98,12 +100,13 @@ class TopicViews:
             InvalidInput: there is no such topic.
         """
         with caller.admit((Verb.WATCH,), None):
-            records = [
-                record
-                for record in await self._topics.records()
-                if caller.covers_model(record.model)
+            registrations = [
+                registration
+                for registration in await self._topics.registrations()
+                if caller.covers_model(registration.model)
             ]
-            wanted = next((each for each in records if _name_of(each) == (source, group)), None)
+            name = source, group
+            wanted = next((each for each in registrations if _name_of(each) == name), None)
             if wanted is None:
                 raise InvalidInput(
                     f"?topic: expected a topic that a consumer group reads, got {source!r} and "
@@ -133,8 +136,8 @@ class TopicViews:
         return entries
 
 
-def _name_of(record: TopicRecord) -> tuple[str, str]:
-    return record.source, record.group
+def _name_of(registration: TopicRegistration) -> tuple[str, str]:
+    return registration.source, registration.group
 
 
 def _time_of(entry: Entry) -> tuple[int, int]:

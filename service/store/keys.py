@@ -11,7 +11,7 @@
                                               has created, and of their bytes
     {namespace}:rate:{id}:{limit}             a hash of a token bucket that limits an access key
     {namespace}:topics                        a hash of the topics that consumer groups read and
-                                              write (`service.store.topics.TopicRecord`)
+                                              write (`service.store.topics.TopicRegistration`)
 
 The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
 stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
@@ -62,7 +62,7 @@ class KeySpace:
 
     @property
     def topics(self) -> str:
-        """The key of the records of topics that consumers read."""
+        """The key of the registrations of the topics that consumers read."""
         return f"{self.namespace}:topics"
 
     def stream_usage(self, key_id: str) -> str:

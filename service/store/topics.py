@@ -73,7 +73,7 @@ class TopicKeys(NamedTuple):
         return cls(topic, lease, halted, outputs, dead_letters, group, kept, deletes)
 
 
-class TopicRecord(msgspec.Struct, frozen=True):
+class TopicRegistration(msgspec.Struct, frozen=True):
     """The topics that a consumer group reads and writes, as its consumers announce them.
 
     Attributes:
@@ -330,12 +330,12 @@ class Topics(Protocol):
     async def status(self, keys: TopicKeys) -> TopicStatus | None:
         """Read how far the group has read a topic; None if topic or group do not exist."""
 
-    async def register(self, record: TopicRecord) -> TopicRecord | None:
-        """Announce what a consumer group reads and writes, until another record of the group and
-        the source is; returns the earlier one."""
+    async def register(self, registration: TopicRegistration) -> TopicRegistration | None:
+        """Announce what a consumer group reads and writes, instead of its earlier registration of
+        the same source, which is returned."""
 
-    async def records(self) -> Sequence[TopicRecord]:
-        """Read the announced records."""
+    async def registrations(self) -> Sequence[TopicRegistration]:
+        """Read the registrations of all consumer groups."""
 
     async def newest(self, name: str, count: int) -> Sequence[Entry]:
         """Read the newest entries of a topic, the newest first; none if it does not exist."""

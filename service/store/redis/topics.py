@@ -41,7 +41,7 @@ from service.store.topics import (
     TopicEntry,
     TopicItem,
     TopicKeys,
-    TopicRecord,
+    TopicRegistration,
     Topics,
     TopicStatus,
     Unclear,
@@ -81,7 +81,7 @@ class RedisTopics(Topics):
         settings = router.settings
         self.space = settings.keys
         self._members = f"{settings.namespace}:consumers:"
-        self._records = self.space.topics
+        self._registrations = self.space.topics
         self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
         self._max_reply_bytes = settings.reply_max_bytes
         self._watch = TopicWatch(router)
@@ -303,15 +303,16 @@ class RedisTopics(Topics):
             None if oldest is None else int(oldest.partition(b"-")[0]),
         )
 
-    async def register(self, record: TopicRecord) -> TopicRecord | None:
-        field, value = f"{record.group}:{record.source}", msgspec.json.encode(record)
-        earlier = await self._execute(self._records, "HGET", self._records, field)
-        await self._execute(self._records, "HSET", self._records, field, value)
-        return None if earlier is None else msgspec.json.decode(earlier, type=TopicRecord)
+    async def register(self, registration: TopicRegistration) -> TopicRegistration | None:
+        field = f"{registration.group}:{registration.source}"
+        value = msgspec.json.encode(registration)
+        earlier = await self._execute(self._registrations, "HGET", self._registrations, field)
+        await self._execute(self._registrations, "HSET", self._registrations, field, value)
+        return None if earlier is None else msgspec.json.decode(earlier, type=TopicRegistration)
 
-    async def records(self) -> Sequence[TopicRecord]:
-        values = await self._execute(self._records, "HVALS", self._records)
-        return [msgspec.json.decode(value, type=TopicRecord) for value in values]
+    async def registrations(self) -> Sequence[TopicRegistration]:
+        values = await self._execute(self._registrations, "HVALS", self._registrations)
+        return [msgspec.json.decode(value, type=TopicRegistration) for value in values]
 
     async def newest(self, name: str, count: int) -> Sequence[Entry]:
         entries = await self._execute(name, "XREVRANGE", name, "+", "-", "COUNT", count)

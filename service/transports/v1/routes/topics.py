@@ -66,7 +66,7 @@ async def get_outputs(request: Request) -> Response:
 
 
 def _info(view: TopicView, now_ms: int, *, adds_partitions: bool) -> TopicInfo:
-    record = view.record
+    registration = view.registration
     statuses = [status for _, status in view.partitions]
     partitions: list[TopicPartition] = []
     if adds_partitions:
@@ -75,11 +75,11 @@ def _info(view: TopicView, now_ms: int, *, adds_partitions: bool) -> TopicInfo:
             for key, status in view.partitions
         ]
     return {
-        "topic": record.source,
-        "group": record.group,
-        "model": record.model,
-        "outputs": record.sink,
-        "dead_letters": record.dead_letters,
+        "topic": registration.source,
+        "group": registration.group,
+        "model": registration.model,
+        "outputs": registration.sink,
+        "dead_letters": registration.dead_letters,
         "owners": sorted({status.owner for status in statuses} - {""}),
         **_progress(statuses, now_ms),
         "partitions": partitions,

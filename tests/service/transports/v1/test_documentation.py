@@ -20,7 +20,7 @@ from models.spec.model import ModelSpec, parse_spec
 from service.core.delivery import chunk_digest, next_tag
 from service.core.values import FIRST_TAG, Check, Feed, ServerStatus, Steps
 from service.pipeline.watching import Watches
-from service.store.topics import TopicRecord
+from service.store.topics import TopicRegistration
 from service.transports.live.watching import add_watching
 from service.transports.v1 import reply_types
 from tests.service.transports.v1.harness import Harness, harness
@@ -139,9 +139,11 @@ def compare(shown: Any, got: Any, actual_of: dict[str, str], at: str = "reply") 
 
 async def add_topic(api: Harness, server: RealServer) -> None:
     """A topic with an output; one of its entries is done, one pending, and one not read."""
-    record = TopicRecord("carry", "departures", "scores", "departures:dead", "flights", False)
-    await api.store.topics.register(record)
-    (keys,) = record.keys(api.store.topics.space)
+    registration = TopicRegistration(
+        "carry", "departures", "scores", "departures:dead", "flights", False
+    )
+    await api.store.topics.register(registration)
+    (keys,) = registration.keys(api.store.topics.space)
     await api.store.topics.acquire(keys, "consumer-1:7:5f0c9a1e", "fence", 300, "0")
     with server.client() as client:
         for _ in range(3):

@@ -13,14 +13,14 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.access.caller import Verb
 from service.core.errors import StoreUnavailable
-from service.store.topics import TopicRecord
+from service.store.topics import TopicRegistration
 from tests.service.transports.v1.harness import Harness, harness
 from tests.support.consumers import add, consuming, fields_of
 from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer, until_async
 
 RANDOM = np.random.default_rng(27)
-RECORD = TopicRecord("carry", "events", "scores", "events:dead", "probe", False)
+REGISTRATION = TopicRegistration("carry", "events", "scores", "events:dead", "probe", False)
 
 
 @pytest.fixture
@@ -92,9 +92,9 @@ async def test_a_topic_has_its_progress_and_outputs_while_and_after_it_is_consum
 async def test_topics_of_partitions_are_one_with_totals(
     api: Harness, pipeline_server: RealServer
 ) -> None:
-    record = TopicRecord("carry", "events", "scores", "events", "probe", True)
-    await api.store.topics.register(record)
-    first, second = record.keys(api.store.topics.space)[3:5]
+    registration = TopicRegistration("carry", "events", "scores", "events", "probe", True)
+    await api.store.topics.register(registration)
+    first, second = registration.keys(api.store.topics.space)[3:5]
     with pipeline_server.client() as client:
         for keys, count in ((first, 2), (second, 3)):
             add(client, keys.topic, *[{"stream": "a", "event": "{}"}] * count)
@@ -116,7 +116,7 @@ async def test_topics_of_partitions_are_one_with_totals(
 async def test_outputs_in_messagepack_are_read_and_other_entries_skipped(
     api: Harness, pipeline_server: RealServer
 ) -> None:
-    await api.store.topics.register(RECORD)
+    await api.store.topics.register(REGISTRATION)
     with pipeline_server.client() as client:
         packed = msgspec.msgpack.encode({"late": 0.25})
         others = [
@@ -137,7 +137,7 @@ async def test_outputs_in_messagepack_are_read_and_other_entries_skipped(
 async def test_a_key_sees_its_models_topics_and_its_streams_outputs(
     api: Harness, pipeline_server: RealServer
 ) -> None:
-    await api.store.topics.register(RECORD)
+    await api.store.topics.register(REGISTRATION)
     with pipeline_server.client() as client:
         add(client, "events", {"stream": "a", "event": "{}"})
         client.xgroup_create("events", "carry", "0")
@@ -164,7 +164,7 @@ async def test_a_key_sees_its_models_topics_and_its_streams_outputs(
 async def test_a_key_sees_no_outputs_of_other_models_in_a_topic_that_they_share(
     api: Harness, pipeline_server: RealServer
 ) -> None:
-    await api.store.topics.register(RECORD)
+    await api.store.topics.register(REGISTRATION)
     with pipeline_server.client() as client:
         entries = [{**entry_of("a", 0), "model": model} for model in ("probe", "small")]
         add(client, "scores", *entries, entry_of("a", 2))
