@@ -40,7 +40,7 @@ _ID_AT_START: Final = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)(?=")').match
 """An id without escapes, where clients send it."""
 
 _CUT_DATA: Final = b"[\0]"
-"""In the place of the values of a tensor that are cut; no valid JSON has it."""
+"""Replaces the values of a tensor that are cut; no valid JSON contains it."""
 
 _FEW: Final = Meta(max_length=256)
 """Bounds the lists of tensors and parameters."""

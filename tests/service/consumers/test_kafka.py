@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from models.artifact.artifact import Artifact
 from service.consumers import kafka
 from service.consumers.config import make_config
 from service.consumers.kafka import KafkaSource
-from service.consumers.kafka_client import TopicDescription, load_library
+from service.consumers.kafka_client import TopicDescription
 from service.consumers.kafka_offsets import OffsetsLostError, StoredOffsets, entry_id
 from service.core.errors import OperatorError
 from service.store.settings import StoreSettings
@@ -476,30 +475,3 @@ async def test_reading_pauses_while_the_consumers_have_a_backlog(
             await becomes(lambda: source.is_paused or source.lags.get(0) == 0, "the next pause")
             seen += origins(client)
     assert seen == [b"events:0:%d" % each for each in range(100)]
-
-
-def test_configuration_is_checked() -> None:
-    def fails(message: str, **config: Any) -> None:
-        with pytest.raises(OperatorError, match=message):
-            make_config(PROBE | config, "test")
-
-    url = "kafka://127.0.0.1:9092/events"
-    fails(r"expected kafka://HOST:PORT", **{"from": "kafka://user:secret@host/events"})
-    fails(r"expected kafka://HOST:PORT", **{"from": "kafka://host"})
-    fails("group.id: set by Carry", **{"from": url, "kafka": {"group.id": "a"}})
-    fails("expected `env` or `file`", **{"from": url, "kafka": {"sasl.password": {}}})
-    fails("expected a field", **{"from": url, "event": {"field": None}})
-
-
-def test_groups_and_models_have_topics_of_their_own() -> None:
-    shared = PROBE | {"from": "kafka://127.0.0.1:9092/events"}
-    one = make_config(shared | {"group": "a-b", "model": "c"}, "test")
-    other = make_config(shared | {"group": "a", "model": "b-c"}, "test")
-    assert one.input != other.input
-    assert one.kafka_group != other.kafka_group
-
-
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
-    with pytest.raises(OperatorError, match=r"pip install 'carry\[kafka\]'"):
-        load_library()
