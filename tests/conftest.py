@@ -85,8 +85,7 @@ def access_log_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def store_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine suspends stores: keys that exist are read nevertheless, and what a key spends
-    meanwhile counts."""
+    """Reads of access keys and renewals of rates wait for a store that a busy machine suspends."""
     monkeypatch.setattr(key_cache, "READ_S", 60.0)
     monkeypatch.setattr(limits, "RENEW_TIMEOUT_S", 60.0)
 

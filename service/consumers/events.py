@@ -124,7 +124,7 @@ class EventReader:
             raise
         except Exception as error:
             log.exception("entry_failed", entry=entry.id.decode())
-            raise InternalError(f"it could not be read: {type(error).__name__}") from error
+            raise InternalError(f"the entry could not be read: {type(error).__name__}") from error
 
     def _read(self, entry: Entry) -> Event:
         fields = entry.fields or ()
@@ -181,8 +181,8 @@ def _bytes_of(name: str | None) -> bytes | None:
 
 
 def read_document(value: bytes, *, is_json: bool) -> msgspec.Raw:
-    """One complete value of JSON, so that it closes nothing that it is put into; of MessagePack
-    as JSON, where bytes are a row of float32 values.
+    """Read one complete JSON value, which can be embedded in another document; MessagePack is
+    converted to JSON, where bytes are a row of float32 values.
 
     Raises:
         msgspec.DecodeError, ValueError, TypeError, RecursionError: it is not one document.
