@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, Generic, TypeVar
@@ -77,7 +78,7 @@ RETRY_S: Final = 0.05
 log = structlog.get_logger(__name__)
 
 
-class LeasedTopic:
+class LeasedTopic(ABC):
     """A topic that is assigned to this process, and which it owns while it has a `fence`.
 
     Each entry that was read and is not yet acknowledged is in memory. If it is not known what the
@@ -109,13 +110,13 @@ class LeasedTopic:
 
     # What subclasses do with the topic
 
-    async def _prepare(self) -> None:
-        """Read what the entries need, before the topic is owned."""
+    async def _prepare(self) -> None:  # noqa: B027
+        """Read what the entries need, before the topic is owned; nothing by default."""
 
+    @abstractmethod
     async def _process(self, entries: Sequence[Entry]) -> None:
         """Process entries that were read. The memory of each is freed once, when it is
         acknowledged or forgotten."""
-        raise NotImplementedError
 
     async def _drain(self) -> None:
         """Wait until no entry of the topic is processed, and forget them."""
@@ -299,7 +300,7 @@ class LeasedTopic:
 AnyTopic = TypeVar("AnyTopic", bound=LeasedTopic)
 
 
-class SharedTopics(Generic[AnyTopic]):
+class SharedTopics(ABC, Generic[AnyTopic]):
     """Topics that the processes of one pool share; `run` once, `stop` at any time.
 
     Args:
@@ -340,8 +341,9 @@ class SharedTopics(Generic[AnyTopic]):
         self._members: set[str] = set()
         self._is_join_failing = False
 
+    @abstractmethod
     def _make_topic(self, keys: TopicKeys) -> AnyTopic:
-        raise NotImplementedError
+        """A topic that is assigned to this process."""
 
     async def check_is_stream(self, member: str, name: str, *, may_be_missing: bool) -> None:
         """Check that a topic is a stream, and that it exists unless it may be missing.
@@ -364,7 +366,7 @@ class SharedTopics(Generic[AnyTopic]):
             )
 
     async def run(self) -> None:
-        """Process entries until `stop`; then commit what was begun, and release the topics.
+        """Process entries until `stop`; then commit what is in progress, and release the topics.
 
         Raises:
             StoreUnavailable, StoreRefused: the store cannot be used at the start.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from carry_client import Producer
 from models.artifact.artifact import Artifact
@@ -23,22 +21,9 @@ from tests.support.consumers import (
     until_count,
 )
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, becomes, real_server
+from tests.support.servers import RealServer, becomes
 
 RANDOM = np.random.default_rng(9)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealServer]:
-    with real_server("valkey") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealServer) -> Iterator[Any]:
-    with server.client() as client:
-        client.flushall()
-        yield client
 
 
 async def dlq(server: RealServer, *words: str) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,24 +37,6 @@ PARTITIONS = 8
 GROUP = "carry:probe"
 INPUT = f"events:{GROUP}"
 SOURCES = f"{INPUT}:sources"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealServer]:
-    with real_server("valkey") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealServer) -> Iterator[Any]:
-    with emptied(server).client() as client:
-        yield client
-
-
-@pytest.fixture
-def broker() -> Iterator[Broker]:
-    with running_broker() as broker:
-        yield broker
 
 
 def records(rows: dict[str, NDArray[np.float32]]) -> list[dict[str, Any]]:

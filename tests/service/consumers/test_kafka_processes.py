@@ -15,34 +15,16 @@ import pytest
 from models.artifact.artifact import Artifact
 from tests.support.command import carry
 from tests.support.consumers import ConsumerProcess, assert_outputs, outputs_of
-from tests.support.kafka import QUICK, Broker, record_of, running_broker
+from tests.support.kafka import QUICK, Broker, record_of
 from tests.support.metrics import read, series
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, emptied, real_server, until
+from tests.support.servers import RealServer, until
 
 RANDOM = np.random.default_rng(23)
 KAFKA_PARTITIONS = 6
 PARTITIONS = 4
 INPUT = "events:carry:probe"
 OUTPUTS = [f"carry{{p{partition:04d}}}:out:scores" for partition in range(PARTITIONS)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealServer]:
-    with real_server("valkey") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealServer) -> Iterator[Any]:
-    with emptied(server).client() as client:
-        yield client
-
-
-@pytest.fixture
-def broker() -> Iterator[Broker]:
-    with running_broker() as broker:
-        yield broker
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from tests.support.consumers import (
     interleaved,
     relaying,
 )
-from tests.support.kafka import Broker, running_broker
+from tests.support.kafka import Broker
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, becomes, emptied, real_server, until
+from tests.support.servers import RealServer, becomes, until
 
 RANDOM = np.random.default_rng(29)
 PARTITIONS = 3
@@ -39,24 +38,6 @@ UNKNOWN_TOPIC, NOT_AUTHORIZED = 3, 29
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.consumers.relay.RETRY_S", 0.01)
     monkeypatch.setattr("service.consumers.relay.MAX_RETRY_S", 0.05)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealServer]:
-    with real_server("valkey") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealServer) -> Iterator[Any]:
-    with emptied(server).client() as client:
-        yield client
-
-
-@pytest.fixture
-def broker() -> Iterator[Broker]:
-    with running_broker() as broker:
-        yield broker
 
 
 def output(position: int, outputs: str = "{}") -> dict[str, Any]:

@@ -23,24 +23,11 @@ from tests.support.consumers import (
 )
 from tests.support.metrics import read, series
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, real_server, until
+from tests.support.servers import RealServer, until
 
 RANDOM = np.random.default_rng(7)
 SECRET = "whsec_" + "A" * 44
 WEBHOOK = "model: probe\nfrom: a\nto: b\ncreate: true\nwebhook: {url: http://h, "
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealServer]:
-    with real_server("valkey") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealServer) -> Iterator[Any]:
-    with server.client() as client:
-        client.flushall()
-        yield client
 
 
 @pytest.fixture

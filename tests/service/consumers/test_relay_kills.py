@@ -25,7 +25,7 @@ from tests.support.consumers import (
 )
 from tests.support.pipelines import rows_of
 from tests.support.receiver import Receiver, Request, receiving, reply
-from tests.support.servers import RealServer, becomes, own_server, real_server
+from tests.support.servers import RealServer, becomes, own_server
 
 __all__ = ["own_server"]
 
@@ -33,19 +33,6 @@ RANDOM = np.random.default_rng(11)
 BATCH = 10
 
 Start = Callable[..., ConsumerProcess]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealServer]:
-    with real_server("valkey") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealServer) -> Iterator[Any]:
-    with server.client() as client:
-        client.flushall()
-        yield client
 
 
 @pytest.fixture
