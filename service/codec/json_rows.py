@@ -60,6 +60,17 @@ _LONG_PARSER: Final = simdjson.Parser()
 would be filled with new pages of memory each time, which takes as long as parsing."""
 
 
+def _parse_long(body: bytes) -> Any:
+    """Parse a long body.
+
+    Raises:
+        ValueError: it is not JSON, or may take too long.
+    """
+    if sum([len(body) - len(body.replace(each, b"")) for each in (b"e", b"E")]) > MAX_EXPONENTS:
+        raise ValueError("perhaps hostile numbers")
+    return _LONG_PARSER.parse(body)
+
+
 class RowsChunk(msgspec.Struct, gc=False):
     """A chunk of rows.
 
@@ -109,7 +120,8 @@ class JsonRowsDecoder:
         if not is_usual or len(body) > MAX_LONG_BYTES:
             return None
         try:
-            members: Any = self._parse(body)
+            is_long = len(body) > MAX_BYTES
+            members: Any = _parse_long(body) if is_long else self._parser.parse(body)
             lists, position, epoch = self._read(members, orders)
             count = len(lists)
             rows = self._rows(body, self._numbers(lists), 1 + count)
@@ -129,7 +141,8 @@ class JsonRowsDecoder:
         if not is_usual or len(body) > MAX_LONG_BYTES:
             return None
         try:
-            members: Any = self._parse(body)
+            is_long = len(body) > MAX_BYTES
+            members: Any = _parse_long(body) if is_long else self._parser.parse(body)
             if tuple(members) != ("chunks",):
                 return None
             chunks = members["chunks"]
@@ -180,18 +193,6 @@ class JsonRowsDecoder:
             return Steps(Feed.INPUTS, count, None, self._rows(text, numbers, brackets))
         except _PARSER_ERRORS:
             return None
-
-    def _parse(self, body: bytes) -> Any:
-        """Parse a body.
-
-        Raises:
-            ValueError: it is not JSON, or may take too long.
-        """
-        if len(body) <= MAX_BYTES:
-            return self._parser.parse(body)
-        if sum([len(body) - len(body.replace(each, b"")) for each in (b"e", b"E")]) > MAX_EXPONENTS:
-            raise ValueError("perhaps hostile numbers")
-        return _LONG_PARSER.parse(body)
 
     def _read(
         self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
