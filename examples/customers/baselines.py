@@ -32,10 +32,10 @@ from scipy.special import betaln, gammaln
 from sklearn.isotonic import IsotonicRegression
 
 from examples.customers.data import WITHIN_DAYS
+from models.decoding.losses import Floats, score_binary
 from models.events.calendar import DAY_MS
 from models.spec.heads import Head
 from models.training.data import split_of
-from models.training.scores import Floats, score_binary
 from models.training.table import Baseline, Table
 
 FREQUENCIES = (1, 2, 3, 5, 9)

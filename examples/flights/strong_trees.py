@@ -19,6 +19,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 import models
 from models.artifact.artifact import load_artifact
+from models.decoding.losses import auc, score_binary
 from models.events.calendar import zone_table
 from models.pretrained.departures import WEATHER, flight_events
 from models.spec.layout import output_spec
@@ -26,7 +27,7 @@ from models.spec.model import schema_of
 from models.training.data import split_of, streams_of
 from models.training.evaluate import run_chunks, scored_rows
 from models.training.report import DRAWS
-from models.training.scores import DayDraws, auc, interval, score_binary
+from models.training.scores import DayDraws, interval
 
 SETTINGS = ((5, 31), (20, 63))
 """Events looked back on, and leaves of a tree."""

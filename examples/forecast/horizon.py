@@ -25,12 +25,13 @@ from sklearn.linear_model import Ridge
 from examples.weather.baselines import DAYS, HOURS, PENALTIES, hours_ago, same_hour_mean
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import decoder_of
+from models.decoding.losses import Floats, pinball
 from models.events.calendar import zone_table
 from models.spec.model import schema_of
 from models.training.data import split_of, streams_of
 from models.training.evaluate import scored_rows
 from models.training.horizon import STRIDE, ahead_of, forecasts_at
-from models.training.scores import DayDraws, Floats, interval, pinball
+from models.training.scores import DayDraws, interval
 from models.training.table import Table, rows_around
 
 SHOWN = (1, 3, 6, 12, 24)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from examples.scales.data import HOURS, meters
 from models.artifact.artifact import Artifact
+from models.decoding.losses import score_forecast
 from models.errors import SpecError
 from models.events.schema import NumericField
 from models.spec.heads import ForecastHead
@@ -20,7 +21,7 @@ from models.spec.layout import output_spec
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Streams, split_of, streams_of, without_normalisation
 from models.training.evaluate import run_chunks, scored_rows
-from models.training.scores import score_forecast, score_outputs, stream_scales
+from models.training.scores import score_outputs, stream_scales
 from models.training.trainer import train
 
 Floats = NDArray[np.float64]

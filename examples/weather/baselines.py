@@ -17,10 +17,10 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
+from models.decoding.losses import Floats, Scored
 from models.events.calendar import zone_table
 from models.spec.heads import AnomalyHead, Head
 from models.spec.model import schema_of
-from models.training.scores import Floats, Scored
 from models.training.table import Baseline, Table, gaussian_nats, rows_around
 
 HOUR_MS = 3_600_000

@@ -21,6 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 
+from models.decoding.losses import (
+    Floats,
+    Scored,
+    is_binary,
+    score_binary,
+    score_classes,
+    score_forecast,
+    truth_of,
+)
 from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
 from models.spec.heads import (
@@ -34,15 +43,6 @@ from models.spec.heads import (
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
 from models.training.label_baselines import for_all_classes, label_baselines, label_trees
-from models.training.scores import (
-    Floats,
-    Scored,
-    is_binary,
-    score_binary,
-    score_classes,
-    score_forecast,
-    truth_of,
-)
 from models.training.table import Baseline, Table, gaussian_nats
 from models.training.trees import OutOfTimeError, TimeBudget
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from models.artifact.artifact import Artifact
+from models.decoding.losses import has_targets
 from models.detection.detector import Detector
 from models.detection.scoring import StreamScores, score_streams, with_intervals
 from models.errors import DataError
@@ -45,7 +46,7 @@ from models.training.data import (
     streams_of,
     training_of,
 )
-from models.training.scores import add_scaled, has_targets, score_outputs, stream_scales
+from models.training.scores import add_scaled, score_outputs, stream_scales
 
 DETECTION_STEPS = 256
 MS_PER_DAY = 86_400_000

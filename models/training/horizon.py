@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import Distribution, decoder_of, start
+from models.decoding.losses import Floats, pinball
 from models.events.calendar import DAY_MS
 from models.offline.runner import Step, open_step
 from models.spec.decoder import known_columns, strip_decoder_prefix
@@ -30,7 +31,6 @@ from models.spec.layout import network_state
 from models.spec.model import ModelSpec
 from models.training.data import Streams
 from models.training.decoder_training import steps_ahead
-from models.training.scores import Floats, pinball
 
 STRIDE = 7
 """Events between two forecasts; no divisor of a day's hours, so that every hour has its turn."""

@@ -20,9 +20,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from models.decoding.losses import Floats, Scored
 from models.spec.chunking import non_causal_layers
 from models.spec.heads import LabelHead
-from models.training.scores import Floats, Scored, score_label
+from models.training.scores import score_label
 from models.training.table import Baseline, Table, rows_around
 from models.training.trees import Grid, TimeBudget, Trees
 

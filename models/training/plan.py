@@ -27,6 +27,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from models.decoding.losses import Floats, has_targets, truth_of
 from models.errors import DataError, SpecError
 from models.events.schema import BooleanField, CategoricalField
 from models.spec.chunking import non_causal_layers
@@ -36,7 +37,6 @@ from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Labels, Streams, split_of, training_of
 from models.training.evaluate import scored_rows, target_rows
-from models.training.scores import Floats, has_targets, truth_of
 
 LENGTHS_PER_WINDOW = 4
 """Padded window lengths are multiples of a quarter window: few shapes, little padding."""

@@ -20,6 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
+from models.decoding.losses import Scored, has_targets
 from models.errors import DataError, SpecError
 from models.events.calendar import zone_table
 from models.spec.heads import ForecastHead, Head
@@ -48,10 +49,8 @@ from models.training.horizon import horizon_lines, horizon_report, table_lines
 from models.training.plan import trained_network
 from models.training.scores import (
     DayDraws,
-    Scored,
     add_scaled,
     deviations_of,
-    has_targets,
     interval,
     score_outputs,
     stream_scales,

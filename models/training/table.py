@@ -11,9 +11,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from models.decoding.losses import Floats, Scored
 from models.spec.model import ModelSpec
 from models.training.data import Labels, Streams
-from models.training.scores import Floats, Scored
 from models.training.trees import TimeBudget, Trees, tree_features
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from models.training.scores import DayDraws, auc, interval, score_binary, score_forecast
+from models.decoding.losses import auc, score_binary, score_forecast
+from models.training.scores import DayDraws, interval
 
 
 @pytest.fixture
