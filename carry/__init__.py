@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         onnx_options,
     )
     from models.networks.initial_artifact import initialise_artifact
+    from models.registry import log_model, pull_model
     from models.spec.model import ModelSpec, parse_spec
     from models.spec.spec_file import read_spec
     from models.training.train_frame import train_frame
@@ -51,8 +52,10 @@ __all__ = [
     "import_onnx_model",
     "initialise_artifact",
     "load_artifact",
+    "log_model",
     "onnx_options",
     "parse_spec",
+    "pull_model",
     "read_spec",
     "train",
     "train_frame",
@@ -70,6 +73,7 @@ _MODULES = {
         *("ImportReport", "import_keras_model", "import_onnx_model", "onnx_options"),
     ),
     "models.networks.initial_artifact": ("initialise_artifact",),
+    "models.registry": ("log_model", "pull_model"),
     "models.spec.model": ("ModelSpec", "parse_spec"),
     "models.spec.spec_file": ("read_spec",),
     "models.training.train_frame": ("train_frame",),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +34,8 @@ from models.artifact.manifest import (
     add_checksum,
     file_entry,
     manifest_bytes,
+    read_files,
+    read_manifest,
 )
 from models.artifact.weights import check_weights, weights_bytes
 from models.errors import ArtifactError, GraphUnsupportedError
@@ -112,20 +115,43 @@ def write_artifact(
     )
     _check_target(path, overwrite)
 
+    with _new_directory(path) as temporary:
+        for name, data in contents.items():
+            write_new(temporary / name, data)
+        write_new(temporary / MANIFEST_NAME, manifest_bytes(manifest))
+        artifact = load_artifact(temporary)
+    return replace(artifact, path=path)
+
+
+def copy_artifact(source: Path, path: Path, *, overwrite: bool = False) -> Artifact:
+    """Copy an artifact's manifest and the files that it lists, atomically, and verify the copy.
+
+    Raises:
+        ArtifactError: the source is invalid, or the path exists.
+    """
+    manifest = read_manifest(source)
+    read_files(source, manifest, ())
+    _check_target(path, overwrite)
+    with _new_directory(path) as temporary:
+        for name in [*manifest["files"], MANIFEST_NAME]:
+            write_new(temporary / name, (source / name).read_bytes())
+        artifact = load_artifact(temporary)
+    return replace(artifact, path=path)
+
+
+@contextmanager
+def _new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that is moved to the path at the end of the block, if it succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
         temporary.mkdir()
-        for name, data in contents.items():
-            write_new(temporary / name, data)
-        write_new(temporary / MANIFEST_NAME, manifest_bytes(manifest))
-        for folder in {temporary, *(temporary.joinpath(name).parent for name in contents)}:
+        yield temporary
+        for folder in {temporary, *(file.parent for file in temporary.rglob("*"))}:
             sync_directory(folder)
-        artifact = load_artifact(temporary)
         _move_into_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return replace(artifact, path=path)
 
 
 def add_graph(path: Path) -> Artifact:
