@@ -367,4 +367,5 @@ def start_epoch(
         last=None,
         updated_ms=now_ms,
         state=source.state,
+        since=source.since,
     )

@@ -108,6 +108,8 @@ class StreamState(NamedTuple):
         fingerprint: 16 bytes, the fingerprint of the model that wrote the state.
         last: the last chunk; None after a restore or a fork.
         updated_ms: wall clock of the last commit, epoch milliseconds.
+        since: position since which the state is computed, from the initial state, by a version of
+            the model that has not seen the stream's start; None if the state is exact.
     """
 
     head: StreamHead
@@ -116,6 +118,7 @@ class StreamState(NamedTuple):
     last: LastChunk | None
     updated_ms: int
     state: State
+    since: int | None = None
 
 
 class Tombstone(NamedTuple):
@@ -211,6 +214,18 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
     commit_s: float = 0.0
 
 
+class Warmth(NamedTuple):
+    """How much of a stream the version had seen before a chunk, if not its start.
+
+    Attributes:
+        events: before the chunk.
+        of: after so many the start does not matter.
+    """
+
+    events: int
+    of: int
+
+
 class Reply(msgspec.Struct, frozen=True, gc=False):
     """The reply to one chunk.
 
@@ -226,6 +241,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         dry_run: whether nothing was applied; `head` is then the current stream head, and
             `NO_STREAM` if there is none.
         row: index of the stream's state in `states`; None if that is its state alone.
+        warm: None if the outputs do not depend on a start that the version has not seen.
     """
 
     key: StreamKey
@@ -239,6 +255,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     output_position: int | None = None
     dry_run: bool = False
     row: int | None = None
+    warm: Warmth | None = None
 
     @property
     def state(self) -> State:

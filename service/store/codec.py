@@ -7,7 +7,7 @@ A state, all little-endian, with M int64 values and N float32 values:
          4     1  format, 1
          5     1  flags: bit 0 the feed is `inputs` (else `events`), bit 1 there is a last chunk,
                   bit 2 the stream is deleted (a tombstone), bit 3 the last chunk starts at 0 and
-                  did not create the stream
+                  did not create the stream, bit 4 the state is inexact
          6     2  M, u16
          8     4  N, u32
         12     4  CRC-32 over every other byte, u32
@@ -18,7 +18,8 @@ A state, all little-endian, with M int64 values and N float32 values:
         64     8  start position of the last chunk, u64 (0 if there is none)
         72    16  digest of the last chunk, its first 16 bytes (0 if there is none)
         88     8  time of the commit, epoch milliseconds, i64
-        96    8M  int64 values, then 4N bytes of float32 values
+        96    8M  int64 values, then 4N bytes of float32 values; if it is inexact, then the
+                  position since which it is computed, from the initial state, u64
 
 A tombstone is a header with bit 2 as its only flag, a random epoch and the checksum. All its other
 fields are zero.
@@ -82,6 +83,7 @@ _STATE = struct.Struct("<4sBBHII16s8s16sQQ16sq")
 _REPLY_LEAD = struct.Struct("<4sB3sII")
 _HEAD = struct.Struct("<8s16sQ")
 _REPLY = struct.Struct("<4sB3sIII8s16sQ")
+_SINCE = struct.Struct("<Q")
 HEADER_BYTES: Final = _STATE.size
 _HEAD_OFFSET: Final = 32
 _HEAD_END: Final = _HEAD_OFFSET + _HEAD.size
@@ -89,6 +91,7 @@ COMPARED: Final = slice(0, EPOCH_BYTES + TAG_BYTES)
 """Epoch and tag, the part of a packed head that the scripts compare."""
 
 REPLY_HEADER_BYTES: Final = _REPLY.size
+_FLAGS_OFFSET: Final = 5
 _STATE_CRC_OFFSET: Final = _STATE_LEAD.size
 _REPLY_CRC_OFFSET: Final = _REPLY_LEAD.size
 _FLOAT: Final = np.dtype("<f4")
@@ -102,6 +105,7 @@ _FEED_IS_INPUTS: Final = 1
 _HAS_LAST: Final = 2
 _DELETED: Final = 4
 _STREAM_EXISTED: Final = 8
+_IS_INEXACT: Final = 16
 _FLAGS_WITH_LAST: Final = tuple(
     _HAS_LAST | existed | feed for existed in (0, _STREAM_EXISTED) for feed in (0, _FEED_IS_INPUTS)
 )
@@ -151,7 +155,8 @@ class StateHeader(msgspec.Struct, frozen=True, gc=False):
     @property
     def size_bytes(self) -> int:
         """Size of the whole state."""
-        return HEADER_BYTES + self.int_size * _INT.itemsize + self.float_size * _FLOAT.itemsize
+        values = self.int_size * _INT.itemsize + self.float_size * _FLOAT.itemsize
+        return HEADER_BYTES + values + (_SINCE.size if self.flags & _IS_INEXACT else 0)
 
     @property
     def head(self) -> StreamHead:
@@ -171,11 +176,13 @@ class EncodedStream(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         value: the bytes of the whole state.
+        since: as of `StreamState`.
     """
 
     head: StreamHead
     feed: Feed
     value: bytes
+    since: int | None = None
 
 
 def encode_states(
@@ -240,7 +247,8 @@ def encode_states(
 
 def decode_states(values: Sequence[bytes], int_size: int, float_size: int) -> State:
     """The states of valid values of the same size: floats float32 [B, N] and ints int64 [B, M]."""
-    joined = b"".join([value[HEADER_BYTES:] for value in values])
+    values_end = HEADER_BYTES + 8 * int_size + 4 * float_size
+    joined = b"".join([value[HEADER_BYTES:values_end] for value in values])
     rows = np.frombuffer(joined, _FLOAT).reshape(len(values), 2 * int_size + float_size)
     if not int_size:
         return State(rows, np.empty((len(values), 0), _INT))
@@ -268,7 +276,7 @@ def encode_state(stream: StreamState) -> bytes:
             f"expected {FINGERPRINT_BYTES} bytes of the fingerprint and {DIGEST_BYTES} of the "
             f"digest, got {len(fingerprint)} and {len(last.digest) if last else 'none'}"
         )
-    return encode_states(
+    value = encode_states(
         [stream.feed],
         [pack_head(stream.head)],
         [last],
@@ -276,6 +284,15 @@ def encode_state(stream: StreamState) -> bytes:
         fingerprint=fingerprint,
         updated_ms=stream.updated_ms,
     )[0]
+    return value if stream.since is None else mark_inexact(value, stream.since)
+
+
+def mark_inexact(value: bytes, since: int) -> bytes:
+    """An encoded state that is not marked, with the position since which it is computed."""
+    flags = value[_FLAGS_OFFSET] | _IS_INEXACT
+    lead = value[:_FLAGS_OFFSET] + bytes((flags,)) + value[_FLAGS_OFFSET + 1 : _STATE_CRC_OFFSET]
+    body = value[_STATE_CRC_OFFSET + 4 :] + _SINCE.pack(since)
+    return lead + zlib.crc32(body, zlib.crc32(lead)).to_bytes(4, "little") + body
 
 
 def encode_tombstone(tombstone: Tombstone) -> bytes:
@@ -304,7 +321,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         if value != encode_tombstone(tombstone):
             raise CodecError("a tombstone has fields other than its epoch")
         return tombstone
-    if header.flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED):
+    if header.flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED | _IS_INEXACT):
         raise CodecError(f"unknown flags 0x{header.flags:02x}")
     _check_integrity(value, header.size_bytes, _STATE_CRC_OFFSET, header.crc)
     last = header.last
@@ -312,6 +329,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         raise CodecError("a last chunk is given, but the flags say there is none")
     int_size, float_size = header.int_size, header.float_size
     ints = np.frombuffer(value, _INT, int_size, HEADER_BYTES) if int_size else _NO_INTS
+    is_inexact = header.flags & _IS_INEXACT
     return StreamState(
         head=header.head,
         feed=Feed.INPUTS if header.flags & _FEED_IS_INPUTS else Feed.EVENTS,
@@ -319,6 +337,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         last=last,
         updated_ms=header.updated_ms,
         state=State(_floats(value, float_size, HEADER_BYTES + 8 * int_size), ints),
+        since=_SINCE.unpack(value[-_SINCE.size :])[0] if is_inexact else None,
     )
 
 
@@ -339,7 +358,7 @@ def read_streams(
 ) -> list[EncodedStream | None]:
     """The streams that a model wrote, with their last chunks; the fast path of `decode_state`.
 
-    None does not mean that a value is damaged, but that it has to be decoded.
+    None does not mean that a value is damaged, but that it has to be decoded: it is inexact, say.
 
     Args:
         values: what is stored.

@@ -173,14 +173,7 @@ def same_stream(found: Any, expected: StreamState) -> bool:
     """Whether two streams are equal in every field and every bit."""
     return (
         isinstance(found, StreamState)
-        and (found.head, found.feed, found.fingerprint, found.last, found.updated_ms)
-        == (
-            expected.head,
-            expected.feed,
-            expected.fingerprint,
-            expected.last,
-            expected.updated_ms,
-        )
+        and found._replace(state=expected.state) == expected
         and found.state.floats.tobytes() == expected.state.floats.tobytes()
         and found.state.ints.tobytes() == expected.state.ints.tobytes()
         and found.state.floats.dtype == np.float32

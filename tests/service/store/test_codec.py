@@ -24,6 +24,7 @@ from service.store.codec import (
     StateHeader,
     decode_reply,
     decode_state,
+    decode_states,
     encode_state,
     encode_tombstone,
     pack_head,
@@ -53,6 +54,7 @@ STATES = st.builds(
         hnp.arrays(np.float32, st.integers(0, 40), elements=FINITE),
         hnp.arrays(np.int64, st.integers(0, 5), elements=st.integers(-(2**63), 2**63 - 1)),
     ),
+    since=st.none() | st.integers(0, 2**64 - 1),
 )
 REPLIES = st.builds(
     StoredReply,
@@ -89,12 +91,14 @@ def test_states_and_replies_round_trip_bit_for_bit(stream: StreamState, reply: S
 
 
 @given(STATES)
-def test_the_fast_path_reads_the_heads_of_streams_with_a_last_chunk(stream: StreamState) -> None:
+def test_the_fast_path_reads_the_heads_of_exact_streams_with_a_last_chunk(
+    stream: StreamState,
+) -> None:
     floats, ints = stream.state
     whole, fingerprint = encode_state(stream), stream.fingerprint
     tombstone = encode_tombstone(Tombstone(StreamHead(b"epoch-89", bytes(16), 0)))
     values = [b"", whole, tombstone, whole[:-1]]
-    known = cached(stream) if stream.last else None
+    known = cached(stream) if stream.last and stream.since is None else None
     assert read_streams(values, fingerprint, ints.size, floats.size) == [None, known, None, None]
     other = bytes(byte ^ 1 for byte in fingerprint)
     assert read_streams(values, other, ints.size, floats.size) == [None] * 4
@@ -155,14 +159,30 @@ def test_the_layout_of_a_state_matches_its_documentation() -> None:
     value = encode_state(existed)
     assert value[5] == 0b1011
     assert decode_state(value).last == existed.last
+    inexact = encode_state(existed._replace(since=0x2122232425262728))
+    assert inexact[5] == 0b11011
+    assert inexact[16:] == value[16:] + bytes(range(0x28, 0x20, -1))
+    assert inexact[12:16] == struct.pack("<I", zlib.crc32(inexact[:12] + inexact[16:]))
 
 
-@pytest.mark.parametrize("kind", ["state", "head", "reply"])
+def test_states_of_exact_and_inexact_streams_are_decoded_together() -> None:
+    streams = Streams()
+    exact, other = streams.first(floats=5, ints=2), streams.first(floats=5, ints=2)
+    values = [encode_state(exact), encode_state(other._replace(since=3))]
+    floats, ints = decode_states(values, 2, 5)
+    np.testing.assert_array_equal(floats, [exact.state.floats, other.state.floats])
+    np.testing.assert_array_equal(ints, [exact.state.ints, other.state.ints])
+
+
+@pytest.mark.parametrize("kind", ["state", "inexact", "head", "reply"])
 def test_every_flipped_bit_and_every_other_length_is_rejected(kind: str) -> None:
     streams = Streams()
     stream = streams.first(floats=5, ints=2)
+    if kind == "inexact":
+        stream = stream._replace(since=1)
     value = encode_reply(streams.reply(stream)) if kind == "reply" else encode_state(stream)
-    decode = {"state": decode_state, "head": partial(head_of, stream), "reply": decode_reply}[kind]
+    decoders = {"head": partial(head_of, stream), "reply": decode_reply}
+    decode = decoders.get(kind, decode_state)
     damaged = [value[:length] for length in range(len(value))]
     damaged += [value + more for more in (b"\0", b"\0" * 4, value)]
     for bit in range(8 * len(value)):
@@ -182,7 +202,8 @@ def test_every_flipped_bit_and_every_other_length_is_rejected(kind: str) -> None
     [
         ("state", 0, b"CRRX", "magic"),
         ("state", 4, b"\x02", "format"),
-        ("state", 5, b"\x13", "flags"),
+        ("state", 5, b"\x13", "bytes"),
+        ("state", 5, b"\x23", "flags"),
         ("state", 5, b"\x83", "flags"),
         ("state", 6, b"\x03", "bytes"),
         ("state", 5, b"\x00", "last chunk"),
