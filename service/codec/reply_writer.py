@@ -20,6 +20,7 @@ from service.codec.media import Media
 from service.core.errors import InvalidInput
 from service.core.values import (
     NO_STREAM,
+    AnsweringVersion,
     FloatRows,
     ForecastReply,
     ForecastRequest,
@@ -87,10 +88,10 @@ class ReplyWriter:
 
     def reply(self, reply: Reply, options: ReplyOptions) -> reply_types.ChunkReply:
         """The reply to a chunk."""
-        head = reply.head
+        head, version = reply.head, reply.version
         document: reply_types.ChunkReply = {
             "model": self._name,
-            "version": self._version,
+            "version": self._version if version is None else version.version,
             "stream": reply.key.stream,
             "epoch": head.epoch.hex(),
             "position": head.position,
@@ -107,7 +108,7 @@ class ReplyWriter:
         if reply.output_position is not None:
             document["output_position"] = reply.output_position
         if options.return_state:
-            document["state"] = self.state(reply.state)
+            document["state"] = self.state(reply.state, version)
         if options.return_attention:
             document["attention"] = self.attention(reply.outputs)
         return document
@@ -162,9 +163,10 @@ class ReplyWriter:
                 got="true",
             )
 
-    def state(self, state: State) -> dict[str, Any]:
-        """A state by name."""
-        return _writable(self._artifact.state.by_name(state))
+    def state(self, state: State, version: AnsweringVersion | None = None) -> dict[str, Any]:
+        """A state by name, in the layout of the version that wrote it."""
+        layout = self._artifact.state if version is None else version.state
+        return _writable(layout.by_name(state))
 
     def forecast(self, reply: ForecastReply, request: ForecastRequest) -> reply_types.ForecastReply:
         """The reply to a forecast."""

@@ -42,7 +42,7 @@ class OutputWriter:
         self._writer = ReplyWriter(artifact)
         self._where = None if where is None else parse_condition(where, artifact.outputs)
         self._media = media
-        self._name, self._version = artifact.spec.name, artifact.version
+        self._name = artifact.spec.name
         outputs = artifact.outputs
         only = outputs.outputs[0]
         is_list = len(outputs.outputs) == 1 and len(only.shape) == 1 and not outputs.attention
@@ -51,15 +51,16 @@ class OutputWriter:
             b"{%b:[" % dumps(media, only.name) if is_list and media is Media.JSON else b""
         )
 
-    def shared(self, stream: str, head: StreamHead) -> tuple[str | int, ...]:
+    def shared(self, stream: str, head: StreamHead, fingerprint: bytes) -> tuple[str | int, ...]:
         """The fields that the outputs of a chunk begin with.
 
         Args:
             head: of the stream after the chunk.
+            fingerprint: of the version that answered.
         """
         return (
             "stream", stream, "epoch", head.epoch.hex(), "tag", head.tag.hex(), "model", self._name,
-            "version", self._version, "time", time.time_ns() // 1_000_000,
+            "version", fingerprint.hex()[:12], "time", time.time_ns() // 1_000_000,
         )  # fmt: skip
 
     def entries(self, start: int, rows: FloatRows) -> list[NewEntry]:

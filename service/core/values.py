@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from models.decoding.forecasts import Forecast
 from models.events.columns import EventColumns
-from models.spec.state import State
+from models.spec.state import State, StateSpec
 from service.core.tracing import RequestSpan
 
 FloatRows = NDArray[np.float32]
@@ -226,6 +226,21 @@ class Warmth(NamedTuple):
     of: int
 
 
+class AnsweringVersion(Protocol):
+    """The version of a model that answered a chunk.
+
+    Attributes:
+        version: the first 12 hex digits of its fingerprint.
+        state: the layout of its states.
+    """
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def state(self) -> StateSpec: ...
+
+
 class Reply(msgspec.Struct, frozen=True, gc=False):
     """The reply to one chunk.
 
@@ -242,6 +257,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
             `NO_STREAM` if there is none.
         row: index of the stream's state in `states`; None if that is its state alone.
         warm: None if the outputs do not depend on a start that the version has not seen.
+        version: the version that answered; None for the one that the request was read for.
     """
 
     key: StreamKey
@@ -256,6 +272,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     dry_run: bool = False
     row: int | None = None
     warm: Warmth | None = None
+    version: AnsweringVersion | None = None
 
     @property
     def state(self) -> State:

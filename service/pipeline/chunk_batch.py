@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -35,6 +36,7 @@ from service.engine.policy import MIN_SPLIT_REQUESTS
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StoreResponsiveness
 from service.pipeline.inference import Inference
+from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
@@ -50,8 +52,26 @@ from service.store.codec import (
 )
 
 
+class _Stages(NamedTuple):
+    """The stages of one version, before the commit.
+
+    Attributes:
+        takes_any_rows: whether its calls are not padded to a fixed number of rows.
+    """
+
+    served: ServedModel
+    loader: ChunkLoader
+    infer: Inference
+    takes_any_rows: bool
+
+
 class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     """Runs the batches of one model; its batcher calls it with the jobs of each batch.
+
+    A batch takes the route of its model once. While the challenger answers a share of the streams,
+    the chunks of each version are loaded, computed and committed together. The streams of a batch
+    differ, and a stream is released to its next batch only once its commit is sent: so the order of
+    a stream's chunks does not depend on which version answers them.
 
     No chunk is answered before the outcome of its commit is known. The stream is released, and its
     new state cached, as soon as the commit is sent: the stream's next chunk may be computed from
@@ -73,7 +93,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
 
     def __init__(
         self,
-        served: ServedModel,
+        versions: ModelVersions,
         store: StateStore,
         cache: StateCache,
         compute: Compute,
@@ -83,42 +103,84 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         now_ms: Callable[[], int],
         tracer: Tracer | None = None,
     ):
-        self._served = served
-        self._has_blocks = served.blocks is not None
-        half = MIN_SPLIT_REQUESTS // 2
-        # a call that is padded to a fixed shape costs about as much for half of the rows
-        self._takes_any_rows = self.may_split = served.runtime.padded_shape(half, 1)[0] == half
+        self._versions = versions
+        self._name = versions.name
+        self._compute = compute
         self._store = store
         self._cache = cache
         self._recorder = recorder
         self._now_ms = now_ms
-        self._attempts = settings.conflict_attempts
+        self._settings = settings
         self._tracer = tracer
         self._shards = Shards(store, settings.max_queue // 2)
         self._responsiveness = StoreResponsiveness()
-        self._loader = ChunkLoader(
-            served,
-            store,
-            cache,
-            self._shards,
-            recorder,
-            self._responsiveness,
-            resets_on_model_change=settings.on_model_change == "reset",
-        )
-        self._infer = Inference(served, compute, recorder)
+        self._stages: dict[bytes, _Stages] = {}
+        self.may_split = self._stages_of(versions.route.champion).takes_any_rows
+
+    def _stages_of(self, served: ServedModel) -> _Stages:
+        """The stages of a version; made when the first batch of it comes."""
+        stages = self._stages.get(served.fingerprint)
+        if stages is None or stages.served is not served:
+            loader = ChunkLoader(
+                served,
+                self._store,
+                self._cache,
+                self._shards,
+                self._recorder,
+                self._responsiveness,
+                resets_on_model_change=self._settings.on_model_change == "reset",
+            )
+            half = MIN_SPLIT_REQUESTS // 2
+            # a call that is padded to a fixed shape costs about as much for half of the rows
+            takes_any_rows = served.runtime.padded_shape(half, 1)[0] == half
+            infer = Inference(served, self._compute, self._recorder)
+            stages = _Stages(served, loader, infer, takes_any_rows)
+            loaded = self._versions.loaded
+            self._stages = {key: each for key, each in self._stages.items() if key in loaded}
+            self._stages[served.fingerprint] = stages
+        return stages
 
     async def __call__(self, jobs: list[ChunkJob], batch: RunningBatch) -> list[ChunkJob]:
         """Run one batch and resolve its jobs; returns the jobs to be retried in a later batch."""
-        times = StageTimes(time.monotonic())
         # a copy, since the batcher removes detached jobs from its own list
         jobs = list(jobs)
         if self._shards.unresponsive:
             jobs = self._shards.detach_unresponsive(jobs, batch)
+        route = self._versions.route
+        if not route.share:
+            to_retry = await self._run(route.champion, jobs, batch)
+        else:
+            to_retry = await self._run_canary(route, jobs, batch)
+        return self._fail_exhausted(to_retry) if to_retry else []
+
+    async def _run_canary(
+        self, route: Route, jobs: list[ChunkJob], batch: RunningBatch
+    ) -> list[ChunkJob]:
+        """Run the jobs of each version together; returns the jobs to be retried."""
+        groups: dict[ServedModel, list[ChunkJob]] = {}
+        for job in jobs:
+            groups.setdefault(route.answering(job.payload.key.stream), []).append(job)
+        runs = [self._run(served, group, batch) for served, group in groups.items()]
+        # all end before the batch does, whichever fails
+        results = await asyncio.gather(*runs, return_exceptions=True)
+        to_retry: list[ChunkJob] = []
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            to_retry += result
+        return to_retry
+
+    async def _run(
+        self, served: ServedModel, jobs: list[ChunkJob], batch: RunningBatch
+    ) -> list[ChunkJob]:
+        """Run the jobs that one version answers; returns the jobs to be retried."""
+        times = StageTimes(time.monotonic())
+        stages = self._stages_of(served)
         try:
-            ready, to_retry = await self._loader.evaluate(jobs, times, batch)
-            computed = await self._infer(ready, times)
+            ready, to_retry = await stages.loader.evaluate(jobs, times, batch)
+            computed = await stages.infer(ready, times)
             # the calls of large networks cost more than the store's time, and more for few rows
-            self.may_split = self._takes_any_rows and times.infer_s < MAX_INLINE_S
+            self.may_split = stages.takes_any_rows and times.infer_s < MAX_INLINE_S
             if computed is not None and True in [job.payload.dry_run for job in computed.jobs]:
                 computed = self._answer_dry_runs(computed, times)
             if computed is not None and computed.jobs:
@@ -128,7 +190,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         finally:
             if self._tracer is not None:
                 self._trace(self._tracer, jobs, times)
-        return self._fail_exhausted(to_retry) if to_retry else []
+        return to_retry
 
     def _answer_dry_runs(self, computed: ComputedBatch, times: StageTimes) -> ComputedBatch:
         """Answer the dry runs, of which nothing is stored; returns the batch without them."""
@@ -208,11 +270,12 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
                 queue_s.append(reply.queue_s)
                 steps += job.payload.steps.length
                 job.resolve(reply)
-            elif not await self._resolve_uncommitted(job, reply, result):
+            elif not await self._resolve_uncommitted(computed.served, job, reply, result):
                 to_retry.append(job)
         if queue_s:
             self._responsiveness.note_response()
-            self._recorder.record_chunks(self._served.name, steps, queue_s, timing)
+            version = computed.served.version
+            self._recorder.record_chunks(self._name, version, steps, queue_s, timing)
         return to_retry
 
     def _encode(self, computed: ComputedBatch) -> CommitColumns:
@@ -223,7 +286,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             packed,
             [last_chunk(job.payload, job.base.head if job.base else None) for job in jobs],
             computed.states,
-            fingerprint=self._served.fingerprint,
+            fingerprint=computed.served.fingerprint,
             updated_ms=self._now_ms(),
         )
         return CommitColumns(
@@ -233,7 +296,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             encode_replies(packed, computed.outputs),
         )
 
-    async def _resolve_uncommitted(self, job: ChunkJob, reply: Reply, result: CommitResult) -> bool:
+    async def _resolve_uncommitted(
+        self, served: ServedModel, job: ChunkJob, reply: Reply, result: CommitResult
+    ) -> bool:
         """Answer a job whose commit failed or conflicted; returns False if it has to be retried."""
         self._cache.drop(job.payload.key)
         if isinstance(result, CarryError):
@@ -242,21 +307,21 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         if isinstance(result, Conflicted):
             resolution = resolve_conflict(job.payload, reply.head, result.stored)
             if resolution is Resolution.RE_EVALUATE:
-                self._recorder.record_conflict(self._served.name)
-                self._loader.note_conflict(job)
+                self._recorder.record_conflict(self._name)
+                self._stages_of(served).loader.note_conflict(job)
                 job.is_committing = False
                 job.expected = pack_head(result.stored)
                 return False
             if resolution is Resolution.STORED_REPLY:
-                return await self._loader.replay(job, own=reply)
-        steps = job.payload.steps.length
-        self._recorder.record_chunks(self._served.name, steps, [reply.queue_s], reply.timing)
+                return await self._stages_of(served).loader.replay(job, own=reply)
+        steps, queue_s = job.payload.steps.length, [reply.queue_s]
+        self._recorder.record_chunks(self._name, served.version, steps, queue_s, reply.timing)
         job.resolve(reply)
         return True
 
     def _reply(self, computed: ComputedBatch, at: int, times: StageTimes, timing: Timing) -> Reply:
         """The reply to one job."""
-        job, head = computed.jobs[at], computed.heads[at]
+        job, head, served = computed.jobs[at], computed.heads[at], computed.served
         return Reply(
             job.payload.key,
             head,
@@ -266,8 +331,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             job.base is None,
             times.began_s - job.submitted_s,
             timing,
-            self._served.output_position(job.payload, head) if self._has_blocks else None,
+            None if served.blocks is None else served.output_position(job.payload, head),
             row=at,
+            version=served,
         )
 
     def map_error(self, job: ChunkJob, error: CarryError) -> CarryError:
@@ -309,16 +375,17 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             }
             reached = {name: each for name, each in stages.items() if each[0] < each[1]}
             batch = times.began_s, time.monotonic()
-            tracer.record_batch(self._served.name, spans, len(jobs), batch, reached)
+            tracer.record_batch(self._name, spans, len(jobs), batch, reached)
 
     def _fail_exhausted(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
         """Fail jobs that have no attempts left with Conflict; returns the unresolved ones."""
+        attempts = self._settings.conflict_attempts
         for job in jobs:
-            if not job.is_resolved and job.attempts + 1 >= self._attempts:
+            if not job.is_resolved and job.attempts + 1 >= attempts:
                 stream = job.payload.key.stream
                 job.resolve(
                     Conflict(
-                        f"other writers changed stream {stream!r} {self._attempts} times in a row",
+                        f"other writers changed stream {stream!r} {attempts} times in a row",
                         **stream_facts(stream, unpack_head(job.expected)),
                     )
                 )

@@ -9,6 +9,7 @@ import msgspec
 from models.spec.state import State
 from service.core.values import Chunk, FloatRows, Reply, StreamHead
 from service.engine.fair_queue import Job
+from service.pipeline.served_model import ServedModel
 from service.store.codec import EncodedStream
 
 
@@ -32,11 +33,13 @@ class ComputedBatch(msgspec.Struct, frozen=True):
     its jobs may refer to the error.
 
     Attributes:
+        served: the version that computed them.
         heads: the stream heads after the chunks.
         outputs: of each float32 [T, O]; of a model with blocks, the outputs that were due.
         states: the states after the chunks, float32 [B, N] and int64 [B, M].
     """
 
+    served: ServedModel
     jobs: Sequence[ChunkJob]
     heads: Sequence[StreamHead]
     outputs: Sequence[FloatRows]
@@ -45,6 +48,7 @@ class ComputedBatch(msgspec.Struct, frozen=True):
     def select(self, at: Sequence[int]) -> ComputedBatch:
         """The rows of the batch at these indexes."""
         return ComputedBatch(
+            self.served,
             [self.jobs[index] for index in at],
             [self.heads[index] for index in at],
             [self.outputs[index] for index in at],

@@ -46,6 +46,7 @@ from service.pipeline.shards import RETRY_AFTER_S, SHARD_TIMEOUT_S, Shards
 from service.pipeline.state_cache import StateCache
 from service.store.base import StateStore, StoredValue, decode_value
 from service.store.codec import (
+    WRITER,
     EncodedStream,
     decode_stream,
     pack_head,
@@ -88,7 +89,7 @@ class StoreResponsiveness:
 
 
 class ChunkLoader:
-    """Loads and evaluates the chunks of one model.
+    """Loads and evaluates the chunks that one version of a model answers.
 
     Args:
         resets_on_model_change: whether a stream whose state another version of the model wrote
@@ -107,6 +108,7 @@ class ChunkLoader:
         resets_on_model_change: bool,
     ):
         self._served = served
+        self._fingerprint = served.fingerprint
         self._store = store
         self._cache = cache
         self._shards = shards
@@ -233,6 +235,7 @@ class ChunkLoader:
                         created=state.last is not None and state.last.created,
                         output_position=self._served.output_position(chunk, kept.head),
                         dry_run=chunk.dry_run,
+                        version=self._served,
                     )
                 )
             elif own is not None:
@@ -335,6 +338,8 @@ class ChunkLoader:
             return None
         copy = self._cache.get(chunk.key)
         if copy is None or not is_continuation(chunk, copy.head, copy.feed):
+            return None
+        if copy.value[WRITER] != self._fingerprint:
             return None
         if self._blocks is not None and self._is_closed(decode_stream(copy.value)):
             return None

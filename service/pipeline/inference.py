@@ -141,7 +141,7 @@ class Inference:
     ) -> ComputedBatch | None:
         """The jobs with finite results, and their streams after the chunks; fails the others."""
         heads = [next_head(job.payload, job.base.head if job.base else None) for job in jobs]
-        computed = ComputedBatch(jobs, heads, outputs, states)
+        computed = ComputedBatch(self._served, jobs, heads, outputs, states)
         if finite:
             return computed
         is_finite = [

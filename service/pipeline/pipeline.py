@@ -42,7 +42,6 @@ from service.core.values import (
     SequenceInput,
     Steps,
     StreamKey,
-    StreamState,
 )
 from service.engine.batcher import Batcher, BatchRunner
 from service.engine.compute import Compute
@@ -51,6 +50,7 @@ from service.engine.policy import shared_error
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_order import apply_in_order
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.predict import (
     ForecastOrigin,
     ForecastRunner,
@@ -92,7 +92,7 @@ class Pipeline:
         audit: records changes of streams other than by their chunks.
 
     Attributes:
-        models: the served models by name.
+        versions: the versions of the served models by name.
         streams: stream administration.
         topics: the topics of consumers.
         cache: the states of recent streams.
@@ -115,7 +115,7 @@ class Pipeline:
         tracer: Tracer | None = None,
         audit: Audit = no_audit,
     ):
-        self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
+        self.versions = {model.name: ModelVersions(model) for model in models}
         self._store = store
         self._settings = settings
         self._state_cache_s = state_cache_s
@@ -123,7 +123,7 @@ class Pipeline:
         self._now_ms = now_ms
         self.cache = StateCache(settings.state_cache_bytes)
         self.streams = StreamAdministration(
-            self._model, store, self.cache, now_ms=now_ms, audit=audit
+            self._versions, store, self.cache, now_ms=now_ms, audit=audit
         )
         self.topics = TopicViews(store.topics)
         self._tokens = StateTokens(store.keys.token_key)
@@ -136,11 +136,12 @@ class Pipeline:
         self._chunks: dict[str, Batcher[Chunk, Reply]] = {}
         self._sequences: dict[str, Batcher[SequenceStart, Prediction]] = {}
         self._forecasts: dict[str, Batcher[ForecastOrigin, Forecast]] = {}
-        for name, served in self.models.items():
+        for name, versions in self.versions.items():
+            served = versions.route.champion
             rows, steps = self.max_batch_rows(served), settings.max_batch_steps
             limits = BatchLimits(rows, steps, served.runtime.max_steps)
             run = ChunkBatchRunner(
-                served,
+                versions,
                 store,
                 self.cache,
                 self._compute,
@@ -149,11 +150,11 @@ class Pipeline:
                 now_ms=now_ms,
                 tracer=tracer,
             )
-            predict = PredictRunner(served, self._compute, recorder)
+            predict = PredictRunner(name, self._compute, recorder)
             self._chunks[name] = self._batcher(run, limits)
             self._sequences[name] = self._batcher(predict, limits)
             if served.decoder is not None:
-                forecast = ForecastRunner(served, served.decoder, self._compute, recorder)
+                forecast = ForecastRunner(name, self._compute, recorder)
                 self._forecasts[name] = self._batcher(forecast, BatchLimits(1, steps))
 
     def _batcher(self, runner: BatchRunner[P, R], limits: BatchLimits) -> Batcher[P, R]:
@@ -165,6 +166,11 @@ class Pipeline:
             max_wait_s=self._settings.max_queue_wait_s,
             on_shedding=self._loop_priority.note_shedding,
         )
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """The champions of the served models by name."""
+        return {name: versions.route.champion for name, versions in self.versions.items()}
 
     async def start(self) -> None:
         """Warm the runtimes up; once, after the store is started."""
@@ -220,22 +226,22 @@ class Pipeline:
             ModelNotFound
         """
         caller.check(verbs, name, stream)
-        served = self.models.get(name)
-        if served is None:
-            raise _model_not_found(name, filter(caller.covers_model, self.models))
-        return served
+        versions = self.versions.get(name)
+        if versions is None:
+            raise _model_not_found(name, filter(caller.covers_model, self.versions))
+        return versions.route.champion
 
     def describe(self, caller: Caller) -> dict[str, ServedModel]:
         """Return the served models that the caller may use, by name, in order."""
         caller.check((Verb.MODELS,))
-        names = sorted(filter(caller.covers_model, self.models))
-        return {name: self.models[name] for name in names}
+        names = sorted(filter(caller.covers_model, self.versions))
+        return {name: self.versions[name].route.champion for name in names}
 
-    def _model(self, name: str) -> ServedModel:
-        served = self.models.get(name)
-        if served is None:
-            raise _model_not_found(name, self.models)
-        return served
+    def _versions(self, name: str) -> ModelVersions:
+        versions = self.versions.get(name)
+        if versions is None:
+            raise _model_not_found(name, self.versions)
+        return versions
 
     def max_batch_rows(self, served: ServedModel) -> int:
         """Most streams in one call of a model's network."""
@@ -342,7 +348,7 @@ class Pipeline:
         self, caller: Caller, model: str, deadline_s: float, chunks: list[Chunk]
     ) -> list[Reply | CarryError]:
         """Apply chunks of different streams of one model."""
-        batcher = self._chunks[self._model(model).name]
+        batcher = self._chunks[self._versions(model).name]
         if caller.quota is not None:
             chunks = [replace(chunk, quota=caller.quota) for chunk in chunks]
         if self._tracer is not None:
@@ -370,41 +376,45 @@ class Pipeline:
             CarryError: the first failure among the sequences.
         """
         with caller.admit(PREDICT, model, None, sum(each.steps.length for each in sequences)):
-            served = self._model(model)
+            versions = self._versions(model)
+            served = versions.route.champion
             if return_tokens:
                 served.check_carries_state("?return_state_token")
             starts = [
-                SequenceStart(steps, await self._state_before(served, index, steps, token))
+                await self._start(versions, index, steps, token)
                 for index, (steps, token) in enumerate(sequences)
             ]
             predictions: list[Prediction] = []
             specs = [JobSpec(start, None, start.steps.length) for start in starts]
-            results = await self._sequences[served.name].submit(specs, deadline_s)
+            results = await self._sequences[model].submit(specs, deadline_s)
             for index, result in enumerate(results):
                 if isinstance(result, InvalidInput):
                     raise result.within(f"sequences[{index}]")
                 if isinstance(result, CarryError):
                     raise result
                 if return_tokens:
-                    steps, before = starts[index]
-                    after = state_after(served, steps, before, result.state)
-                    result = result._replace(token=await self._tokens.sign(served, after))
+                    computing, steps, before = starts[index]
+                    after = state_after(computing, steps, before, result.state)
+                    result = result._replace(token=await self._tokens.sign(computing, after))
                 predictions.append(result)
             return predictions
 
-    async def _state_before(
-        self, served: ServedModel, index: int, steps: Steps, token: bytes | None
-    ) -> StreamState | None:
-        """The verified state of a sequence's token."""
+    async def _start(
+        self, versions: ModelVersions, index: int, steps: Steps, token: bytes | None
+    ) -> SequenceStart:
+        """A sequence with the verified state of its token, computed by the version that signed it
+        if that is loaded, otherwise by the champion."""
+        served = versions.route.champion
         if token is None:
-            return None
+            return SequenceStart(served, steps, None)
         at = f"sequences[{index}].state_token"
         served.check_carries_state(at)
         try:
-            return await self._tokens.verify(served, token, steps)
+            state = await self._tokens.verify(versions, token, steps)
         except CarryError as error:
             error.facts = {**error.facts, "at": at}
             raise
+        return SequenceStart(versions.writer(state.fingerprint), steps, state)
 
     async def forecast(
         self,
@@ -429,8 +439,8 @@ class Pipeline:
     async def _forecast(
         self, key: StreamKey, request: ForecastRequest, deadline_s: float
     ) -> ForecastReply:
-        served = self._model(key.model)
-        max_horizon = served.require_decoder().max_horizon
+        versions = self._versions(key.model)
+        max_horizon = versions.route.champion.require_decoder().max_horizon
         if request.horizon > max_horizon:
             raise InvalidInput(
                 f"horizon: expected at most {max_horizon} steps, the max_horizon of model "
@@ -442,11 +452,14 @@ class Pipeline:
         if deadline_s <= time.monotonic():
             raise DeadlineExceeded("the deadline expired before it started")
         stored = await self.streams.load(key, deadline_s, request.precondition)
+        served = versions.writer(stored.fingerprint)
         if not served.is_compatible(stored):
             raise served.incompatible(key.stream, stored)
         check_position(key.stream, request.position, stored.head)
         covariates = served.encode_covariates(request, stored.state)
-        origin = ForecastOrigin(stored.state.floats, covariates.rows, request.samples, request.seed)
+        origin = ForecastOrigin(
+            served, stored.state.floats, covariates.rows, request.samples, request.seed
+        )
         specs = [JobSpec(origin, None, request.horizon)]
         [result] = await self._forecasts[key.model].submit(specs, deadline_s)
         if isinstance(result, CarryError):

@@ -38,8 +38,10 @@ log = structlog.get_logger(__name__)
 
 
 class SequenceStart(NamedTuple):
-    """A sequence and the state that it continues; None for the initial state."""
+    """A sequence, the version that computes it, and the state that it continues; None for the
+    initial state."""
 
+    served: ServedModel
     steps: Steps
     before: StreamState | None
 
@@ -50,21 +52,29 @@ SequenceJob = Job[SequenceStart, Prediction]
 class PredictRunner(BatchRunner[SequenceStart, Prediction]):
     """Runs batches of sequences of one model; its batcher calls it with the jobs of each batch."""
 
-    def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):
-        self._served = served
+    def __init__(self, model: str, compute: Compute, recorder: Recorder):
         self._compute = compute
-        self._on_call = partial(recorder.record_runtime_call, served.name)
+        self._on_call = partial(recorder.record_runtime_call, model)
 
     async def __call__(self, jobs: list[SequenceJob], batch: RunningBatch) -> list[SequenceJob]:
-        """Run one batch and resolve its jobs."""
-        encoded = [(job, parts) for job in jobs if (parts := await self._encode(job)) is not None]
-        if not encoded:
-            return []
+        """Run one batch and resolve its jobs, those of each version together."""
+        encoded: dict[ServedModel, list[tuple[SequenceJob, list[Segment]]]] = {}
+        for job in jobs:
+            if (parts := await self._encode(job)) is not None:
+                encoded.setdefault(job.payload.served, []).append((job, parts))
+        for served, group in encoded.items():
+            await self._infer(served, group)
+        return []
+
+    async def _infer(
+        self, served: ServedModel, group: list[tuple[SequenceJob, list[Segment]]]
+    ) -> None:
+        """Compute the sequences of one version and resolve their jobs."""
         outputs, states, finite = await infer_segments(
-            self._compute, self._served, [parts for _, parts in encoded], self._on_call
+            self._compute, served, [parts for _, parts in group], self._on_call
         )
-        for (job, _), output, state in zip(encoded, outputs, map(State, *states), strict=True):
-            if finite or (np.isfinite(output).all() and self._served.state.is_finite(state)):
+        for (job, _), output, state in zip(group, outputs, map(State, *states), strict=True):
+            if finite or (np.isfinite(output).all() and served.state.is_finite(state)):
                 job.resolve(Prediction(output, state))
             else:
                 job.resolve(
@@ -73,7 +83,6 @@ class PredictRunner(BatchRunner[SequenceStart, Prediction]):
                         "infinity"
                     )
                 )
-        return []
 
     async def _encode(self, job: SequenceJob) -> list[Segment] | None:
         """Encode a sequence; None if that failed, which resolves its job."""
@@ -84,12 +93,12 @@ class PredictRunner(BatchRunner[SequenceStart, Prediction]):
         except CarryError as error:
             job.resolve(error)
         except Exception as error:
-            log.exception("encoding_failed", model=self._served.name)
+            log.exception("encoding_failed", model=job.payload.served.name)
             job.resolve(InternalError(f"encoding failed: {type(error).__name__}"))
         return None
 
     def _encode_segments(self, start: SequenceStart) -> list[Segment]:
-        served, (steps, before) = self._served, start
+        served, steps, before = start
         state, position = (before.state, before.head.position) if before else (served.initial, 0)
         return served.encode_segments(steps, state, served.find_resets(steps, state, position))
 
@@ -98,12 +107,14 @@ class ForecastOrigin(NamedTuple):
     """The forecast origin and the parameters of one forecast.
 
     Attributes:
+        served: the version that wrote the state; with a decoder.
         floats: float32 [N], the float part of the stream's state.
         known: float32 [H, K], the encoded future covariates.
         samples: number of sample paths.
         seed: seed of the sample paths.
     """
 
+    served: ServedModel
     floats: FloatRows
     known: FloatRows
     samples: int
@@ -116,11 +127,9 @@ ForecastJob = Job[ForecastOrigin, Forecast]
 class ForecastRunner(BatchRunner[ForecastOrigin, Forecast]):
     """Decodes forecasts of one model; its batcher calls it with the jobs of each batch."""
 
-    def __init__(self, served: ServedModel, decoder: Runtime, compute: Compute, recorder: Recorder):
-        self._spec = served.artifact.spec
-        self._decoder = decoder
+    def __init__(self, model: str, compute: Compute, recorder: Recorder):
         self._compute = compute
-        self._on_call = partial(recorder.record_runtime_call, served.name)
+        self._on_call = partial(recorder.record_runtime_call, model)
 
     async def __call__(self, jobs: list[ForecastJob], batch: RunningBatch) -> list[ForecastJob]:
         """Decode the forecasts one after another and resolve their jobs."""
@@ -132,12 +141,16 @@ class ForecastRunner(BatchRunner[ForecastOrigin, Forecast]):
 
     async def _decode(self, job: ForecastJob) -> Forecast | NotFinite | None:
         """Decode one forecast; None if its caller has cancelled it or was answered already."""
-        decoding = Decoding(self._spec, *job.payload)
+        served, floats, known, samples, seed = job.payload
+        decoder = served.decoder
+        if decoder is None:
+            raise ValueError(f"expected a version of model {served.name!r} with a decoder")
+        decoding = Decoding(served.spec, floats, known, samples, seed)
         slicer = TimeSlicer(self._compute)
         while not decoding.is_done:
             if job.is_resolved or job.is_cancelled:
                 return None
-            parameters, states = await self._step(decoding.rows, decoding.states, slicer)
+            parameters, states = await self._step(decoder, decoding.rows, decoding.states, slicer)
             if not (np.isfinite(parameters).all() and np.isfinite(states).all()):
                 return NotFinite(
                     "expected finite parameters and states of a decoder, got NaN or infinity"
@@ -149,16 +162,16 @@ class ForecastRunner(BatchRunner[ForecastOrigin, Forecast]):
         return forecast
 
     async def _step(
-        self, rows: FloatRows, states: FloatRows, slicer: TimeSlicer
+        self, decoder: Runtime, rows: FloatRows, states: FloatRows, slicer: TimeSlicer
     ) -> tuple[FloatRows, FloatRows]:
         """Compute one step of all paths, in calls of at most the runtime's batch size."""
-        max_batch = self._decoder.max_batch
+        max_batch = decoder.max_batch
         parameters: list[FloatRows] = []
         after: list[FloatRows] = []
         for first in range(0, len(rows), max_batch):
             part = slice(first, first + max_batch)
             result = await self._compute.infer(
-                self._decoder,
+                decoder,
                 [row[np.newaxis] for row in rows[part]],
                 states[part],
                 self._on_call,

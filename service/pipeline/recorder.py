@@ -32,10 +32,10 @@ class Recorder(Protocol):
     """Records counts and times; never raises, never blocks. Called from the event loop."""
 
     def record_chunks(
-        self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
+        self, model: str, version: str, steps: int, queue_s: Sequence[float], timing: Timing
     ) -> None:
-        """Record committed chunks of one batch: their steps together, how long each waited, and the
-        times that they share."""
+        """Record committed chunks of one batch: the version that answered, their steps together,
+        how long each waited, and the times that they share."""
 
     def record_replay(self, model: str) -> None:
         """Record a retry that was answered with the stored reply."""

@@ -31,6 +31,7 @@ from service.core.errors import (
     StateTokenOfOtherVersion,
 )
 from service.core.values import EPOCH_BYTES, FIRST_TAG, Steps, StreamHead, StreamState
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.served_model import ServedModel
 from service.store.codec import CodecError, decode_state, encode_state
 
@@ -72,8 +73,8 @@ class StateTokens:
         body = name + encode_state(state)
         return header + _signature(await self._current_key(), header, body) + body
 
-    async def verify(self, served: ServedModel, token: bytes, steps: Steps) -> StreamState:
-        """The state of a token that is to be continued by `steps`.
+    async def verify(self, versions: ModelVersions, token: bytes, steps: Steps) -> StreamState:
+        """The state of a token that is to be continued by `steps`, of any loaded version.
 
         Raises:
             StateTokenInvalid, StateTokenOfOtherModel, StateTokenOfOtherVersion, InputKindMismatch,
@@ -96,16 +97,19 @@ class StateTokens:
             )
         end = _SIGNED + token[_HEADER - 1]
         model = token[_SIGNED:end].decode()
-        if model != served.name:
+        if model != versions.name:
             raise StateTokenOfOtherModel(
-                f"expected a token of model {served.name!r}, got one of {model!r}",
-                expected=served.name,
+                f"expected a token of model {versions.name!r}, got one of {model!r}",
+                expected=versions.name,
                 got=model,
             )
         try:
             state = decode_state(token[end:])
         except CodecError as error:
             raise StateTokenInvalid(f"the state in the token is damaged: {error}") from error
+        served = versions.route.champion
+        if isinstance(state, StreamState):
+            served = versions.writer(state.fingerprint)
         if not isinstance(state, StreamState) or not served.is_compatible(state):
             got = state.fingerprint.hex() if isinstance(state, StreamState) else "none"
             raise StateTokenOfOtherVersion(

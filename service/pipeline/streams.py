@@ -29,8 +29,8 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Audit, no_audit
-from service.pipeline.served_model import ServedModel
 from service.pipeline.state_cache import StateCache
 from service.store.base import (
     CommitColumns,
@@ -60,7 +60,7 @@ class StreamAdministration:
     a caller with a quota creates or deletes counts for the quota.
 
     Args:
-        model: returns the served model of a name; raises ModelNotFound.
+        versions: returns the versions of a model; raises ModelNotFound.
         cache: the state cache of the chunk batches; writes invalidate its entries.
         now_ms: wall clock in epoch milliseconds, for the time of commits.
         audit: records what was changed.
@@ -71,7 +71,7 @@ class StreamAdministration:
 
     def __init__(
         self,
-        model: Callable[[str], ServedModel],
+        versions: Callable[[str], ModelVersions],
         store: Store,
         cache: StateCache,
         *,
@@ -79,7 +79,7 @@ class StreamAdministration:
         audit: Audit = no_audit,
     ):
         self._audit = audit
-        self._model = model
+        self._versions = versions
         self._store = store
         self._cache = cache
         self._now_ms = now_ms
@@ -118,7 +118,7 @@ class StreamAdministration:
         precondition: Precondition | None = None,
     ) -> StreamState:
         """Read a stream for a use case that has checked its caller; raises what `read` does."""
-        self._model(key.model)
+        self._versions(key.model)
         stored = await self._load(key, deadline_s)
         if precondition is not None:
             _check_precondition(key, stored, precondition)
@@ -142,7 +142,7 @@ class StreamAdministration:
         self, key: StreamKey, precondition: Precondition | None = None
     ) -> StreamState:
         record = await self.load(key, precondition=precondition)
-        served = self._model(key.model)
+        served = self._versions(key.model).writer(record.fingerprint)
         if not served.is_compatible(record):
             raise served.incompatible(key.stream, record)
         return record
@@ -152,7 +152,7 @@ class StreamAdministration:
     ) -> StreamPage:
         """List a page of the model's streams whose names start with `prefix`."""
         with self._use(caller, (Verb.LIST,), model, prefix):
-            return await self._store.streams(self._model(model).name, prefix, cursor, limit)
+            return await self._store.streams(self._versions(model).name, prefix, cursor, limit)
 
     async def delete(
         self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
@@ -164,7 +164,7 @@ class StreamAdministration:
             StateChanged: the precondition names another state.
         """
         with self._use(caller, (Verb.DELETE,), key.model, key.stream):
-            self._model(key.model)
+            self._versions(key.model)
             expected: StreamHead | None = None
             if precondition is not None:
                 expected = _check_precondition(key, await self._load(key), precondition)
@@ -204,7 +204,7 @@ class StreamAdministration:
             OutcomeUnknown, NotDurable: of the first stream whose deletion is not certain.
         """
         with self._use(caller, (Verb.DELETE,), model, prefix):
-            self._model(model)
+            self._versions(model)
             deleted, facts = 0, dict[str, str]()
             try:
                 for pages in itertools.count(1):
@@ -260,7 +260,7 @@ class StreamAdministration:
             StateChanged: the precondition names another state.
         """
         with self._use(caller, (Verb.WRITE_STATE,), key.model, key.stream):
-            served = self._model(key.model)
+            served = self._versions(key.model).writer(fingerprint)
             source = StreamState(
                 StreamHead(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
             )
@@ -293,7 +293,8 @@ class StreamAdministration:
             new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
             replaced = await self._load_replaceable(key, precondition)
             if caller.quota is not None and not isinstance(replaced, StreamState):
-                await caller.quota.admit(key, self._model(key.model).state_bytes)
+                served = self._versions(key.model).writer(source.fingerprint)
+                await caller.quota.admit(key, served.state_bytes)
             self._cache.drop(key)
             expected = pack_head(replaced and replaced.head)
             commit = CommitColumns([key], [expected], [encode_state(new)], [b""])

@@ -90,6 +90,9 @@ _HEAD_END: Final = _HEAD_OFFSET + _HEAD.size
 COMPARED: Final = slice(0, EPOCH_BYTES + TAG_BYTES)
 """Epoch and tag, the part of a packed head that the scripts compare."""
 
+WRITER: Final = slice(16, 16 + FINGERPRINT_BYTES)
+"""The part of a state with the fingerprint of the model that wrote it."""
+
 REPLY_HEADER_BYTES: Final = _REPLY.size
 _FLAGS_OFFSET: Final = 5
 _STATE_CRC_OFFSET: Final = _STATE_LEAD.size

@@ -113,6 +113,11 @@ class PrometheusRecorder:
         counter, gauge, histogram = makers_of(registry)
         self._served: set[str] = set()
         self._chunks = counter("carry_chunks", "Chunks processed and committed.", MODEL)
+        self._version_chunks = counter(
+            "carry_version_chunks",
+            "Chunks processed and committed, by the version that answered.",
+            ("model", "version"),
+        )
         self._events = counter("carry_events", "Events of the chunks committed.", MODEL)
         self._replays = counter("carry_replays", "Retries answered from the stored reply.", MODEL)
         self._conflicts = counter("carry_conflicts", "Version conflicts of commits.", MODEL)
@@ -167,7 +172,7 @@ class PrometheusRecorder:
             GCCollector(registry=registry)
         # Looking up a child takes a lock, a tuple and a dict.
         self._problems_of = lru_cache(maxsize=None)(self._problems.labels)
-        self._batches: defaultdict[str, list[tuple[int, Sequence[float], Timing]]]
+        self._batches: defaultdict[tuple[str, str], list[tuple[int, Sequence[float], Timing]]]
         self._batches = defaultdict(list)
         self._lookups: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self._calls: defaultdict[str, list[tuple[int, int, int, float]]] = defaultdict(list)
@@ -188,7 +193,7 @@ class PrometheusRecorder:
         self._served.add(name)
         self._max_rows.labels(name).set(max_rows)
         self._models.labels(name, version, runtime).set(1)
-        self._add_batches(name, [])
+        self._add_batches((name, version), [])
         self._add_lookups(name, [])
         self._add_calls(name, [])
         for each in (self._replays, self._conflicts, self._websockets, self._watchers):
@@ -198,17 +203,21 @@ class PrometheusRecorder:
             self._problems_of(name, kind.code)
 
     def record_chunks(
-        self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
+        self, model: str, version: str, steps: int, queue_s: Sequence[float], timing: Timing
     ) -> None:
-        """Record the committed chunks of one batch: the sum of their steps, how long each waited,
-        and the times that they share."""
-        self._batches[model].append((steps, queue_s, timing))
+        """Record the committed chunks of one batch: the version that answered, the sum of their
+        steps, how long each waited, and the times that they share."""
+        self._batches[model, version].append((steps, queue_s, timing))
         if self._flush_timer is None:
             self._flush_soon()
 
-    def _add_batches(self, model: str, recorded: list[tuple[int, Sequence[float], Timing]]) -> None:
+    def _add_batches(
+        self, answered: tuple[str, str], recorded: list[tuple[int, Sequence[float], Timing]]
+    ) -> None:
+        model, _ = answered
         counts = [len(queue_s) for _, queue_s, _ in recorded]
         self._chunks.labels(model).inc(sum(counts))
+        self._version_chunks.labels(*answered).inc(sum(counts))
         self._events.labels(model).inc(sum([steps for steps, *_ in recorded]))
         shared_s = [(timing.load_s, timing.infer_s, timing.commit_s) for *_, timing in recorded]
         queued_s = [time_s for _, queue_s, _ in recorded for time_s in queue_s]

@@ -63,9 +63,10 @@ class Counts:
     largest_batch: int = 0
 
     def record_chunks(
-        self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
+        self, model: str, version: str, steps: int, queue_s: Sequence[float], timing: Timing
     ) -> None:
         self.seen["chunks"] += len(queue_s)
+        self.seen[version] += len(queue_s)
         self.seen["events"] += steps
 
     def record_replay(self, model: str) -> None:

@@ -152,7 +152,7 @@ class FastInferPath(FastChunkRoute):
         call: InferCall = request.details
         template, head = self._templates[call.signature], reply.head
         has_binary = call.signature.has_binary
-        if template is None:
+        if template is None or reply.version not in (call.signature.codec.served, None):
             body, json_bytes = encode_reply(reply_to_chunk(call, reply))
         else:
             text = template % (

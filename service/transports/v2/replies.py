@@ -11,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.spec.layout import Output
+from models.spec.state import StateSpec
+from service.core.errors import StateIncompatible
 from service.core.values import NO_STREAM, FloatRows, Prediction, Reply
+from service.pipeline.served_model import ServedModel
 from service.transports.v2.parameters import Parameter
 from service.transports.v2.request import STATE, InferCall, Signature
 from service.transports.v2.tensors import BOOL, FP32
@@ -91,6 +94,9 @@ def reply_to_chunk(call: InferCall, reply: Reply, *, is_deleted: bool = False) -
         parameters["output_position"] = reply.output_position
     if is_deleted:
         parameters["deleted"] = True
+    version = reply.version
+    if version is not None and version is not call.signature.codec.served:
+        parameters["carry_version"] = version.version
     return build_reply(call, parameters, [reply])
 
 
@@ -103,7 +109,7 @@ def build_reply(
     rows = _stack([result.outputs for result in results], has_batch)
     states: list[Mapping[str, NDArray[Any]]] = []
     if signature.has_state:
-        states = [served.state.by_name(result.state) for result in results]
+        states = [_layout(served, result).by_name(result.state) for result in results]
     tensors = []
     for name, is_binary, output, columns in signature.outputs:
         if output is None:
@@ -113,6 +119,23 @@ def build_reply(
             values = _output_values(output, rows[..., columns])
         tensors.append(OutputTensor(name, values, is_binary))
     return InferReply(served.name, VERSION, call.id, parameters, tensors)
+
+
+def _layout(served: ServedModel, result: Reply | Prediction) -> StateSpec:
+    """The layout of a result's state, which has the parts that the request asks for.
+
+    Raises:
+        StateIncompatible: another version answered, whose states have other parts.
+    """
+    version = result.version if isinstance(result, Reply) else None
+    if version is None or version.state.parts == served.state.parts:
+        return served.state
+    raise StateIncompatible(
+        f"expected the state of version {served.version}, but version {version.version} answered, "
+        "whose states have other parts; the chunk was applied",
+        expected=served.version,
+        got=version.version,
+    )
 
 
 def constant_output(signature: Signature) -> OutputTensor | None:

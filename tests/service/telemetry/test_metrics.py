@@ -108,9 +108,11 @@ def test_concurrent_scrapes_add_each_value_once(
 def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports: Recorder = recorder
     recorder.model("post", "c3d4", "tensorflow", 64)
-    reports.record_chunks("flights", 12, [0.002], Timing(load_s=0.03, infer_s=0.4, commit_s=5.0))
-    reports.record_chunks("flights", 7, [0.0], Timing())
-    reports.record_chunks("post", 1, [0.0], Timing())
+    reports.record_chunks(
+        "flights", "v1", 12, [0.002], Timing(load_s=0.03, infer_s=0.4, commit_s=5.0)
+    )
+    reports.record_chunks("flights", "v1", 7, [0.0], Timing())
+    reports.record_chunks("post", "v1", 1, [0.0], Timing())
     reports.record_replay("flights")
     reports.record_conflict("post")
     reports.record_conflict("post")
@@ -182,8 +184,8 @@ from service.telemetry.metrics import PrometheusRecorder
 
 recorder = PrometheusRecorder()
 recorder.model("flights", "a1b2", "tensorflow", 64)
-recorder.record_chunks("flights", 5, [0.0], Timing(infer_s=0.25))
-recorder.record_chunks("flights", 4, [0.003, 0.0], Timing(infer_s=0.2))
+recorder.record_chunks("flights", "v1", 5, [0.0], Timing(infer_s=0.25))
+recorder.record_chunks("flights", "v1", 4, [0.003, 0.0], Timing(infer_s=0.2))
 recorder.record_websockets("flights", 3)
 print("recorded", flush=True)
 if input() == "render":
@@ -228,8 +230,8 @@ def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> No
 def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> None:
     reports: Recorder = recorder
     times = Timing(load_s=0.03, infer_s=0.4, commit_s=5.0)
-    reports.record_chunks("flights", 12, [0.002, 0.002], times)
-    reports.record_chunks("flights", 7, [0.0], Timing())
+    reports.record_chunks("flights", "v1", 12, [0.002, 0.002], times)
+    reports.record_chunks("flights", "v1", 7, [0.0], Timing())
     reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
     reports.record_error("flights", PositionAhead(""))
     reports.record_error("flights", Overloaded(""))

@@ -53,7 +53,8 @@ class ReplyEncoder:
     def encode(self, call: InferCall, reply: Reply, *, in_stream: bool) -> bytes:
         """The bytes of the response to a chunk; of a stream of requests with `in_stream`."""
         constants = self._constants[call.signature]
-        if constants is None or reply.output_position is not None:
+        is_other = reply.version not in (call.signature.codec.served, None)
+        if constants is None or is_other or reply.output_position is not None:
             response = encode_reply(reply_to_chunk(call, reply), pb.ModelInferResponse())
             data = response.SerializeToString()
         else:

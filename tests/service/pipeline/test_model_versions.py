@@ -1,0 +1,126 @@
+"""Which version answers which stream, and what a switch does to a stream's chunks."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from service.core.errors import CarryError
+from service.core.values import Reply
+from service.pipeline.model_versions import ModelVersions, Route
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.served_model import ServedModel
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.pipelines import Counts, make_artifact, oracle_outputs, rows_of, send, worker
+
+STREAMS = [f"s{number}" for number in range(2_000)]
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    folder: Path = tmp_path_factory.mktemp("versions")
+    return make_artifact(folder, seed=1), make_artifact(folder, seed=2)
+
+
+def serve(artifact: Artifact) -> ServedModel:
+    return ServedModel(artifact, NumpyRuntime(artifact))
+
+
+def add_challenger(pipeline: Pipeline, artifact: Artifact, share: float) -> ModelVersions:
+    """Load a second version, which answers a share of the streams."""
+    versions, challenger = pipeline.versions["probe"], serve(artifact)
+    versions.add(challenger)
+    versions.route = Route(versions.route.champion, challenger, share)
+    return versions
+
+
+def test_canary_share_is_that_of_the_streams_and_grows_without_changes(
+    artifacts: tuple[Artifact, Artifact],
+) -> None:
+    champion, challenger = map(serve, artifacts)
+    before: set[str] = set()
+    for share in (0.0, 0.02, 0.1, 0.5, 0.9, 1.0):
+        route = Route(champion, challenger, share)
+        canaries = {stream for stream in STREAMS if route.answering(stream) is challenger}
+        deviation = np.sqrt(len(STREAMS) * share * (1 - share))
+        assert abs(len(canaries) - share * len(STREAMS)) <= 5 * deviation
+        assert before <= canaries
+        before = canaries
+
+
+async def test_each_version_answers_its_streams_in_one_batch(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    counts, random = Counts(), np.random.default_rng(1)
+    rows = {stream: rows_of(random, 6) for stream in STREAMS[:40]}
+    async with worker(store_url, artifacts[0], counts) as pipeline:
+        route = add_challenger(pipeline, artifacts[1], 0.5).route
+        replies: dict[str, list[Reply]] = {stream: [] for stream in rows}
+        for at in (0, 3):
+            parts = {stream: each[at : at + 3] for stream, each in rows.items()}
+            results = await asyncio.gather(
+                *(send(pipeline, stream, part, at) for stream, part in parts.items())
+            )
+            for reply in results:
+                replies[reply.key.stream].append(reply)
+    versions = set()
+    for stream, parts_of in replies.items():
+        answering = route.answering(stream)
+        assert [reply.version for reply in parts_of] == [answering] * 2
+        np.testing.assert_allclose(
+            np.concatenate([reply.outputs for reply in parts_of]),
+            oracle_outputs(answering.artifact, rows[stream]),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        versions.add(answering.version)
+    assert versions == {artifact.version for artifact in artifacts}
+    assert sum(counts.seen[version] for version in versions) == 80
+
+
+async def test_failing_version_does_not_fail_the_other_one(
+    store_url: str, artifacts: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(2)
+    async with worker(store_url, artifacts[0]) as pipeline:
+        route = add_challenger(pipeline, artifacts[1], 0.5).route
+        assert route.challenger is not None
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(route.challenger.runtime, "step", fail)
+        results = await asyncio.gather(
+            *(send(pipeline, stream, rows_of(random, 2), 0) for stream in STREAMS[:40]),
+            return_exceptions=True,
+        )
+    for stream, result in zip(STREAMS, results, strict=False):
+        is_canary = route.answering(stream) is route.challenger
+        assert isinstance(result, CarryError if is_canary else Reply)
+
+
+async def test_switch_between_batches_keeps_the_order_and_states_of_streams(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    """A stream whose cached state another version wrote is not continued from the cache."""
+    rows = rows_of(np.random.default_rng(3), 8)
+    async with worker(store_url, artifacts[0], on_model_change="reset") as pipeline:
+        await send(pipeline, "s", rows[:4], 0)
+        versions = add_challenger(pipeline, artifacts[1], 0.0)
+        champion, challenger, _ = versions.route
+        assert challenger is not None
+        versions.route = Route(challenger, champion)
+        first = await send(pipeline, "s", rows[:4], 0)
+        second = await send(pipeline, "s", rows[4:], 4)
+        assert first.created
+        assert first.version is second.version is challenger
+        np.testing.assert_allclose(
+            np.concatenate([first.outputs, second.outputs]),
+            oracle_outputs(artifacts[1], rows),
+            rtol=1e-5,
+            atol=1e-5,
+        )
