@@ -475,6 +475,7 @@ def test_reply_written_without_protobuf_is_the_same_message(at: int, position: i
         reply: Any = SimpleNamespace(
             head=head, outputs=values, created=created, replayed=replayed,
             dry_run=False, output_position=5 if position == 1 else None,
+            version=SimpleNamespace(version="0123456789ab") if position == 1 else None,
         )  # fmt: skip
         expected = encode_reply(reply_to_chunk(call, reply), pb.ModelInferResponse())
         data = ReplyEncoder().encode(call, reply, in_stream=False)
