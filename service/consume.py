@@ -131,7 +131,6 @@ async def repartition(settings: Settings, config: ConsumerConfig, port: int | No
         OperatorError, StoreUnavailable, StoreRefused, OSError: it cannot start.
     """
     store = RedisStore(settings.store)
-    await store.start()
     mover = Repartitioner(store.topics, settings.store.keys, config)
 
     async def checks() -> Sequence[Check]:
@@ -140,6 +139,7 @@ async def repartition(settings: Settings, config: ConsumerConfig, port: int | No
     _stop_on_signals(mover.stop)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
+        await store.start()
         await mover.check_is_stream("from", config.source, may_be_missing=config.create)
         if port is not None:
             host = settings.http.admin_host or settings.http.host
@@ -156,8 +156,8 @@ async def reset_offsets(settings: Settings, config: ConsumerConfig, start: str) 
         OperatorError, StoreUnavailable, StoreRefused: not everything was changed.
     """
     store = RedisStore(settings.store)
-    await store.start()
     try:
+        await store.start()
         await KafkaSource(store, settings.store.keys, config).reset(start)
     finally:
         await store.close()

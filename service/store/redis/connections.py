@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool
@@ -237,3 +237,14 @@ async def end_tasks(*tasks: asyncio.Task[Any] | None) -> None:
             task.cancel()
         await asyncio.wait(running, timeout=CANCEL_S)
     await asyncio.gather(*started, return_exceptions=True)
+
+
+async def complete(closing: Coroutine[Any, Any, None]) -> None:
+    """Close connections of the client library also if the caller is cancelled meanwhile: it closes
+    each in a task, which a cancellation would end before it begins. Its errors are ignored, since
+    the connections are closed: a server may not answer the end of TLS."""
+    closed = asyncio.gather(closing, return_exceptions=True)
+    try:
+        await asyncio.wait([closed])
+    finally:
+        await asyncio.wait([closed])

@@ -127,6 +127,8 @@ class Router(ABC):
         # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
         self._wait_timeout_ms = max(1, round(settings.store_wait_s / ATTEMPTS_PER_CALL / 2 * 1000))
         self._servers: dict[Address, RedisServer] = {}
+        self._closing: set[RedisServer] = set()
+        self._is_closed = False
         self._topology: Topology | None = None
         self._topology_error: CarryError | None = None
         self._owners: list[Address | None] = []
@@ -156,8 +158,9 @@ class Router(ABC):
 
     async def close(self) -> None:
         """Close every connection; once, after the last call returned."""
+        self._is_closed = True
         await end_tasks(*self._tasks, self._refreshing)
-        for server in list(self._servers.values()):
+        for server in (*self._servers.values(), *self._closing):
             await server.close()
 
     @abstractmethod
@@ -363,7 +366,7 @@ class Router(ABC):
 
     def handle_disconnect(self) -> None:
         """Read the topology: another server may have been promoted."""
-        if self._refreshing is None or self._refreshing.done():
+        if not self._is_closed and (self._refreshing is None or self._refreshing.done()):
             self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
 
     # Topology
@@ -402,7 +405,13 @@ class Router(ABC):
                     command.needs_asking = False
                     self._spawn(self._retry(command, 0))
             if connection.is_idle and address not in self._kept_servers(topology):
-                self._spawn(self._servers.pop(address).close())
+                server = self._servers.pop(address)
+                self._closing.add(server)
+                self._spawn(self._close_server(server))
+
+    async def _close_server(self, server: RedisServer) -> None:
+        await server.close()
+        self._closing.discard(server)
 
     def _may_keep_pending(self, connection: PipelinedConnection) -> bool:
         """Whether pending commands stay on the connection to a server that is no primary now, which

@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from redis.asyncio.retry import Retry
@@ -25,7 +27,12 @@ from redis.exceptions import RedisError
 
 from service.core.errors import StoreUnavailable
 from service.store.redis.address import Address, StoreAddress
-from service.store.redis.connections import ATTEMPTS_PER_CALL, ConnectionFactory, end_tasks
+from service.store.redis.connections import (
+    ATTEMPTS_PER_CALL,
+    ConnectionFactory,
+    complete,
+    end_tasks,
+)
 from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Layout, Router, Topology
 from service.store.settings import StoreSettings
@@ -128,9 +135,14 @@ class SentinelRouter(Router):
         self._is_down = is_down
         raise StoreUnavailable("; ".join(errors))
 
-    def _sentinels(self) -> Sentinel:
+    @asynccontextmanager
+    async def _sentinels(self) -> AsyncIterator[Sentinel]:
         nodes = random.sample(self._address.nodes, len(self._address.nodes))
-        return Sentinel(nodes, sentinel_kwargs=self._sentinel_options)
+        sentinels = Sentinel(nodes, sentinel_kwargs=self._sentinel_options)
+        try:
+            yield sentinels
+        finally:
+            await complete(sentinels.aclose())
 
     async def _verify_role(self, connection: Any) -> None:
         """Prepare a connection to the primary."""

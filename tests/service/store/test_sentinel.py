@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Coroutine, Generator, Iterator
+from itertools import count
+from typing import Any
 
 import pytest
 import redis
 from redis.asyncio.sentinel import Sentinel
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.core.values import StreamState
 from service.store.base import Committed, Store
 from service.store.codec import encode_state
-from service.store.redis import sentinel_router
+from service.store.redis import monitor, sentinel_router
 from service.store.redis.address import Address
+from service.store.redis.outcomes import ServerReply
+from service.store.redis.pipelined_connection import RedisServer
+from service.store.redis.redis_store import RedisStore
 from service.store.redis.router import Topology
 from service.store.redis.sentinel_router import SentinelRouter
 from service.store.settings import StoreSettings
@@ -34,8 +41,15 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Monitored]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def servers_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than a busy machine suspends them."""
+    monkeypatch.setattr(sentinel_router, "MAX_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(monitor, "PROBE_TIMEOUT_S", 60.0)
+
+
 async def test_start_and_readiness_need_a_primary_that_a_sentinel_knows(servers: Monitored) -> None:
-    async with opened(servers.url, store_wait_s=20) as store:
+    async with opened(servers.url) as store:
         check = await store.monitor.check()
         assert check.ok, check.detail
         assert f"/{NAME}/0 accepts commits" in check.detail
@@ -99,6 +113,99 @@ async def test_close_ends_a_watcher_that_lost_its_cancellation(
         monkeypatch.setattr(SentinelRouter, "_read_topology", read_topology)
         await has_begun.wait()
     assert len(cancellations) == 2
+
+
+async def test_reading_the_primary_closes_its_connections_wherever_it_is_cancelled(
+    servers: Monitored,
+) -> None:
+    router = SentinelRouter(StoreSettings(servers.url))
+
+    async def is_unconnected() -> bool:
+        connections = servers.sentinel.ask("CLIENT", "LIST").splitlines()
+        return len(connections) == 1  # that of the question
+
+    for suspension in count():
+        task = asyncio.create_task(cancelled_at(suspension, router.layout()))
+        await asyncio.wait([task])
+        await until_async(is_unconnected, f"the end of connections cancelled at {suspension}")
+        if not task.cancelled():
+            break
+    assert task.exception() is None
+    assert suspension > 1
+    await router.close()
+
+
+async def cancelled_at(suspension: int, work: Coroutine[Any, Any, Any]) -> None:
+    """Await `work`, and cancel the task as it suspends there for the nth time."""
+
+    @types.coroutine
+    def steps() -> Generator[Any, Any, None]:
+        error: BaseException | None = None
+        for index in count():
+            try:
+                awaited = work.send(None) if error is None else work.throw(error)
+            except StopIteration:
+                return
+            if index == suspension:
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+            try:
+                error = yield awaited
+            except BaseException as thrown:
+                error = thrown
+
+    await steps()
+
+
+async def test_an_error_while_connections_to_sentinels_are_closed_is_ignored(
+    servers: Monitored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Sentinel that is suspended after its reply does not answer the end of TLS."""
+    close = Sentinel.aclose
+
+    async def time_out(sentinels: Sentinel) -> None:
+        await close(sentinels)
+        raise RedisTimeoutError("Timed out closing connection after 1.0")
+
+    monkeypatch.setattr(Sentinel, "aclose", time_out)
+    async with opened(servers.url) as store:
+        assert (await store.monitor.check()).ok
+
+
+async def test_a_connection_that_fails_while_the_store_is_closed_starts_no_task(
+    servers: Monitored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = RedisServer.close
+
+    async def fail_and_close(server: RedisServer) -> None:
+        router.handle_disconnect()
+        await close(server)
+
+    monkeypatch.setattr(RedisServer, "close", fail_and_close)
+    async with opened(servers.url) as store:
+        assert isinstance(store, RedisStore)
+        router = store._router
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_close_ends_connections_to_a_server_that_was_just_replaced(
+    servers: Monitored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Address("127.0.0.1", servers.replica_port)
+
+    async def discover_replica(_: SentinelRouter) -> Topology:
+        return Topology((other,), (other,), (), "replica")
+
+    router = SentinelRouter(StoreSettings(servers.url))
+    (server,) = (await router.layout()).servers
+    assert await server.read("PING") == b"PONG"
+    assert isinstance(await router.execute_one("GET", "any"), ServerReply)
+    monkeypatch.setattr(SentinelRouter, "_discover", discover_replica)
+    # neither suspends: the task that closes the connections is cancelled before it begins
+    await router.layout()
+    await router.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
