@@ -47,10 +47,16 @@ from models.spec.chunking import DEFAULT_CHUNK_STEPS
 from models.spec.layers import FEATURES, Recurrent
 from models.spec.model import ModelSpec, parse_spec
 
-_MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
-"""`x + y` and `x * y` of a functional model: Keras operations that are not layers."""
+_MERGING_OPERATIONS = {
+    "Add": "add",
+    "Subtract": "subtract",
+    "Multiply": "multiply",
+    "Maximum": "maximum",
+    "Minimum": "minimum",
+}
+"""`x + y`, `x * y` and others of a functional model: Keras operations that are not layers."""
 _CONSTANT = Value("", (), "a constant")
-_ELEMENTWISE = ("add", "multiply", "average")
+_ELEMENTWISE = ("add", "subtract", "multiply", "average", "maximum", "minimum")
 _MERGES = (*_ELEMENTWISE, "concatenate")
 
 

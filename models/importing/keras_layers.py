@@ -79,7 +79,6 @@ REASONS = {
     "AdditiveAttention": _WHOLE,
     "MultiHeadAttention": _WHOLE,
     "GroupQueryAttention": _WHOLE,
-    "Subtract": "layers of this class are not supported; use Rescaling(-1.0) and Add",
     "StringLookup": _VOCABULARY,
     "IntegerLookup": _VOCABULARY,
     "TextVectorization": _VOCABULARY,
@@ -336,6 +335,17 @@ def _layer_or_batch_normalization(layer: Any, shape: tuple[Any, ...]) -> Convert
     return ConvertedLayer(data, _weights(layer, *kinds))
 
 
+def _rms_normalization(layer: Any, shape: tuple[Any, ...]) -> ConvertedLayer:
+    _expect_features_axis(layer.axis, len(shape))
+    data = {"kind": "rms_normalization", "epsilon": layer.epsilon}
+    return ConvertedLayer(data, _weights(layer, "scale"))
+
+
+def _unit_normalization(layer: Any, shape: tuple[Any, ...]) -> ConvertedLayer:
+    _expect_features_axis(layer.axis, len(shape))
+    return ConvertedLayer({"kind": "unit_normalization"})
+
+
 def _normalization(layer: Any, shape: tuple[Any, ...]) -> ConvertedLayer:
     """(x - mean) / max(sqrt(variance), epsilon), or its inverse."""
     if layer.axis:
@@ -370,10 +380,12 @@ def _activation(name: str) -> ConvertedLayer:
 
 
 def _relu(layer: Any, shape: tuple[Any, ...]) -> ConvertedLayer:
+    if layer.max_value == 6.0 and not layer.threshold and not layer.negative_slope:
+        return _activation("relu6")
     if layer.max_value is not None or layer.threshold:
         raise UnsupportedLayerError(
-            f"max_value={layer.max_value}, threshold={layer.threshold}: expected a plain ReLU; "
-            "activation 'hard_sigmoid' is bounded too"
+            f"max_value={layer.max_value}, threshold={layer.threshold}: expected a plain ReLU, or "
+            "max_value=6"
         )
     return _leaky_relu(layer, shape)
 
@@ -445,6 +457,8 @@ _PER_STEP: dict[type, Converter] = {
     kl.Dropout: _dropout,
     kl.LayerNormalization: _layer_or_batch_normalization,
     kl.BatchNormalization: _layer_or_batch_normalization,
+    kl.RMSNormalization: _rms_normalization,
+    kl.UnitNormalization: _unit_normalization,
     kl.Normalization: _normalization,
     kl.Rescaling: lambda layer, shape: _affine(shape[-1], 0.0, layer.scale, layer.offset),
     kl.Identity: _identity,
@@ -456,7 +470,8 @@ _CONVERTERS: dict[type, Converter] = {
     **dict.fromkeys((kl.AlphaDropout, kl.ActivityRegularization), _identity),
     kl.Flatten: _flatten,
     kl.TimeDistributed: _time_distributed,
-    **dict.fromkeys((kl.Add, kl.Multiply, kl.Average, kl.Concatenate), _merge),
+    **dict.fromkeys((kl.Add, kl.Subtract, kl.Multiply, kl.Average), _merge),
+    **dict.fromkeys((kl.Maximum, kl.Minimum, kl.Concatenate), _merge),
 }
 _RECURRENT: dict[type, Callable[[Any], Converted]] = {
     **dict.fromkeys((kl.LSTM, kl.GRU, kl.SimpleRNN, kl.RNN), _recurrent),

@@ -65,8 +65,10 @@ from models.spec.layers import (
     MergeLayer,
     PreluLayer,
     Recurrent,
+    RmsNormalizationLayer,
     SimpleRnnLayer,
     SliceLayer,
+    UnitNormalizationLayer,
 )
 from models.spec.layout import (
     head_units,
@@ -82,8 +84,11 @@ Variable = Any
 
 _MERGES = {
     "add": keras.layers.Add,
+    "subtract": keras.layers.Subtract,
     "multiply": keras.layers.Multiply,
     "average": keras.layers.Average,
+    "maximum": keras.layers.Maximum,
+    "minimum": keras.layers.Minimum,
     "concatenate": keras.layers.Concatenate,
 }
 
@@ -412,6 +417,11 @@ def _build_layer(layer: Layer, widths: Mapping[str, int], unroll: bool = False) 
             keras_layer = keras.layers.LayerNormalization(
                 epsilon=layer.epsilon, center=layer.center, scale=layer.scale, **common
             )
+        case RmsNormalizationLayer():
+            keras_layer = keras.layers.RMSNormalization(epsilon=layer.epsilon, **common)
+            keras_layer.supports_masking = True
+        case UnitNormalizationLayer():
+            keras_layer = keras.layers.UnitNormalization(**common)
         case BatchNormalizationLayer():
             keras_layer = keras.layers.BatchNormalization(
                 epsilon=layer.epsilon, center=layer.center, scale=layer.scale, **common

@@ -60,12 +60,15 @@ _NODES: dict[str, tuple[str, dict[str, Any]]] = {
     "selu": ("Selu", {}),
     "exponential": ("Exp", {}),
     "leaky_relu": ("LeakyRelu", {"alpha": _LEAKY_SLOPE}),
+    "hard_silu": ("HardSwish", {}),
+    "log_softmax": ("LogSoftmax", {"axis": -1}),
 }
 
 
+_NOT_IN_CELLS = ("selu", "exponential", "hard_silu", "log_softmax")
 _CELL_FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("Affine", {"alpha": 1.0, "beta": 0.0}),
-    **{name: own for name, own in _NODES.items() if name not in ("selu", "exponential")},
+    **{name: own for name, own in _NODES.items() if name not in _NOT_IN_CELLS},
 }
 """The functions that recurrent operators have inside; the numbers only if one takes them."""
 
@@ -77,7 +80,7 @@ PEEPHOLE_GATES = (0, 2, 1)
 
 
 def activation(nodes: Nodes, name: ActivationName, x: Value) -> Value:
-    """The activation of every value; softmax over the last axis."""
+    """The activation of every value; softmax and its logarithm over the last axis."""
     match name:
         case "linear":
             return x
@@ -85,6 +88,10 @@ def activation(nodes: Nodes, name: ActivationName, x: Value) -> Value:
             return nodes.add("Softmax", x, axis=-1)
         case "silu":
             return nodes.add("Mul", x, nodes.add("Sigmoid", x))
+        case "mish":
+            return nodes.add("Mul", x, nodes.add("Tanh", nodes.add("Softplus", x)))
+        case "relu6":
+            return nodes.add("Min", nodes.add("Relu", x), nodes.number(6.0))
         case "gelu":
             # x / 2 (1 + erf(x / sqrt 2))
             error = nodes.add("Erf", nodes.add("Mul", x, nodes.number(1 / sqrt(2))))

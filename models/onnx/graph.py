@@ -52,6 +52,7 @@ from models.spec.layers import (
     EMPTY_MAXIMUM,
     FEATURES,
     MASKED_SCORE,
+    UNIT_NORM_EPSILON,
     ActivationLayer,
     AffineLayer,
     AttentionLayer,
@@ -67,8 +68,10 @@ from models.spec.layers import (
     MergeLayer,
     PreluLayer,
     Recurrent,
+    RmsNormalizationLayer,
     SimpleRnnLayer,
     SliceLayer,
+    UnitNormalizationLayer,
 )
 from models.spec.layout import layer_widths, network_outputs, network_state
 from models.spec.model import ModelSpec
@@ -256,6 +259,14 @@ def _last_rows(nodes: Nodes, rows: Value, lengths: Value, count: int, width: int
     return nodes.add("Unsqueeze", flat, nodes.integers(0))
 
 
+_MERGE_OPERATORS = {
+    "add": "Add",
+    "average": "Add",
+    "subtract": "Sub",
+    "multiply": "Mul",
+    "maximum": "Max",
+    "minimum": "Min",
+}
 OPSET = 20
 IR_VERSION = 9
 MAX_CONSTANT_BYTES = 2**31 - 2**24
@@ -390,6 +401,12 @@ class _Step:
                 pass
             case LayerNormalizationLayer():
                 x = self._layer_normalization(layer, x)
+            case RmsNormalizationLayer():
+                x = self._rms_normalization(layer, x)
+            case UnitNormalizationLayer():
+                total = nodes.add("ReduceSumSquare", x, nodes.integers(2), keepdims=1)
+                total = nodes.add("Max", total, nodes.number(UNIT_NORM_EPSILON))
+                x = nodes.add("Div", x, nodes.add("Sqrt", total))
             case BatchNormalizationLayer():
                 x = self._batch_normalization(layer, x)
             case MergeLayer():
@@ -423,6 +440,13 @@ class _Step:
             constants.append(self.nodes.constant(offset))
         return self.nodes.add("LayerNormalization", x, *constants, axis=-1, epsilon=layer.epsilon)
 
+    def _rms_normalization(self, layer: RmsNormalizationLayer, x: Value) -> Value:
+        nodes = self.nodes
+        squares = nodes.add("ReduceMean", nodes.add("Mul", x, x), nodes.integers(2), keepdims=1)
+        root = nodes.add("Sqrt", nodes.add("Add", squares, nodes.number(layer.epsilon)))
+        own = nodes.constant(self._weights[f"{layer.name}.scale"])
+        return nodes.add("Mul", nodes.add("Div", x, root), own)
+
     def _affine(self, layer: AffineLayer, x: Value) -> Value:
         """Constants without effect are left out."""
         for operator, kind, neutral in (
@@ -452,7 +476,7 @@ class _Step:
             return self.nodes.concat(sources, axis=2)
         total = sources[0]
         for other in sources[1:]:
-            total = self.nodes.add("Mul" if layer.kind == "multiply" else "Add", total, other)
+            total = self.nodes.add(_MERGE_OPERATORS[layer.kind], total, other)
         if layer.kind == "average":
             total = self.nodes.add("Div", total, self.nodes.number(len(sources)))
         return total

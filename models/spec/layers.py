@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 
 from models.events.schema import Frozen
 
+UNIT_NORM_EPSILON = 1e-12
+"""Least sum of squares of a unit normalization, that of `keras.ops.normalize`."""
 NORMALISATION_EPSILON = 1e-3
 """Added to the variance inside a cell, the default of `keras.layers.LayerNormalization`."""
 MASKED_SCORE = -1e30
@@ -42,6 +44,10 @@ ActivationName = Literal[
     "silu",
     "exponential",
     "leaky_relu",
+    "relu6",
+    "hard_silu",
+    "mish",
+    "log_softmax",
 ]
 
 
@@ -351,6 +357,22 @@ class BatchNormalizationLayer(_Normalization):
         return {**super().weight_shapes(read), **moving}
 
 
+class RmsNormalizationLayer(_Stepwise):
+    """Keras `RMSNormalization` over the last axis: x scale / sqrt(mean(x^2) + epsilon)."""
+
+    kind: Literal["rms_normalization"] = "rms_normalization"
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+
+    def weight_shapes(self, read: int) -> Shapes:
+        return {"scale": (read,)}
+
+
+class UnitNormalizationLayer(_Stepwise):
+    """Keras `UnitNormalization` over the last axis: x / sqrt(max(sum(x^2), 1e-12))."""
+
+    kind: Literal["unit_normalization"] = "unit_normalization"
+
+
 class AffineLayer(_Stepwise):
     """(x - shift) scale + offset, one constant of each per value: Keras' `Normalization` and
     `Rescaling`.
@@ -397,11 +419,16 @@ class SliceLayer(_Stepwise):
 
 
 class MergeLayer(_Stepwise):
-    """Keras `Add`, `Multiply`, `Average` or `Concatenate` (last axis) of two or more layers."""
+    """Keras `Add`, `Multiply`, `Average`, `Maximum`, `Minimum` or `Concatenate` (last axis) of two
+    or more layers, or `Subtract` of two."""
 
-    kind: Literal["add", "multiply", "average", "concatenate"]
+    kind: Literal["add", "subtract", "multiply", "average", "maximum", "minimum", "concatenate"]
 
     def width_of(self, read: Sequence[int]) -> int:
+        if self.kind == "subtract" and len(read) != 2:
+            raise ValueError(
+                f"layer {self.name!r}: expected two inputs to subtract, got {len(read)}"
+            )
         if self.kind == "concatenate":
             if sum(read) > MAX_WIDTH:
                 raise ValueError(
@@ -453,6 +480,8 @@ _Plain = (
     | ActivationLayer
     | DropoutLayer
     | LayerNormalizationLayer
+    | RmsNormalizationLayer
+    | UnitNormalizationLayer
     | BatchNormalizationLayer
     | AffineLayer
     | PreluLayer

@@ -80,6 +80,10 @@ ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "gelu": _gelu,
     "silu": lambda x: x * sigmoid(x),
     "exponential": np.exp,
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "hard_silu": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+    "mish": lambda x: x * np.tanh(softplus(x)),
+    "log_softmax": lambda x: x - np.logaddexp.reduce(x),
     "leaky_relu": lambda x: np.where(x >= 0, x, 0.2 * x),
 }
 
@@ -168,8 +172,18 @@ def layer_step(
             spread = np.sqrt(weight("moving_variance") + layer.epsilon)
             normal = (x - weight("moving_mean")) / spread
             return normal * weight("gamma", 1.0) + weight("beta")
+        case "rms_normalization":
+            return weight("scale") * x / np.sqrt(np.mean(x**2) + layer.epsilon)
+        case "unit_normalization":
+            return x / np.sqrt(max(np.sum(x**2), 1e-12))
         case "add":
             return np.sum(read, axis=0)
+        case "subtract":
+            return read[0] - read[1]
+        case "maximum":
+            return np.max(read, axis=0)
+        case "minimum":
+            return np.min(read, axis=0)
         case "multiply":
             return np.prod(read, axis=0)
         case "average":

@@ -134,6 +134,15 @@ def coded_column(rows: Any) -> Any:
     return kl.Dense(1)(lstm()()(both))
 
 
+def compared(rows: Any) -> Any:
+    """Every way to merge two layers of a width, as layers and as operations."""
+    one, two = lstm()()(rows), kl.UnitNormalization()(gru()()(rows))
+    three = kl.Maximum()([one, two]) - kl.Minimum()([kl.RMSNormalization()(one), two])
+    return kl.Dense(2)(
+        kl.Subtract()([keras.ops.maximum(three, one), keras.ops.minimum(three, two)])
+    )
+
+
 def normalised() -> keras.Model:
     layer = kl.Normalization()
     layer.adapt(np.random.default_rng(1).normal(3.0, 2.0, (4, 5, FEATURES)))
@@ -299,6 +308,17 @@ ACCEPTED: dict[str, Accepted] = {
     "masking": Accepted(
         sequential(lambda: kl.Masking(mask_value=-1.0), lstm(), dense()),
         notes=("marks padding of training sequences, input 'rows' with every value -1;",),
+    ),
+    "merges-and-norms": Accepted(of_rows(compared)),
+    "activations": Accepted(
+        sequential(
+            lstm(),
+            dense(4, activation="mish"),
+            dense(4, activation="relu6"),
+            dense(4, activation="hard_silu"),
+            lambda: kl.ReLU(max_value=6.0),
+            dense(3, activation="log_softmax"),
+        )
     ),
     "leaky-relu": Accepted(sequential(lstm(), dense(3), lambda: kl.LeakyReLU(negative_slope=0.3))),
     "prelu": Accepted(sequential(lstm(), dense(3), lambda: kl.PReLU(shared_axes=[1]))),

@@ -23,7 +23,7 @@ COMBINATIONS = [
     for names in itertools.combinations(OPTIONS, count)
 ]
 """Every choice of an LSTM's options, for layers of 3 units or more."""
-PLAIN = ["linear", "relu", "tanh", "softplus", "gelu", "silu"]
+PLAIN = ["linear", "relu", "tanh", "softplus", "gelu", "silu", "relu6", "hard_silu", "mish"]
 
 
 @st.composite
@@ -126,6 +126,7 @@ def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[s
             [
                 *("recurrent", "recurrent", "dense", "activation", "dropout", "norm", "merge"),
                 *("attention", "conv1d", "affine", "prelu", "slice"),
+                "rms_normalization",
             ]
         )
     )
@@ -149,6 +150,10 @@ def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[s
                 "activation": draw(st.sampled_from(PLAIN)),
                 "use_bias": draw(st.booleans()),
             }
+        case "rms_normalization":
+            # a small one would amplify the rounding errors of small values
+            epsilon = draw(st.sampled_from([0.05, 0.2]))
+            return {"kind": kind, "name": name, "epsilon": epsilon}
         case "affine" | "prelu":
             return {"kind": kind, "name": name}
         case "slice":
@@ -174,13 +179,18 @@ def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[s
 def _merge(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
     sizes = _widths(before)
     last = before[-1]["name"]
-    kind = draw(st.sampled_from(["add", "multiply", "average", "concatenate"]))
+    kind = draw(
+        st.sampled_from(
+            ["add", "subtract", "multiply", "average", "maximum", "minimum", "concatenate"]
+        )
+    )
     names = [
         other["name"]
         for other in before
         if kind == "concatenate" or sizes[other["name"]] == sizes[last]
     ]
-    others = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2))
+    most = 1 if kind == "subtract" else 2
+    others = draw(st.lists(st.sampled_from(names), min_size=1, max_size=most))
     return {"kind": kind, "name": name, "inputs": [last, *others]}
 
 
