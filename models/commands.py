@@ -115,7 +115,8 @@ def evaluate(
     plots: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Plot the streams with most missed anomalies and false alarms."
+            metavar="DIR",
+            help="Plot the burn-in, and the streams with most missed anomalies and false alarms.",
         ),
     ] = None,
     baselines: Annotated[
@@ -124,30 +125,38 @@ def evaluate(
     ] = False,
     trees: Trees = True,
     trees_s: TreesTime = 60.0,
+    stream: Annotated[
+        str | None,
+        typer.Option(help="Column of stream names, of a model that takes rows; DATA has its rows."),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write burn-in and ranges into the artifact.")
+    ] = False,
     quiet: Quiet = False,
 ) -> dict[str, Any]:
     """Score an artifact on data, chunk by chunk as the service computes it.
 
     Events before `since` only move the states. With `baselines`, which are fitted to the events
-    before the artifact's `test_from`, the test set is scored.
+    before the artifact's `test_from`, the test set is scored. Of a model that takes rows, burn-in
+    and ranges are measured alone.
 
     Returns:
         What `models.training.evaluate.evaluate` gives; with baselines, what
-        `models.training.report.make_report` does.
+        `models.training.report.make_report` does; for a model that takes rows, what
+        `models.training.measurements.measure_rows` does.
     """
     from rich.console import Console
 
     from models.artifact.artifact import load_artifact
     from models.artifact.files import replace_file
-    from models.spec.model import schema_of
+    from models.artifact.writing import add_measurements
     from models.training import evaluate as scoring
+    from models.training import measurements
     from models.training.files import read_data
     from models.training.progress import Progress
 
-    if plots is not None and anomalies is None:
-        raise DataError(expected="--anomalies with --plots", got="none")
     loaded = load_artifact(artifact)
-    frame = read_data(data, schema_of(loaded.spec))
+    frame = read_data(data, loaded.spec.events)
     # The scores are on stdout.
     progress = Progress(Console(quiet=quiet, stderr=True))
     chosen: dict[str, Any] = {
@@ -157,7 +166,11 @@ def evaluate(
         "anomalies": anomalies,
         "source": str(data),
     }
-    if baselines:
+    if loaded.spec.events is None:
+        if stream is None:
+            raise DataError(expected=f"--stream for {artifact}, which takes rows", got="none")
+        scores = measurements.measure_rows(loaded, frame, stream, str(data))
+    elif baselines:
         from models.training.report import make_report
 
         with progress.task("report", 1.0) as note:
@@ -178,11 +191,24 @@ def evaluate(
                 advance(done, f"{done:,} of {frame.height:,}")
 
             scores = scoring.evaluate(loaded, frame, **chosen, held_out=held_out, advance=count)
+    if record:
+        found = scores
+        if loaded.spec.events is not None:
+            found = measurements.measure(loaded, frame, str(data), scores)
+        add_measurements(
+            artifact, {**measurements.entry_of(found.get("burn_in")), "ranges": found["ranges"]}
+        )
+    burn_in = scores.get("burn_in")
     if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+        if burn_in is not None:
+            from models.training.plots import plot_burn_in
+
+            replace_file(plots / "burn-in.png", plot_burn_in(burn_in))
+    if plots is not None and "detection" in scores:
         from models.training.stream_plot import plot_streams
 
         worst = [each["stream"] for each in scores["detection"]["worst"]]
-        plots.mkdir(parents=True, exist_ok=True)
         with progress.task("plots", max(1, len(worst))) as advance:
             drawn = plot_streams(
                 *(loaded, frame, worst),
@@ -194,7 +220,7 @@ def evaluate(
             for number, content in enumerate(drawn, start=1):
                 replace_file(plots / f"worst-{number:02d}.svg", content)
                 advance(number, f"{number} of {len(worst)}")
-    return scores
+    return {**scores, **measurements.entry_of(burn_in)}
 
 
 def plot(

@@ -41,6 +41,7 @@ from models.artifact.manifest import (
     read_files,
     read_manifest,
 )
+from models.artifact.ranges import Ranges, ranges_of
 from models.artifact.weights import read_weights
 from models.errors import ArtifactError, SpecError
 from models.spec.decoder import strip_decoder_prefix
@@ -74,6 +75,7 @@ class Artifact:
         version: the fingerprint's first 12 hexadecimal digits.
         manifest: the manifest as plain data.
         network: the imported graph; None for a network of layers.
+        ranges: of inputs and states on training data; None if they were not measured.
     """
 
     path: Path
@@ -83,6 +85,17 @@ class Artifact:
     version: str
     manifest: Mapping[str, Any]
     network: bytes | None = None
+    ranges: Ranges | None = None
+
+    @property
+    def burn_in(self) -> int | None:
+        """Events after which a state no longer depends on where it was begun, within a tolerance.
+
+        None if that was not measured, or if the model does not forget within the windows that it
+        was measured on.
+        """
+        measured = self.manifest.get("burn_in")
+        return None if measured is None else measured["events"]
 
     @cached_property
     def decoder(self) -> Artifact | None:
@@ -200,9 +213,25 @@ def load_artifact(path: Path) -> Artifact:
     for key in ("metrics", "training"):
         if not isinstance(manifest.get(key, {}), dict):
             raise ArtifactError(f"{where}: expected `{key}` to be an object")
+    _check_burn_in(manifest.get("burn_in"), where)
     return Artifact(
-        path, spec, MappingProxyType(weights), digest, _version(digest), manifest, network
+        path,
+        spec,
+        MappingProxyType(weights),
+        digest,
+        _version(digest),
+        manifest,
+        network,
+        ranges_of(spec, manifest, where),
     )
+
+
+def _check_burn_in(measured: Any, where: str) -> None:
+    if measured is None:
+        return
+    events = measured.get("events", 0) if isinstance(measured, dict) else 0
+    if events is not None and (type(events) is not int or events < 1):
+        raise ArtifactError(f"{where}: expected `burn_in.events`, at least 1 or null")
 
 
 def derived_entries(spec: ModelSpec, digest: bytes) -> dict[str, Any]:

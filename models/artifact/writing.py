@@ -154,6 +154,21 @@ def _new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def add_measurements(path: Path, measured: Mapping[str, Any]) -> Artifact:
+    """Write what was measured of an artifact into its manifest; nothing else changes.
+
+    Args:
+        measured: `burn_in`, `ranges` or both, as `models.training.measurements` gives them.
+
+    Raises:
+        ArtifactError: the artifact is invalid.
+    """
+    path = Path(path)
+    manifest = {**load_artifact(path).manifest, **measured}
+    replace_file(path / MANIFEST_NAME, manifest_bytes(add_checksum(manifest, str(path))))
+    return load_artifact(path)
+
+
 def add_graph(path: Path) -> Artifact:
     """Rewrite the graphs of an artifact in place; nothing else changes.
 

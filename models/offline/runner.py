@@ -30,7 +30,13 @@ from models.events.columns import EventColumns
 from models.events.encode import Clock, encode, event_times
 from models.onnx.graph import write_graph
 from models.onnx.messages import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
-from models.spec.layout import network_outputs, output_spec, runtime_state, state_spec
+from models.spec.layout import (
+    network_outputs,
+    network_state,
+    output_spec,
+    runtime_state,
+    state_spec,
+)
 from models.spec.model import ModelSpec, schema_of
 from models.spec.resets import find_resets, segments_of
 from models.spec.state import IntArray, State
@@ -44,8 +50,16 @@ row's length are not read, and one of length 0 keeps its state.
 """
 
 
-def open_step(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
-    """Open the step of a network."""
+def open_step(
+    spec: ModelSpec, weights: Mapping[str, FloatArray], network: bytes | None = None
+) -> Step:
+    """Open the step of a network; `network` is the graph of an imported one."""
+    if network is not None and spec.onnx is not None:
+        from models.onnx.library import open_session
+        from models.onnx.stateful_graph import StatefulGraph
+
+        session = open_session(network, 0, f"model {spec.name!r}")
+        return StatefulGraph(spec.onnx, network_state(spec), session).step
     if find_spec(ONNXRUNTIME) is not None:
         try:
             return _on_onnxruntime(write_graph(spec, weights), spec)

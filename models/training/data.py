@@ -19,7 +19,8 @@ there are no classes; NaN if the cell is empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -92,6 +93,34 @@ class Streams:
             name
             for name, (start, stop) in zip(self.names, self.spans, strict=True)
             if start <= row < stop
+        )
+
+    def windows(self, spans: Sequence[tuple[int, int]]) -> Streams:
+        """The rows of some spans, each as a stream of its own from its first row on.
+
+        Args:
+            spans: each within one stream.
+        """
+        session_starts = [start for start, _ in self.sessions]
+        own: list[tuple[int, int]] = []
+        sessions: list[tuple[int, int]] = []
+        end = 0
+        for start, stop in spans:
+            first = bisect_right(session_starts, start)
+            cuts = session_starts[first : bisect_left(session_starts, stop)]
+            begins = [end + cut - start for cut in (start, *cuts)]
+            own.append((end, end := end + stop - start))
+            sessions += zip(begins, [*begins[1:], end], strict=True)
+        rows = np.concatenate([np.arange(*span) for span in spans])
+        return Streams(
+            tuple([self.name_of(start) for start, _ in spans]),
+            tuple(own),
+            tuple(sessions),
+            self.frame[rows],
+            self.table_rows[rows],
+            self.columns.take(rows),
+            self.moments_ms[rows],
+            self.split_keys[rows],
         )
 
     @cached_property

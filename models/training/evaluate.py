@@ -113,10 +113,15 @@ def run_network(
     spec: ModelSpec,
     weights: Mapping[str, NDArray[np.float32]],
     streams: Streams,
+    step: Step | None = None,
     **cuts: Unpack[Cuts],
 ) -> NDArray[np.float32]:
-    """The network's outputs alone, as `models.spec.layout.network_outputs` says."""
-    step = open_step(spec, weights)
+    """The network's outputs alone, as `models.spec.layout.network_outputs` says.
+
+    Args:
+        step: of the network; opened if none is given.
+    """
+    step = step or open_step(spec, weights)
     batch, advance = cuts.get("batch", 64), cuts.get("advance")
     if spec.blocks is not None:
         return _run_blocks(spec, spec.blocks, step, streams, batch, advance)
@@ -259,7 +264,7 @@ def evaluate(
         `events`, `streams`, `scored` (events), `since`, the members of `chunk_settings`, and
         `heads`: by head, its metrics; for a model with a decoder also `decoder`, as from
         `horizon_report`, with the points of the baselines alone; with anomalies also `detection`,
-        as from `with_intervals`.
+        as from `with_intervals`; `burn_in`, as from `measure_burn_in`.
 
     Raises:
         SpecError, DataError: the model has nothing to score, or the table does not fit it.
@@ -289,6 +294,9 @@ def evaluate(
 
         rows = streams.encoded(schema_of(spec))
         decoded["decoder"] = horizon_report(artifact, streams, rows, from_key)
+    from models.training.burn_in import measure_burn_in
+
+    burn_in = measure_burn_in(artifact, streams, outputs)
     return {
         "events": streams.events,
         "streams": len(streams.names),
@@ -297,6 +305,7 @@ def evaluate(
         **chunk_settings(spec, cuts),
         "heads": head_metrics(spec, outputs, streams, labels, from_key),
         **decoded,
+        **({} if burn_in is None else {"burn_in": burn_in}),
     }
 
 

@@ -33,11 +33,11 @@ _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
-def read_data(path: Path, schema: EventSchema) -> pl.DataFrame:
+def read_data(path: Path, schema: EventSchema | None) -> pl.DataFrame:
     """Read a table of events: `.csv`, `.jsonl`, `.ndjson` or `.parquet`.
 
     Numbers and booleans (`true`, `false`, 1, 0) in a CSV file are read as the schema's fields
-    say; an empty cell is an absent value.
+    say, or as strings if there is none; an empty cell is an absent value.
 
     Raises:
         DataError: the file cannot be read, names a column twice, or a cell is not what its
@@ -55,7 +55,7 @@ def read_data(path: Path, schema: EventSchema) -> pl.DataFrame:
             return pl.read_ndjson(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise _unreadable(path, error) from error
-    return _parse_columns(path, schema, frame)
+    return frame if schema is None else _parse_columns(path, schema, frame)
 
 
 def read_batches(

@@ -25,6 +25,8 @@ def plot_report(report: dict[str, Any]) -> dict[str, bytes]:
         files["plots/skill.png"] = _png(_skill(report["heads"]))
     if report.get("decoder"):
         files["plots/horizon.png"] = _png(_horizon(report["decoder"]["targets"]))
+    if report.get("burn_in"):
+        files["plots/burn-in.png"] = plot_burn_in(report["burn_in"])
     calibrated = {name: head for name, head in report["heads"].items() if "calibration" in head}
     if calibrated:
         files["plots/calibration.png"] = _png(_calibration(calibrated))
@@ -81,6 +83,26 @@ def _horizon(targets: dict[str, Any]) -> Figure:
         axes.set(xlabel="steps ahead", ylabel="mean absolute error", title=name)
         axes.legend()
     return figure
+
+
+def plot_burn_in(measured: dict[str, Any]) -> bytes:
+    """The differences of a burn-in by events since the initial state, as PNG."""
+    curves, outputs = measured["curves"], measured["outputs"]
+    figure = Figure(figsize=(3.4 * len(outputs), 3.4), layout="constrained")
+    for axes, (name, output) in zip(
+        figure.subplots(1, len(outputs), squeeze=False)[0], outputs.items(), strict=True
+    ):
+        for quantile, values in curves["outputs"][name].items():
+            label = f"{float(quantile):.0%} of windows"
+            axes.plot(curves["events"], [max(value, 1e-6) for value in values], label=label)
+        axes.axhline(output["tolerance"], color="tab:gray", linewidth=1, label="tolerance")
+        if (events := output["events"]["0.99"]) is not None:
+            axes.axvline(events, color="tab:gray", linewidth=1, linestyle=":")
+        axes.set(xscale="log", yscale="log", title=name)
+        axes.set(xlabel="events since the initial state")
+        axes.set(ylabel=f"difference, of the {output['relative_to']}")
+        axes.legend(fontsize="small")
+    return _png(figure)
 
 
 def _calibration(heads: dict[str, Any]) -> Figure:

@@ -27,6 +27,7 @@ from models.spec.heads import ForecastHead, Head
 from models.spec.layout import output_spec
 from models.spec.model import schema_of
 from models.training.baselines import baselines_of
+from models.training.burn_in import burn_in_lines, measure_burn_in
 from models.training.data import (
     Streams,
     labels_of,
@@ -181,7 +182,8 @@ def make_report(
         Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with
         `value` and `interval`, `difference` of each baseline minus the model, `settings`,
         `calibration`), `decoder` (what `horizon_report` gives, for a model that has one),
-        with anomalies what `compare_detection` gives, `history`, `warnings`, `verdicts`.
+        with anomalies what `compare_detection` gives, `burn_in` (what `measure_burn_in` gives of
+        the other events), `history`, `warnings`, `verdicts`.
 
     Raises:
         DataError: there are no held-out events, or none to fit the baselines to.
@@ -233,7 +235,10 @@ def make_report(
     pieces = "chunk by chunk" if spec.blocks is None else "block by block"
     note_progress(f"running the model over all events, {pieces}")
     by_name = output_spec(spec).by_name
-    outputs = by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
+    packed = run_chunks(artifact, streams, chunk=chunk, seed=seed)
+    outputs = by_name(packed)
+    note_progress("measuring the burn-in")
+    burn_in = measure_burn_in(artifact, streams, packed, test_key)
     whole_outputs = None
     if spec.blocks is not None:
         note_progress("running it over whole sequences, without blocks")
@@ -310,6 +315,7 @@ def make_report(
         "heads": head_reports,
         **detection,
         **_decoder_report(artifact, streams, rows, test_key, split.validate, note_progress),
+        **({} if burn_in is None else {"burn_in": burn_in}),
         "history": list(history),
         "warnings": remarks,
     }
@@ -426,7 +432,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 for model, scores in head[kind].items()
             }
             lines += table_lines(title, headers, rows)
-    return lines + horizon_lines(report.get("decoder", {}))
+    lines += horizon_lines(report.get("decoder", {}))
+    return lines + (["", *burn_in_lines(report["burn_in"])] if "burn_in" in report else [])
 
 
 def verdict_lines(report: dict[str, Any]) -> list[tuple[str, bool]]:

@@ -15,12 +15,13 @@ import polars as pl
 from rich.console import Console
 
 from models.artifact.artifact import Artifact
-from models.artifact.writing import write_artifact
+from models.artifact.writing import add_measurements, write_artifact
 from models.errors import ArtifactError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
 from models.training.data import labels_of, split_of, streams_of
 from models.training.evaluate import events_to_score
+from models.training.measurements import measure
 from models.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -83,12 +84,14 @@ def train_frame(
     )
     artifact = result.artifact
     split = split_of(artifact.spec)
+    report = None
     if _has_events_from(artifact, frame, split.test):
-        artifact = _write_report(result, frame, progress, trees, trees_s, source, further)
+        report = _write_report(result, frame, progress, trees, trees_s, source, further)
     else:
         progress.say(f"no events {split.test_range}: nothing held out, no report")
         for warning in result.warnings:
             progress.say(f"warning: {warning}", "yellow")
+    artifact = add_measurements(artifact.path, measure(artifact, frame, source, report))
     checkpoint_path(out).unlink(missing_ok=True)
     return artifact
 
@@ -101,8 +104,8 @@ def _write_report(
     trees_s: float | None,
     source: str,
     further: Further | None,
-) -> Artifact:
-    """Write report and plots into the artifact of a training."""
+) -> dict[str, Any]:
+    """Write report and plots into the artifact of a training; returns the report."""
     from models.training.plots import plot_report
     from models.training.report import make_report, report_lines, verdict_lines
 
@@ -129,7 +132,7 @@ def _write_report(
         REPORT: orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE),
         **plot_report(report),
     }
-    return write_artifact(
+    write_artifact(
         artifact.path,
         artifact.spec,
         artifact.weights,
@@ -138,6 +141,7 @@ def _write_report(
         files=files,
         overwrite=True,
     )
+    return report
 
 
 def _has_events_from(artifact: Artifact, frame: pl.DataFrame, key: int) -> bool:

@@ -13,6 +13,7 @@ from models.training import trees
 from models.training.baselines import LAST, RUNNING, TREES, baselines_of
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import scored_rows
+from models.training.measurements import entry_of
 from models.training.report import MODEL, make_report, report_lines, verdict_line
 from models.training.table import Table
 from models.training.train_frame import train_frame
@@ -210,7 +211,10 @@ def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatc
     assert len(report["heads"]["up"]["calibration"]) == 10
     assert len(report["heads"]["next"]["calibration"]) == 3
     assert any("| model |" in line for line in report_lines(report))
-    for plot in ("learning", "skill", "calibration"):
+    assert artifact.ranges is not None
+    assert entry_of(report["burn_in"]) == {"burn_in": artifact.manifest["burn_in"]}
+    assert "burn-in: " in printed
+    for plot in ("learning", "skill", "calibration", "burn-in"):
         assert (out / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
     evaluated = commands.evaluate(
         out, tmp_path / "events.csv", since="1970-01-01T22:00:00Z", chunk=3, quiet=True
@@ -240,7 +244,10 @@ def test_no_report_without_held_out_events(tmp_path, monkeypatch):
     spec = latch_spec(epochs=1, test_from="1970-02-01")
     train_frame(spec, latch_frame(), tmp_path / "model", quiet=True)
     assert not (tmp_path / "model" / "report.json").exists()
-    assert load_artifact(tmp_path / "model").manifest["training"]["best_epochs"] == [1]
+    artifact = load_artifact(tmp_path / "model")
+    assert artifact.manifest["training"]["best_epochs"] == [1]
+    assert artifact.manifest["burn_in"]["windows"] > 0
+    assert artifact.ranges is not None
 
 
 def test_the_last_value_skips_absent_ones(table):

@@ -1,0 +1,236 @@
+"""Burn-in: after how many events a state no longer depends on where it was begun.
+
+A new version of a model has no states. Run over a stream's last N events from its initial state, it
+is as good as if it had seen all of them, if N is the burn-in (Kapturowski et al. 2019, who call
+those events the burn-in of a recurrent replay).
+
+It is measured: from many places of the streams on, the outputs of a run that begins there in the
+initial state are compared with those of the run that has seen the stream from its first event. The
+difference of an output is below its tolerance after the last event that exceeds it. A window that
+exceeds it among its last tenth has not settled; if more than a hundredth have not, the model does
+not forget within these windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact.artifact import Artifact
+from models.offline.runner import open_step, run_rows
+from models.spec.heads import ClassificationHead, LabelHead
+from models.spec.layout import Output, output_spec
+from models.spec.model import ModelSpec
+from models.training.data import Streams, training_of
+from models.training.evaluate import run_chunks
+from models.training.horizon import table_lines
+
+WINDOWS: Final = 128
+LONGEST_EVENTS: Final = 2048
+"""Windows that are compared, at least if the streams have so many, and their longest one."""
+
+SHORTEST_EVENTS: Final = 16
+"""Nothing is measured if the longest window has fewer events."""
+
+TOLERANCE: Final = 0.01
+"""Of a probability; of any other output as a share of its standard deviation."""
+
+QUANTILES: Final = (0.5, 0.9, 0.99)
+"""Over windows. The last one is the burn-in."""
+
+POINTS: Final = 60
+"""At which the curves of a plot are kept."""
+
+Span = tuple[int, int]
+Floats = NDArray[np.float32]
+Run = Callable[[Sequence[Span]], Floats]
+"""Outputs [rows, O] of some windows one after another, each from the initial state."""
+
+
+def measure_burn_in(
+    artifact: Artifact, streams: Streams, outputs: Floats, before_key: int | None = None
+) -> dict[str, Any] | None:
+    """Measure the burn-in of a model with events.
+
+    Args:
+        outputs: of the same streams, as `run_chunks` gives them.
+        before_key: only events before this key of the split are used.
+
+    Returns:
+        `events` (None if the model does not forget), `windows`, `longest_events`, by output
+        `tolerance`, `relative_to` and `events` by quantile (None: not reached), and `curves`, the
+        differences by events; None if no state is carried, or no stream is long enough.
+    """
+
+    def run(windows: Sequence[Span]) -> Floats:
+        return run_chunks(artifact, streams.windows(windows), chunk=LONGEST_EVENTS)
+
+    return _measure(artifact.spec, spans_before(streams, before_key), outputs, run)
+
+
+def measure_rows_burn_in(artifact: Artifact, sequences: Sequence[Floats]) -> dict[str, Any] | None:
+    """Measure the burn-in of a model that takes rows, float32 [T, F] of each stream."""
+    spec = artifact.spec
+    step = open_step(spec, artifact.weights, artifact.network)
+    initial = artifact.network_state.pack(artifact.state.initial())
+
+    def run_all(parts: Sequence[Floats]) -> Floats:
+        states = np.tile(initial, (len(parts), 1))
+        outputs, _ = run_rows(step, parts, states, artifact.outputs.size, chunk=_chunk(spec))
+        return np.concatenate(outputs)
+
+    rows = np.concatenate(sequences)
+    ends = np.cumsum([len(part) for part in sequences]).tolist()
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    return _measure(
+        spec,
+        spans,
+        run_all(sequences),
+        lambda windows: run_all([rows[start:stop] for start, stop in windows]),
+    )
+
+
+def spans_before(streams: Streams, key: int | None) -> list[Span]:
+    """The rows of each stream before a key of the split; all of them if there is none."""
+    if key is None:
+        return list(streams.spans)
+    return [
+        (start, start + int(np.searchsorted(streams.split_keys[start:stop], key)))
+        for start, stop in streams.spans
+    ]
+
+
+def _measure(
+    spec: ModelSpec, spans: Sequence[Span], outputs: Floats, run: Run
+) -> dict[str, Any] | None:
+    windows = [] if spec.chunking == "whole" else _windows(spans, _grid(spec))
+    if not windows:
+        return None
+    # the end of a window is to a network in blocks the end of its stream
+    ahead = 0 if spec.blocks is None else spec.blocks.lookahead
+    lengths = [stop - start - ahead for start, stop in windows]
+    begins = np.cumsum([0, *(stop - start for start, stop in windows[:-1])])
+    begun = run(windows)
+    longest = max(lengths)
+    points = np.unique(np.geomspace(1, longest, POINTS).round().astype(np.int64))
+    by_output: dict[str, dict[str, Any]] = {}
+    curves: dict[str, Any] = {}
+    for output in output_spec(spec).outputs:
+        columns = output_spec(spec).slices[output.name]
+        true = np.concatenate([outputs[start:stop, columns] for start, stop in windows])
+        difference = np.abs(begun[:, columns] - true.astype(np.float64))
+        if not (is_probability := _is_probability(spec, output)):
+            spread = np.std(true, axis=0, dtype=np.float64)
+            difference /= np.where(spread > 0, spread, 1)
+        largest = difference.max(axis=1)
+        parts = [
+            largest[at : at + length] for at, length in zip(begins.tolist(), lengths, strict=True)
+        ]
+        by_output[output.name] = {
+            "tolerance": TOLERANCE,
+            "relative_to": "probability" if is_probability else "deviation",
+            "events": _quantiles(np.array([_settled_after(part) for part in parts])),
+        }
+        curves[output.name] = _curves(parts, points)
+    reached = [each["events"][str(QUANTILES[-1])] for each in by_output.values()]
+    return {
+        "events": None if None in reached else max(1, *reached),
+        "windows": len(windows),
+        "longest_events": longest,
+        "outputs": by_output,
+        "curves": {"events": points.tolist(), "outputs": curves},
+    }
+
+
+def _grid(spec: ModelSpec) -> int:
+    """Events between the places at which a run may begin with the same cuts as the whole one."""
+    if spec.blocks is not None:
+        return spec.blocks.size
+    if spec.chunking == "per_chunk" and spec.training is not None:
+        return training_of(spec).window_steps
+    return _chunk(spec) if spec.chunking == "per_chunk" else 1
+
+
+def _chunk(spec: ModelSpec) -> int:
+    """Events of a call, unless `run_chunks` chooses them."""
+    return spec.chunk_limit or LONGEST_EVENTS
+
+
+def _windows(spans: Sequence[Span], grid: int) -> list[Span]:
+    """Windows that begin after the first quarter of the longest streams."""
+    rooms = [3 * (stop - start) // 4 for start, stop in spans]
+    longest = min(LONGEST_EVENTS, max(rooms))
+    if longest < SHORTEST_EVENTS:
+        return []
+    chosen = [span for span, room in zip(spans, rooms, strict=True) if 2 * room >= longest]
+    picked = np.linspace(0, len(chosen) - 1, min(WINDOWS, len(chosen))).astype(int)
+    each = -(-WINDOWS // len(picked))
+    windows = []
+    for start, stop in [chosen[at] for at in picked]:
+        events = stop - start
+        last = max(3 * events // 8, events - LONGEST_EVENTS)
+        offsets = np.linspace(events // 4, last, each).astype(int) // grid * grid
+        begins = np.unique(offsets) + start
+        windows += [(at, min(at + LONGEST_EVENTS, stop)) for at in begins.tolist()]
+    return windows
+
+
+def _is_probability(spec: ModelSpec, output: Output) -> bool:
+    probabilities = {
+        head.name for head in spec.heads if isinstance(head, ClassificationHead | LabelHead)
+    }
+    return output.name in probabilities or output.name.endswith((".probability", ".alarm"))
+
+
+def _settled_after(difference: NDArray[np.float64]) -> float:
+    """Events until a window's difference [T] stays below the tolerance; infinite if it does not."""
+    above = np.flatnonzero(difference > TOLERANCE)
+    events = above[-1] + 1 if len(above) else 0
+    return float(events) if events <= 0.9 * len(difference) else np.inf
+
+
+def _quantiles(events: NDArray[np.float64]) -> dict[str, int | None]:
+    found = np.quantile(events, QUANTILES, method="higher").tolist()
+    return {
+        str(quantile): None if np.isinf(value) else int(value)
+        for quantile, value in zip(QUANTILES, found, strict=True)
+    }
+
+
+def _curves(
+    parts: Sequence[NDArray[np.float64]], points: NDArray[np.int64]
+) -> dict[str, list[float]]:
+    """The quantiles of the difference after each number of events, over windows of that length."""
+    found = [
+        np.quantile([part[at - 1] for part in parts if len(part) >= at], QUANTILES)
+        for at in points.tolist()
+    ]
+    columns = np.transpose(found).round(6).tolist()
+    return {str(quantile): column for quantile, column in zip(QUANTILES, columns, strict=True)}
+
+
+def burn_in_lines(measured: dict[str, Any]) -> list[str]:
+    """A measured burn-in as a sentence and a table."""
+    events, longest = measured["events"], measured["longest_events"]
+    where = f"{measured['windows']} windows of up to {longest:,} events"
+    if events is None:
+        line = (
+            f"burn-in: the model does not forget within {longest:,} events ({where}): a new "
+            "version continues its streams only from their first event, or from a backfill"
+        )
+    else:
+        line = (
+            f"burn-in: {events:,} events ({where}); with `history: {{events: {events}}}` a new "
+            "version continues its streams"
+        )
+    rows = {
+        f"{name}: {each['tolerance']:g} of its {each['relative_to']}": [
+            "not reached" if value is None else f"{value:,}" for value in each["events"].values()
+        ]
+        for name, each in measured["outputs"].items()
+    }
+    shares = [f"{quantile:.0%} of windows" for quantile in QUANTILES]
+    return [line, *table_lines("events until the difference stays below", shares, rows)]
