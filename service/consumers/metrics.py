@@ -15,7 +15,7 @@ from service.consumers.kafka import KafkaSource
 from service.consumers.shared_topics import SharedTopics
 from service.core.errors import CarryError
 from service.store.topics import TopicStatus
-from service.telemetry.metrics import makers_of
+from service.telemetry.series import makers_of
 
 SAMPLE_INTERVAL_S: Final = 1.0
 STATUS_INTERVAL_S: Final = 5.0

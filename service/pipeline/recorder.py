@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from typing_extensions import TypedDict
 
 from service.core.errors import CarryError
 from service.core.values import Timing
+
+if TYPE_CHECKING:
+    from service.pipeline.comparison import Comparison
 
 
 class ModelStatistics(NamedTuple):
@@ -26,6 +32,81 @@ class ModelStatistics(NamedTuple):
     load_s: float = 0.0
     infer_s: float = 0.0
     commit_s: float = 0.0
+
+
+class ShadowBatch(NamedTuple):
+    """What a challenger did, or the champion where it is the shadow.
+
+    Attributes:
+        outcomes: chunks that were `computed`, `dropped` (no room, no time, or the state cannot be
+            had) or `failed`.
+        events, seconds: of inference calls, by side (`comparison.SIDES`).
+        caught_up: events that were computed from histories.
+        lags_s: of each chunk, from its answer until its state was stored.
+    """
+
+    outcomes: Mapping[str, int]
+    events: Mapping[str, int] = MappingProxyType({})
+    seconds: Mapping[str, float] = MappingProxyType({})
+    caught_up: int = 0
+    lags_s: Sequence[float] = ()
+    comparison: Comparison | None = None
+
+
+class DifferenceReport(TypedDict):
+    """Absolute differences of an output; quantiles to within a factor of 1.5."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class LossReport(TypedDict):
+    """Mean losses of both versions on the same events."""
+
+    champion: float
+    challenger: float
+    events: int
+
+
+class BinReport(TypedDict):
+    """The mean of the predicted probabilities of one bin, and the share that came true."""
+
+    events: int
+    predicted: float
+    true: float
+
+
+class CalibrationReport(TypedDict):
+    """The expected calibration error of a head, and its bins by their lower bounds, or by the
+    quantiles of a forecast."""
+
+    error: float
+    bins: dict[str, BinReport]
+
+
+class ShadowReport(TypedDict):
+    """What is known of a challenger beside the champion, of all workers since they started."""
+
+    challenger: str
+    """Its version."""
+    chunks: dict[str, int]
+    """By outcome: `computed`, `dropped`, `failed`."""
+    events: int
+    """Events that both versions computed."""
+    caught_up_events: int
+    """Events that were computed from the histories of streams."""
+    us_per_event: dict[str, float]
+    """Inference time for each event, in microseconds, by `champion` and `challenger`."""
+    lag_s: float | None
+    """Mean time from the answer to a chunk until the challenger's state was stored."""
+    differences: dict[str, DifferenceReport]
+    """By output."""
+    losses: dict[str, dict[str, LossReport]]
+    """By head and loss: predictions of the next event, once it came."""
+    calibration: dict[str, dict[str, CalibrationReport]]
+    """By head and side."""
 
 
 class Recorder(Protocol):
@@ -53,6 +134,12 @@ class Recorder(Protocol):
         self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
     ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
+
+    def record_shadow(self, model: str, challenger: str, batch: ShadowBatch) -> None:
+        """Record what the challenger of this version did."""
+
+    def shadow_report(self, model: str, challenger: str) -> ShadowReport:
+        """What was recorded of a challenger, in all workers; call it in a thread."""
 
     def record_websockets(self, model: str, change: int) -> None:
         """Record that WebSockets of a model were opened, or with a negative number closed."""

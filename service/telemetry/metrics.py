@@ -17,7 +17,7 @@ from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextvars import Context
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,7 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
-    Gauge,
     GCCollector,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
@@ -40,8 +38,10 @@ from prometheus_client.values import MultiProcessValue, MutexValue
 
 from service.core.errors import CarryError, ServiceFailure, Unauthenticated, leaf_errors
 from service.core.values import Timing
-from service.pipeline.recorder import ModelStatistics
+from service.pipeline.recorder import ModelStatistics, ShadowBatch, ShadowReport
 from service.telemetry.access_log import GRPC, WEBSOCKET, audit
+from service.telemetry.series import MODEL, makers_of, observe_all
+from service.telemetry.shadow_metrics import ShadowMetrics, read_report
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 UNKNOWN = "-"
@@ -52,9 +52,6 @@ FLUSH_INTERVAL_S = 1.0
 """How long the values of batches and requests are collected before they are added to their series;
 a worker that is killed loses those of the last interval."""
 
-SECONDS = (
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10,
-)  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STAGES = ("queue", "load", "infer", "commit")
 
@@ -76,21 +73,6 @@ _STATISTICS = (
     "carry_chunk_stage_seconds_sum",
 )
 """The samples that `statistics` adds up."""
-
-
-MODEL = ("model",)
-
-Makers = tuple[Callable[..., Counter], Callable[..., Gauge], Callable[..., Histogram]]
-
-
-def makers_of(registry: CollectorRegistry) -> Makers:
-    """Make functions that create counters, gauges and histograms of times in a registry. The gauges
-    of several workers are summed, unless their `multiprocess_mode` is another one."""
-    return (
-        partial(Counter, registry=registry),
-        partial(Gauge, registry=registry, multiprocess_mode="livesum"),
-        partial(Histogram, registry=registry, buckets=SECONDS),
-    )
 
 
 class PrometheusRecorder:
@@ -127,6 +109,7 @@ class PrometheusRecorder:
             ("model", "code"),
         )
         self.rejections = KeyRejections(registry)
+        shadow = ShadowMetrics(registry)
         self._cache_hits = counter("carry_cache_hits", "States found in a worker's memory.", MODEL)
         self._cache_misses = counter("carry_cache_misses", "States loaded from the store.", MODEL)
         self._websockets = gauge("carry_websocket_connections", "Open WebSockets.", MODEL)
@@ -177,11 +160,13 @@ class PrometheusRecorder:
         self._lookups: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self._calls: defaultdict[str, list[tuple[int, int, int, float]]] = defaultdict(list)
         self._requests: defaultdict[tuple[str, str | None, int], list[float]] = defaultdict(list)
+        self._shadows: defaultdict[tuple[str, str], list[ShadowBatch]] = defaultdict(list)
         self._collected: tuple[tuple[dict[Any, list[Any]], Callable[..., None]], ...] = (
             (self._batches, self._add_batches),
             (self._lookups, self._add_lookups),
             (self._calls, self._add_calls),
             (self._requests, self._add_requests),
+            (self._shadows, shadow.add),
         )
         self._flush_timer: asyncio.TimerHandle | None = None
         # two flushes at once would add the same values twice
@@ -259,6 +244,18 @@ class PrometheusRecorder:
         observe_all(self._batch_seconds.labels(model), seconds)
         self._batch_steps.labels(model).inc(sum(steps))
         self._padded_steps.labels(model).inc(sum(padded))
+
+    def record_shadow(self, model: str, challenger: str, batch: ShadowBatch) -> None:
+        """Record what the challenger of this version did."""
+        self._shadows[model, challenger].append(batch)
+        if self._flush_timer is None:
+            self._flush_soon()
+
+    def shadow_report(self, model: str, challenger: str) -> ShadowReport:
+        """The report on a challenger, of all workers together; call it in a thread, as
+        `statistics`."""
+        self.flush()
+        return read_report(self._of_all_workers().collect(), model, challenger)
 
     def record_websockets(self, model: str, change: int) -> None:
         """Add to the open WebSockets."""
@@ -339,21 +336,6 @@ class PrometheusRecorder:
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=directory)
         return registry
-
-
-def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
-    """Observe several values, like `observe` of each, with one addition per affected bucket.
-
-    It adds to the library's own values, as `observe` does, and so works in multiprocess mode too.
-
-    Args:
-        histogram: a child, if the histogram has labels.
-    """
-    bounds, buckets = histogram._upper_bounds, histogram._buckets
-    histogram._sum.inc(sum(values))
-    indexes, counts = np.unique(np.searchsorted(bounds, values), return_counts=True)
-    for bucket, count in zip(indexes.tolist(), counts.tolist(), strict=True):
-        buckets[bucket].inc(count)
 
 
 def share_metrics(directory: str) -> None:

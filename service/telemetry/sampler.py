@@ -20,7 +20,8 @@ from prometheus_client import CollectorRegistry
 from service.core.errors import CarryError, StoreRefused
 from service.pipeline.state_cache import StateCache
 from service.store.capabilities import StoreMonitor, StreamCount
-from service.telemetry.metrics import MODEL, UNKNOWN, makers_of, observe_all
+from service.telemetry.metrics import UNKNOWN
+from service.telemetry.series import MODEL, makers_of, observe_all
 
 SAMPLE_INTERVAL_S: Final = 1.0
 COUNT_INTERVAL_S: Final = 30.0

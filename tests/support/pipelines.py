@@ -23,6 +23,7 @@ from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import CarryError
 from service.core.values import Chunk, Feed, Reply, SequenceInput, Steps, StreamKey, Timing
 from service.pipeline.pipeline import Pipeline
+from service.pipeline.recorder import ShadowBatch, ShadowReport
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.store.redis.redis_store import RedisStore
@@ -56,10 +57,12 @@ class Counts:
 
     Attributes:
         rejected: id and reason of each access key that was rejected.
+        shadows: what challengers did.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
     rejected: list[tuple[str | None, str | None]] = field(default_factory=list)
+    shadows: list[ShadowBatch] = field(default_factory=list)
     largest_batch: int = 0
 
     def record_chunks(
@@ -89,6 +92,13 @@ class Counts:
     ) -> None:
         self.seen["batches"] += 1
         self.largest_batch = max(self.largest_batch, rows)
+
+    def record_shadow(self, model: str, challenger: str, batch: ShadowBatch) -> None:
+        self.seen.update({f"shadow_{outcome}": n for outcome, n in batch.outcomes.items()})
+        self.shadows.append(batch)
+
+    def shadow_report(self, model: str, challenger: str) -> ShadowReport:
+        raise NotImplementedError
 
     def record_websockets(self, model: str, change: int) -> None:
         self.seen["websockets"] += change

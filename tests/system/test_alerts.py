@@ -48,6 +48,7 @@ REQUESTS = 'carry_request_seconds_count{status="%s"}'
 REFUSALS = 'carry_refusals_total{model="flights",code="%s"}'
 CHUNKS = 'carry_chunks_total{model="flights"}'
 CONFLICTS = 'carry_conflicts_total{model="flights"}'
+SHADOW = 'carry_shadow_chunks_total{model="flights",challenger="c3d4",outcome="%s"}'
 EVICTIONS = 'carry_cache_evictions_total{model="flights"}'
 UP = 'up{job="carry",instance="a:8000"}'
 ROUTE = 'method="POST",route="%s",status="200",'
@@ -206,6 +207,18 @@ CASES = (
         11,
         FLIGHTS,
         "flights: 6% of the chunks conflict",
+    ),
+    Case(
+        "CarryChallengerDropped",
+        {
+            SHADOW % "dropped": "0+100x60",
+            SHADOW % "computed": "0+99x60",
+            SHADOW % "failed": "0+1x60",
+        },
+        {SHADOW % "dropped": "0+75x60", SHADOW % "computed": "0+25x60"},
+        11,
+        {**FLIGHTS, "challenger": "c3d4"},
+        "flights: challenger c3d4 dropped 75% of the chunks",
     ),
     Case(
         "CarryConsumerBehind",

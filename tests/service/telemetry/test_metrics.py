@@ -37,10 +37,9 @@ from service.telemetry.metrics import (
     MAX_KEYS,
     MULTIPROCESS_DIR,
     REJECTIONS_INTERVAL_S,
-    SECONDS,
     PrometheusRecorder,
-    observe_all,
 )
+from service.telemetry.series import SECONDS, observe_all
 from tests.support.metrics import read, series
 from tests.support.servers import becomes
 

@@ -21,7 +21,7 @@ from service.pipeline.state_cache import OVERHEAD_BYTES, StateCache
 from service.store.capabilities import StoreTelemetry, StreamCount
 from service.telemetry.metrics import MULTIPROCESS_DIR, PrometheusRecorder
 from service.telemetry.sampler import Sampler, TransportLoad
-from tests.support.metrics import read, series
+from tests.support.metrics import read, series, shadow_batch
 from tests.support.pages import ROOT
 from tests.support.streams import cached
 
@@ -130,6 +130,7 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow", 64)
     recorder.record_request("GET", "/metrics", 200, 1.0)
     recorder.record_error("flights", Conflict(""))
+    recorder.record_shadow("flights", "c3d4", shadow_batch())
     sampler = sampler_of(recorder, ObservedStore(), StateCache(0))
     sampler.sample()
     sampler.record_streams({})
