@@ -167,7 +167,10 @@ def open_models(settings: ModelSettings, only: str | None = None) -> list[Served
     artifacts = with_alarm_rates(load_models(settings.models_dir, only), rates)
     runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
     decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
-    return [ServedModel(*each) for each in zip(artifacts, runtimes, decoders, strict=True)]
+    return [
+        ServedModel(artifact, runtime, decoder, settings.history_of(artifact.spec))
+        for artifact, runtime, decoder in zip(artifacts, runtimes, decoders, strict=True)
+    ]
 
 
 def load_models(directory: Path, only: str | None = None) -> list[Artifact]:

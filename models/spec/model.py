@@ -51,6 +51,7 @@ from models.spec.heads import (
     LabelHead,
     SequenceHead,
 )
+from models.spec.history import HistorySpec
 from models.spec.layers import (
     FEATURES,
     AttentionLayer,
@@ -106,9 +107,12 @@ class ModelSpec(Frozen):
             counted by position: for networks trained on windows of that length.
         session_gap_s: seconds between two timestamps of a stream; after a longer gap the state
             becomes the initial state again.
+        history: what the store keeps of each stream besides its state; by default nothing.
     """
 
-    later_options = frozenset({"detection", "embeddings", "onnx", "reset_every", "session_gap_s"})
+    later_options = frozenset(
+        {"detection", "embeddings", "history", "onnx", "reset_every", "session_gap_s"}
+    )
 
     name: ModelName
     description: str = ""
@@ -124,6 +128,7 @@ class ModelSpec(Frozen):
     session_gap_s: Annotated[float, Field(gt=0)] | None = None
     decoder: DecoderSpec | None = None
     detection: DetectionSpec | None = None
+    history: HistorySpec | None = None
     training: TrainingSpec | None = None
 
     @model_validator(mode="before")

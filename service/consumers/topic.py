@@ -169,10 +169,11 @@ class OwnedTopic(LeasedTopic):
             return [OutcomeUnknown("the topic was lost before the commit")] * count
         items = []
         columns = (commits.keys, commits.expected, commits.states, commits.replies)
-        for key, expected, state, reply in zip(*columns, strict=True):
+        for at, (key, expected, state, reply) in enumerate(zip(*columns, strict=True)):
             submitted, stored = self._submitted[key], decode_reply(reply)
             start = self._output_start(submitted.chunk, stored.head)
-            chunk = ChunkCommit(key, expected, state, reply)
+            history = commits.histories and commits.histories.select([at])
+            chunk = ChunkCommit(key, expected, state, reply, history)
             outputs = self._writer.entries(start, stored.outputs)
             ids = [event.id for event in submitted.events]
             shared = self._writer.shared(key.stream, stored.head, state[WRITER])

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from models.spec.history import HistorySpec
 from service.core.delivery import Resolution, last_chunk, resolve_conflict, stream_facts
 from service.core.errors import (
     CarryError,
@@ -50,6 +51,7 @@ from service.store.codec import (
     pack_head,
     unpack_head,
 )
+from service.store.history import HistoryColumns
 
 
 class _Stages(NamedTuple):
@@ -281,6 +283,8 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     def _encode(self, computed: ComputedBatch) -> CommitColumns:
         """The bytes that the store compares and writes for each job."""
         jobs, packed = computed.jobs, list(map(pack_head, computed.heads))
+        route = self._versions.route
+        history = route.champion.history
         states = encode_states(
             [job.payload.steps.feed for job in jobs],
             packed,
@@ -294,7 +298,22 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             [job.expected for job in jobs],
             states,
             encode_replies(packed, computed.outputs),
+            self._histories(computed, history) if history or route.challenger else None,
         )
+
+    def _histories(self, computed: ComputedBatch, history: HistorySpec | None) -> HistoryColumns:
+        """What the jobs' chunks add to the histories of their streams; without events, the states
+        for other versions are kept."""
+        jobs = computed.jobs
+        if history is None:
+            return HistoryColumns([b""] * len(jobs), 0, 1)
+        encode, most = computed.served.history_codec.encode_last, history.events
+        entries: list[bytes] = []
+        for job in jobs:
+            base, chunk = job.base, job.payload
+            start, final = base.head.position if base else 0, chunk.final
+            entries.append(encode(start, chunk.steps, most, final=final, starts=base is None))
+        return HistoryColumns(entries, most, history.snapshots)
 
     async def _resolve_uncommitted(
         self, served: ServedModel, job: ChunkJob, reply: Reply, result: CommitResult

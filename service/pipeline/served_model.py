@@ -20,6 +20,7 @@ from models.events.encode import Clock, encode, encode_many, event_times
 from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import ALARM_RATE
+from models.spec.history import HistorySpec
 from models.spec.resets import find_resets, segments_of
 from models.spec.state import State
 from service.core.delivery import stream_facts
@@ -33,6 +34,7 @@ from service.core.errors import (
 from service.core.values import Chunk, FloatRows, ForecastRequest, Steps, StreamHead, StreamState
 from service.engine.runtimes.base import Runtime
 from service.store.codec import HEADER_BYTES
+from service.store.history_codec import HistoryCodec
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
 """Rows [T, F] of a chunk, and the int part [M] of the state after it."""
@@ -75,9 +77,17 @@ class ServedModel:
             modified.
         runtime_state: the layout of the parts that the runtime reads and writes.
         blocks: the parts of the state that hold waiting rows; None for a model without blocks.
+        history: what the store keeps of a stream besides its state; None for nothing.
+        history_codec: encodes and decodes the entries of a history.
     """
 
-    def __init__(self, artifact: Artifact, runtime: Runtime, decoder: Runtime | None = None):
+    def __init__(
+        self,
+        artifact: Artifact,
+        runtime: Runtime,
+        decoder: Runtime | None = None,
+        history: HistorySpec | None = None,
+    ):
         self.artifact = artifact
         self.runtime = runtime
         self.decoder = decoder
@@ -94,6 +104,8 @@ class ServedModel:
         self.initial = layout.initial()
         self.runtime_state = artifact.runtime_state
         self.blocks = None if spec.blocks is None else BlockStateLayout(spec.blocks, layout)
+        self.history = history
+        self.history_codec = HistoryCodec(spec.events, spec.input_features)
         detection = spec.detection
         self._alarm_rate_at: int | None = None
         if detection is not None:

@@ -9,11 +9,24 @@ from pydantic import AfterValidator, Field
 
 import models
 from models.spec.detection import parse_alarm_rates
+from models.spec.history import (
+    DEFAULT_SNAPSHOTS,
+    MAX_SNAPSHOTS,
+    MIN_SNAPSHOTS,
+    HistorySpec,
+    parse_history_events,
+)
+from models.spec.model import ModelSpec
 from service.core.settings import MIB, settings_group
 
 
 def _check_alarm_rates(value: str) -> str:
     parse_alarm_rates(value)
+    return value
+
+
+def _check_history_events(value: str) -> str:
+    parse_history_events(value)
     return value
 
 
@@ -29,6 +42,15 @@ class ModelSettings:
     their specification: `MODEL=RATE`, several separated by commas. A request may set another rate
     for its chunk. All workers of a store need the same value."""
 
+    history_events: Annotated[str, AfterValidator(_check_history_events)] = ""
+    """Recent events of each stream that are kept in the store, as they came, instead of the number
+    in the model's specification: `N` for all models, or `MODEL=N`, several separated by commas; 0
+    keeps none. All workers of a store need the same value."""
+
+    history_snapshots: Annotated[int, Field(ge=MIN_SNAPSHOTS, le=MAX_SNAPSHOTS)] | None = None
+    """Earlier states of each stream that are kept beside these events, instead of the number in the
+    model's specification (8 by default)."""
+
     runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
     """Library that runs the networks. `auto` chooses for each model: `onnxruntime`, which is faster
     and smaller, if it is installed and the model has a graph, otherwise `tensorflow`; the log line
@@ -41,6 +63,15 @@ class ModelSettings:
     def alarm_rates(self) -> dict[str, float]:
         """By model, the expected number of false alarms of one stream in a day."""
         return parse_alarm_rates(self.false_alarms_per_day)
+
+    def history_of(self, spec: ModelSpec) -> HistorySpec | None:
+        """What is kept of the history of a model's streams; None for nothing."""
+        own, given = spec.history, parse_history_events(self.history_events)
+        events = given.get(spec.name, given.get(None, own.events if own else 0))
+        if not events:
+            return None
+        default = own.snapshots if own else DEFAULT_SNAPSHOTS
+        return HistorySpec(events=events, snapshots=self.history_snapshots or default)
 
 
 @settings_group

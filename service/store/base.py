@@ -38,6 +38,7 @@ from service.store.capabilities import (
 from service.store.codec import CodecError, decode_state, read_packed_head, unpack_head
 
 if TYPE_CHECKING:
+    from service.store.history import Histories, HistoryColumns
     from service.store.topics import Topics
 
 log = structlog.get_logger(__name__)
@@ -51,12 +52,14 @@ class CommitColumns(msgspec.Struct, frozen=True):
             neither may exist.
         states: encoded, to write.
         replies: encoded, stored for retries of the last chunk; an empty one deletes the stored one.
+        histories: of the streams; None if none is kept.
     """
 
     keys: Sequence[StreamKey]
     expected: Sequence[bytes]
     states: Sequence[bytes]
     replies: Sequence[bytes]
+    histories: HistoryColumns | None = None
 
     def select(self, at: Sequence[int]) -> CommitColumns:
         """The items at these indexes."""
@@ -65,6 +68,7 @@ class CommitColumns(msgspec.Struct, frozen=True):
             [self.expected[index] for index in at],
             [self.states[index] for index in at],
             [self.replies[index] for index in at],
+            self.histories and self.histories.select(at),
         )
 
 
@@ -180,6 +184,7 @@ class Store(StateStore, Protocol):
     outputs: OutputChannel
     monitor: StoreMonitor
     topics: Topics
+    histories: Histories
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int

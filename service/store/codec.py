@@ -93,6 +93,9 @@ COMPARED: Final = slice(0, EPOCH_BYTES + TAG_BYTES)
 WRITER: Final = slice(16, 16 + FINGERPRINT_BYTES)
 """The part of a state with the fingerprint of the model that wrote it."""
 
+EPOCH: Final = slice(_HEAD_OFFSET, _HEAD_OFFSET + EPOCH_BYTES)
+"""The epoch in a state."""
+
 REPLY_HEADER_BYTES: Final = _REPLY.size
 _FLAGS_OFFSET: Final = 5
 _STATE_CRC_OFFSET: Final = _STATE_LEAD.size

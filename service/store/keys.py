@@ -2,6 +2,9 @@
 
     {namespace}{pNNNN}:s:{model}:{stream}     the state
     {namespace}{pNNNN}:r:{model}:{stream}     the last reply
+    {namespace}{pNNNN}:h:{model}:{stream}     the recent events of its history, a list
+    {namespace}{pNNNN}:v:{model}:{stream}     its snapshots and its states for other versions of the
+                                              model, a hash (`lua/history.lua`)
     {namespace}{pNNNN}:probe:{name}           trial commit of the readiness check, TTL of 1 ms
     {namespace}:meta                          format and number of partitions of the store
     {namespace}:token-key                     the key that signs state tokens, 32 random bytes
@@ -90,6 +93,11 @@ class KeySpace:
         model, stream = key.model, key.stream
         prefix = _partition_prefix(self.namespace, self.partition(key))
         return f"{prefix}:s:{model}:{stream}", f"{prefix}:r:{model}:{stream}"
+
+    def all_of(self, key: StreamKey) -> list[str]:
+        """The keys of the stream's state, of its last reply, and the two of its history."""
+        prefix = _partition_prefix(self.namespace, self.partition(key))
+        return [f"{prefix}:{kind}:{key.model}:{key.stream}" for kind in "srhv"]
 
     def partition_prefix(self, partition: int) -> str:
         """The prefix of all keys of a partition, with the hash tag."""

@@ -22,6 +22,7 @@ import msgspec
 from service.core.errors import CarryError
 from service.core.values import StreamHead, StreamKey
 from service.store.base import CommitResult
+from service.store.history import HistoryColumns
 from service.store.keys import KeySpace
 
 CONSUMER: Final = "carry"
@@ -180,12 +181,17 @@ class Appended(NamedTuple):
 
 
 class ChunkCommit(NamedTuple):
-    """The compare-and-set of one stream, a row of `CommitColumns`."""
+    """The compare-and-set of one stream, a row of `CommitColumns`.
+
+    Attributes:
+        history: of this one stream; None if none is kept.
+    """
 
     key: StreamKey
     expected: bytes
     state: bytes
     reply: bytes
+    history: HistoryColumns | None = None
 
 
 class TopicItem(NamedTuple):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
+from models.spec.history import HistorySpec
 from models.spec.model import parse_spec
 from models.spec.state import State
 from service.access.caller import ANYONE
@@ -131,13 +132,14 @@ async def worker(
     queue: int = 4096,
     drain_s: float = 30.0,
     on_model_change: Literal["refuse", "reset"] = "refuse",
+    history: HistorySpec | None = None,
 ) -> AsyncIterator[Pipeline]:
     """One worker's pipeline on a store of its own connections."""
     store = store or RedisStore(
         StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_s=idle_ttl_s, store_wait_s=60)
     )
     pipeline = Pipeline(
-        [ServedModel(artifact, runtime or NumpyRuntime(artifact))],
+        [ServedModel(artifact, runtime or NumpyRuntime(artifact), history=history)],
         store,
         counts or Counts(),
         settings=replace(

@@ -25,8 +25,14 @@ if TYPE_CHECKING:
 
 Command = tuple[str | bytes | int, ...]
 
-_SHARED: Final = {"commit": "compare_and_set", "topic_commit": "compare_and_set"}
-"""The Lua file with the functions that a script shares with others."""
+_SHARED: Final = {
+    "commit": ("compare_and_set",),
+    **dict.fromkeys(
+        ("commit_with_history", "history_write", "topic_commit", "version_commit"),
+        ("compare_and_set", "history"),
+    ),
+}
+"""The Lua files with the functions that a script shares with others."""
 
 
 def pack_command(command: Command) -> bytes:
@@ -50,7 +56,7 @@ class Script:
     @classmethod
     def load(cls, name: str) -> Script:
         """Read `lua/{name}.lua` of this package, behind what it shares with other scripts."""
-        names = [_SHARED[name], name] if name in _SHARED else [name]
+        names = [*_SHARED.get(name, ()), name]
         folder = files("service.store.redis").joinpath("lua")
         text = b"".join([folder.joinpath(f"{each}.lua").read_bytes() for each in names])
         return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())

@@ -66,6 +66,7 @@ from service.store.redis.address import check_address, check_tls_files
 from service.store.redis.capabilities import RedisRateLeases, RedisStoredKeys, RedisStreamUsage
 from service.store.redis.cluster_router import ClusterRouter
 from service.store.redis.commands import PendingCommand, Script, pack_arguments
+from service.store.redis.histories import RedisHistories
 from service.store.redis.monitor import RedisMonitor
 from service.store.redis.outcomes import (
     WRITTEN,
@@ -163,7 +164,8 @@ class RedisStore(Store):
         self.rates = RedisRateLeases(self._router)
         self.keys = RedisStoredKeys(self._router)
         self.monitor = RedisMonitor(self._router, self._commit_script)
-        self.topics = RedisTopics(self._router, self._keys.pair)
+        self.topics = RedisTopics(self._router)
+        self.histories = RedisHistories(self._router, self._slot, self._commit_results)
 
     async def start(self) -> None:
         await self._router.start()
@@ -262,6 +264,8 @@ class RedisStore(Store):
 
     def _commit_command(self, commits: CommitColumns, slot: int) -> PendingCommand:
         """The call of the script that commits streams of one slot."""
+        if commits.histories is not None:
+            return self.histories.commit_command(commits, commits.histories, slot)
         keys, expected, states, replies = (
             commits.keys, commits.expected, commits.states, commits.replies
         )  # fmt: skip
@@ -381,7 +385,7 @@ class RedisStore(Store):
         ttl_ms, commands = round(1000 * self._settings.tombstone_ttl_s), list[PendingCommand]()
         for key, condition in conditions.items():
             tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
-            names, slot = self._keys.pair(key), self._slot(key)
+            names, slot = self._keys.all_of(key), self._slot(key)
             arguments = (condition, tombstone, ttl_ms)
             commands.append(
                 PendingCommand.for_script(self._delete_script, names, arguments, slot, [key])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -69,15 +69,10 @@ class _Read(NamedTuple):
 
 
 class RedisTopics(Topics):
-    """The topics of a store.
+    """The topics of a store."""
 
-    Args:
-        pair: returns the keys of a stream's state and reply.
-    """
-
-    def __init__(self, router: Router, pair: Callable[[StreamKey], tuple[str, str]]):
+    def __init__(self, router: Router):
         self._router = router
-        self._pair = pair
         settings = router.settings
         self.space = settings.keys
         self._members = f"{settings.namespace}:consumers:"
@@ -244,15 +239,20 @@ class RedisTopics(Topics):
         """Add the keys and arguments of an item to those of a call of `topic_commit.lua`."""
         if item.condition is not None:
             key, head = item.condition
-            names += self._pair(key)
+            names += self.space.pair(key)
             arguments += (2, pack_head(head)[COMPARED])
         elif item.chunk is None:
             arguments.append(0)
         else:
-            key, expected, state, reply = item.chunk
-            names += self._pair(key)
+            key, expected, state, reply, history = item.chunk
             reply = reply if len(reply) <= self._max_reply_bytes else b""
-            arguments += (1, expected[COMPARED], state, reply)
+            if history is None:
+                names += self.space.pair(key)
+                arguments += (1, expected[COMPARED], state, reply)
+            else:
+                names += self.space.all_of(key)
+                arguments += (3, expected[COMPARED], state, reply)
+                arguments += (history.entries[0], history.events, history.snapshots)
         halt = f"+{item.halts}" if item.halts else f"={item.halted}" if item.halted else ""
         arguments += (
             halt,

@@ -12,8 +12,8 @@ local idle_ms, reply_ms = ARGV[1], ARGV[2]
 --           exist
 -- state     the bytes to write, header and values
 -- reply     the bytes to write; "": none, and a stored reply is deleted
--- on_match  called before the first write, if the expected state is stored; nil: nothing is called.
---           After an error in it the state is unchanged.
+-- on_match  called with the stored header before the first write, if the expected state is stored;
+--           nil: nothing is called. After an error in it the state is unchanged.
 --
 -- Returns
 --   {1}          written, the reply first and the state last
@@ -32,7 +32,7 @@ local function compare_and_set(state_key, reply_key, expected, state, reply, on_
     return {0, header}
   end
   if on_match then
-    on_match()
+    on_match(header)
   end
   if reply == '' then
     redis.call('DEL', reply_key)

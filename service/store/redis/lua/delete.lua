@@ -1,7 +1,9 @@
--- Replaces one stream by a tombstone and deletes its reply, if the stored head is the expected one.
+-- Replaces one stream by a tombstone and deletes its reply and its history, if the stored head is
+-- the expected one.
 --
 -- KEYS[1]  state key
 -- KEYS[2]  reply key
+-- KEYS[3], KEYS[4]  keys of its history
 -- ARGV[1]  expected: prefix of bytes 32 to 55 of the stored value, epoch and tag of a state; a
 --          shorter value is padded with zeros. "": no value may be stored
 -- ARGV[2]  the tombstone
@@ -35,6 +37,6 @@ end
 if head ~= '' and (expected == '' or string.sub(head, 1, #expected) ~= expected) then
   return {0, header}
 end
-redis.call('UNLINK', KEYS[1], KEYS[2])
+redis.call('UNLINK', unpack(KEYS))
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return {1}

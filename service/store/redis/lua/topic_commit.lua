@@ -5,8 +5,9 @@
 -- KEYS[3]  the streams that halt: a hash of names to times
 -- KEYS[4]  the output topic
 -- KEYS[5]  the dead-letter topic
--- KEYS[6..] for each chunk and each condition: its state key, its reply key
--- ARGV[1], ARGV[2]  as of `compare_and_set.lua`, which precedes this text
+-- KEYS[6..] for each chunk and each condition: its state key, its reply key, and for a chunk with a
+--           history the two keys of that
+-- ARGV[1], ARGV[2]  as of `compare_and_set.lua`, which precedes this text with `history.lua`
 -- ARGV[3]  the consumer group
 -- ARGV[4]  the consumer name in the group, the same for all owners
 -- ARGV[5]  the fence of the owner
@@ -14,8 +15,9 @@
 -- ARGV[7]  about how many entries the output topic keeps; "0": all
 -- ARGV[8]  "1": acknowledged entries are deleted
 -- ARGV[9..] for each item:
---            "1", expected, state, reply, as of `compare_and_set`; or "2", expected: a condition
---            without a write, "" also meets a tombstone; or "0"
+--            "1", expected, state, reply, as of `compare_and_set`; or "3", these, and entry, events,
+--            snapshots, as of `keep_history`; or "2", expected: a condition without a write, "" also
+--            meets a tombstone; or "0"
 --            a stream: "+" and its name halts it, "=" and its name: it must halt; "": none
 --            number of entries that are acknowledged, and their ids
 --            number of fields and values that each entry that is written begins with, and these
@@ -56,7 +58,7 @@ end
 local at, pair, results = 9, 6, {}
 while at <= #ARGV do
   local kind, chunk = ARGV[at], at + 1
-  at = at + (kind == '1' and 4 or kind == '2' and 2 or 1)
+  at = at + (kind == '3' and 7 or kind == '1' and 4 or kind == '2' and 2 or 1)
   local halted, first = ARGV[at], at + 2
   local last = at + 1 + ARGV[at + 1]
   local shared = last + 1
@@ -115,11 +117,17 @@ while at <= #ARGV do
     return {1}
   end
 
+  local function write_with_history(header)
+    write_entries()
+    keep_history(KEYS[pair], KEYS[pair + 2], KEYS[pair + 3], header, ARGV[chunk + 1],
+      ARGV[chunk + 3], tonumber(ARGV[chunk + 4]), tonumber(ARGV[chunk + 5]))
+  end
+
   local ok, result
-  if kind == '1' then
+  if kind == '1' or kind == '3' then
     ok, result = pcall(compare_and_set, KEYS[pair], KEYS[pair + 1], ARGV[chunk], ARGV[chunk + 1],
-      ARGV[chunk + 2], write_entries)
-    pair = pair + 2
+      ARGV[chunk + 2], kind == '1' and write_entries or write_with_history)
+    pair = pair + (kind == '1' and 2 or 4)
   elseif kind == '2' then
     ok, result = pcall(write_if_met)
     pair = pair + 2

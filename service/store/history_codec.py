@@ -1,0 +1,228 @@
+"""Bytes of a stream's history in the store: an entry of each recent chunk, its events as they came.
+
+An entry, all little-endian, with T events:
+
+    offset  size  what
+         0     8  start position, u64
+         8     4  T, u32
+        12     1  flags: bit 0 the feed is `inputs` (else `events`), bit 1 the chunk is final, bit 2
+                  a rate of alarms is given, bit 3 the client resets the state, bit 4 the state
+                  before the entry is the initial one
+        13     4  CRC-32 over every other byte, u32
+        17     8  the rate of alarms, f64, if bit 2 is set
+               4  R, u32, then R indexes of resets, u32 each, if bit 3 is set
+               4  CRC-32 of the names and kinds of the fields, or F for `inputs`, u32
+               -  canonical bytes of the events (`models.events.columns`), or T F float32 values
+
+Events are stored as they came, with the strings of categories, not their codes: another version of
+the model, with other statistics and vocabularies, reads them if its fields have the same names,
+kinds and order. A chunk of more events than a history keeps has an entry of its last ones.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from models.events.columns import BoolArray, EventColumns, block_of, canonical_bytes
+from models.events.schema import EventField, EventSchema
+from service.core.values import Feed, Steps
+from service.store.codec import CodecError
+
+_LEAD: Final = struct.Struct("<QIB")
+_CRC: Final = struct.Struct("<I")
+_COUNT: Final = struct.Struct("<I")
+_RATE: Final = struct.Struct("<d")
+_HEADER_BYTES: Final = _LEAD.size + _CRC.size
+_F4: Final = np.dtype("<f4")
+
+_IS_INPUTS: Final = 1
+_IS_FINAL: Final = 2
+_HAS_RATE: Final = 4
+_HAS_RESETS: Final = 8
+_STARTS: Final = 16
+
+
+class HistoryEntry(NamedTuple):
+    """The events of one chunk, or its last ones.
+
+    Attributes:
+        start: position of the first event.
+        final: whether the chunk closed the stream.
+        starts: whether the state before it is the initial one: the chunk created the stream.
+    """
+
+    start: int
+    steps: Steps
+    final: bool = False
+    starts: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The position after the last event."""
+        return self.start + self.steps.length
+
+    def cut(self, first: int, stop: int) -> HistoryEntry:
+        """The events of a range of positions inside the entry, without its end if it is cut."""
+        steps, at = self.steps, slice(first - self.start, stop - self.start)
+        cut = replace(
+            steps,
+            length=stop - first,
+            columns=None if steps.columns is None else steps.columns[at],
+            rows=None if steps.rows is None else steps.rows[at],
+            resets=tuple([each - at.start for each in steps.resets if at.start <= each < at.stop]),
+        )
+        return HistoryEntry(
+            first, cut, self.final and stop == self.stop, self.starts and first == self.start
+        )
+
+
+def read_range(value: bytes) -> range:
+    """The positions of an entry's events, without decoding the rest.
+
+    Raises:
+        CodecError: it is too short.
+    """
+    if len(value) < _HEADER_BYTES:
+        raise CodecError(f"expected at least {_HEADER_BYTES} bytes, got {len(value)}")
+    start, count, _ = _LEAD.unpack_from(value)
+    return range(start, start + count)
+
+
+class HistoryCodec:
+    """Encodes and decodes the entries of one model's streams.
+
+    Args:
+        schema: the event schema; None if the model takes `inputs` only.
+        features: F, the values of a row of `inputs`.
+    """
+
+    def __init__(self, schema: EventSchema | None, features: int):
+        self._schema = schema
+        self._features = features
+        fields = [] if schema is None else [f"{field.name}:{field.kind}" for field in schema.fields]
+        self._fields = _CRC.pack(zlib.crc32(",".join(fields).encode()))
+        self._width = _COUNT.pack(features)
+
+    def encode(
+        self, start: int, steps: Steps, *, final: bool = False, starts: bool = False
+    ) -> bytes:
+        """Encode the events of a chunk.
+
+        Args:
+            start: position of its first event.
+            starts: whether it created its stream.
+        """
+        rate, resets, rows = steps.false_alarms_per_day, steps.resets, steps.rows
+        flags = (_IS_FINAL if final else 0) | (_STARTS if starts else 0)
+        parts: list[bytes] = []
+        if rate is not None:
+            flags |= _HAS_RATE
+            parts.append(_RATE.pack(rate))
+        if resets:
+            flags |= _HAS_RESETS
+            parts.append(struct.pack(f"<{1 + len(resets)}I", len(resets), *resets))
+        if rows is not None:
+            flags |= _IS_INPUTS
+            parts += (self._width, rows.astype(_F4, copy=False).tobytes())
+        elif steps.columns is not None and self._schema is not None:
+            parts += (self._fields, canonical_bytes(self._schema, steps.columns))
+        else:
+            raise CodecError("expected columns under a schema, or rows")
+        lead, body = _LEAD.pack(start, steps.length, flags), b"".join(parts)
+        return b"".join((lead, _CRC.pack(zlib.crc32(body, zlib.crc32(lead))), body))
+
+    def encode_last(
+        self, start: int, steps: Steps, most: int, *, final: bool = False, starts: bool = False
+    ) -> bytes:
+        """Encode the last events of a chunk, at most so many; as `encode`."""
+        if steps.length > most:
+            entry = HistoryEntry(start, steps, final, starts)
+            start, steps, final, starts = entry.cut(entry.stop - most, entry.stop)
+        return self.encode(start, steps, final=final, starts=starts)
+
+    def decode(self, value: bytes) -> HistoryEntry:
+        """Decode an entry; arrays of rows are read-only views of the bytes.
+
+        Raises:
+            CodecError: the bytes are damaged, or its events have other fields than the schema.
+        """
+        positions, flags = read_range(value), value[_LEAD.size - 1]
+        crc = zlib.crc32(value[_HEADER_BYTES:], zlib.crc32(value[: _LEAD.size]))
+        if value[_LEAD.size : _HEADER_BYTES] != _CRC.pack(crc):
+            raise CodecError("wrong checksum of an entry of the history")
+        try:
+            return self._decode(value, positions, flags)
+        except (struct.error, ValueError, IndexError) as error:
+            raise CodecError(f"an entry of the history is invalid: {error}") from error
+
+    def _decode(self, value: bytes, positions: range, flags: int) -> HistoryEntry:
+        at, rate, resets, count = _HEADER_BYTES, None, (), len(positions)
+        if flags & _HAS_RATE:
+            (rate,) = _RATE.unpack_from(value, at)
+            at += _RATE.size
+        if flags & _HAS_RESETS:
+            (size,) = _COUNT.unpack_from(value, at)
+            resets = struct.unpack_from(f"<{size}I", value, at + _COUNT.size)
+            at += _COUNT.size * (1 + size)
+        kind, at = value[at : at + _COUNT.size], at + _COUNT.size
+        columns, rows, feed = None, None, Feed.EVENTS
+        if flags & _IS_INPUTS:
+            feed = Feed.INPUTS
+            if kind != self._width:
+                raise CodecError(f"expected rows of {self._features} features in the history")
+            rows = np.frombuffer(value, _F4, offset=at).reshape(count, self._features)
+        elif self._schema is None or kind != self._fields:
+            raise CodecError("the events of the history have other fields than the model")
+        else:
+            columns = _read_columns(self._schema, count, value, at)
+        steps = Steps(feed, count, columns, rows, resets, rate)
+        return HistoryEntry(positions.start, steps, bool(flags & _IS_FINAL), bool(flags & _STARTS))
+
+    def keep_until(self, entries: Sequence[bytes], position: int) -> list[bytes]:
+        """The entries up to a position, at most the stream's: the last one may be cut.
+
+        Raises:
+            CodecError: the entry to cut cannot be decoded.
+        """
+        kept: list[bytes] = []
+        for value in entries:
+            positions = read_range(value)
+            if positions.stop <= position:
+                kept.append(value)
+            elif positions.start < position:
+                start, steps, final, starts = self.decode(value).cut(positions.start, position)
+                kept.append(self.encode(start, steps, final=final, starts=starts))
+        return kept
+
+
+def _read_columns(schema: EventSchema, count: int, value: bytes, at: int) -> EventColumns:
+    """Decode canonical bytes, which end with the value."""
+    present: dict[str, BoolArray] = {}
+    values: dict[str, NDArray[Any]] = {}
+    for field in schema.fields:
+        present[field.name] = np.frombuffer(value, np.bool_, count, at)
+        values[field.name], at = _read_values(field, count, value, at + count)
+    if at != len(value):
+        raise CodecError(f"expected {at} bytes in an entry of the history, got {len(value)}")
+    columns = EventColumns(count, present, values)
+    return EventColumns.of_block(block_of(schema, columns))
+
+
+def _read_values(field: EventField, count: int, value: bytes, at: int) -> tuple[NDArray[Any], int]:
+    """The values of a field, and where the next one begins."""
+    if field.kind != "categorical":
+        kinds = {"numeric": "<f8", "timestamp": "<i8", "boolean": "?"}
+        numbers: NDArray[Any] = np.frombuffer(value, kinds[field.kind], count, at)
+        return numbers, at + numbers.nbytes
+    lengths = np.frombuffer(value, "<u4", count, at).tolist()
+    ends = list(accumulate(lengths, initial=at + 4 * count))
+    strings = [value[start:stop].decode() for start, stop in pairwise(ends)]
+    return np.array(strings, object), ends[-1]

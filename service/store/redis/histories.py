@@ -1,0 +1,188 @@
+"""The histories of streams on Redis or Valkey (`service.store.history`), written by scripts.
+
+The keys of a history are in the slot of the stream's state, so that one script reads or writes all.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+from service.core.errors import StoreRefused, StoreUnavailable
+from service.core.values import StreamHead, StreamKey
+from service.store.base import CommitColumns, CommitResult
+from service.store.codec import COMPARED, EPOCH, StateHeader, pack_head
+from service.store.history import Histories, HistoryColumns, HistoryCopy, StoredHistory
+from service.store.redis.commands import PendingCommand, Script
+from service.store.redis.outcomes import Outcome, ServerReply, read_value
+from service.store.redis.router import Router
+
+ALL: Final = "*"
+_INDEX: Final = struct.Struct("<Q8s")
+
+Results = Callable[[CommitColumns, Outcome, float], Awaitable[list[CommitResult]]]
+
+
+class RedisHistories(Histories):
+    """The histories of a store.
+
+    Args:
+        slot: returns the slot of a stream's keys.
+        results: returns the results of the commits of a script.
+    """
+
+    def __init__(self, router: Router, slot: Callable[[StreamKey], int], results: Results):
+        self._router = router
+        self._keys = router.settings.keys
+        self._slot = slot
+        self._results = results
+        settings = router.settings
+        self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
+        self._max_reply_bytes = settings.reply_max_bytes
+        self._commit_script = Script.load("commit_with_history")
+        self._read_script = Script.load("history_read")
+        self._write_script = Script.load("history_write")
+        self._version_script = Script.load("version_commit")
+
+    def commit_command(
+        self, commits: CommitColumns, histories: HistoryColumns, slot: int
+    ) -> PendingCommand:
+        """The call of the script that commits streams of one slot with their histories."""
+        names = [name for key in commits.keys for name in self._keys.all_of(key)]
+        arguments: list[str | bytes | int] = [
+            *self._ttls, histories.events, histories.snapshots
+        ]  # fmt: skip
+        for expected, state, reply, entry in zip(
+            commits.expected, commits.states, commits.replies, histories.entries, strict=True
+        ):
+            reply = reply if len(reply) <= self._max_reply_bytes else b""
+            arguments += (expected[COMPARED], state, reply, entry)
+        script = self._commit_script
+        return PendingCommand.for_script(script, names, arguments, slot, commits.keys)
+
+    async def read(
+        self,
+        key: StreamKey,
+        fingerprint: bytes,
+        position: int | None = None,
+        deadline_s: float = math.inf,
+    ) -> StoredHistory:
+        record, *valid = await self._read(
+            key, fingerprint, "" if position is None else position, deadline_s
+        )
+        if not valid:
+            return StoredHistory(record)
+        index, entries, snapshots, own = valid
+        if position is not None:
+            snapshots = [each for each in snapshots if _is_usable(each, fingerprint, position)]
+        return StoredHistory(
+            record,
+            True,
+            entries,
+            snapshots[0] if snapshots else None,
+            [at for at, version in _INDEX.iter_unpack(index) if version == fingerprint[:8]],
+            own if own[EPOCH] == record[EPOCH] else None,
+        )
+
+    async def copy(
+        self, key: StreamKey, deadline_s: float = math.inf
+    ) -> tuple[bytes | None, HistoryCopy | None]:
+        record, *valid = await self._read(key, b"", ALL, deadline_s)
+        if not valid:
+            return record, None
+        _, entries, snapshots, _ = valid
+        return record, HistoryCopy(entries, snapshots[::-1])
+
+    async def _read(
+        self, key: StreamKey, fingerprint: bytes, position: int | str, deadline_s: float
+    ) -> list[Any]:
+        """What `history_read.lua` returns."""
+        state, _, *own = self._keys.all_of(key)
+        command = PendingCommand.for_script(
+            self._read_script, [state, *own], [fingerprint, position], self._slot(key)
+        )
+        (outcome,) = await self._router.execute(command, deadline_s=deadline_s)
+        values: list[Any] = read_value(outcome)
+        return values
+
+    async def write(
+        self,
+        key: StreamKey,
+        expected: bytes,
+        state: bytes,
+        history: HistoryCopy,
+        deadline_s: float = math.inf,
+    ) -> CommitResult:
+        return await self._write(key, expected, state, history, deadline_s, keeps_snapshots=False)
+
+    async def rewind(
+        self,
+        key: StreamKey,
+        expected: StreamHead,
+        state: bytes,
+        entries: Sequence[bytes],
+        deadline_s: float = math.inf,
+    ) -> CommitResult:
+        history = HistoryCopy(entries)
+        packed = pack_head(expected)
+        return await self._write(key, packed, state, history, deadline_s, keeps_snapshots=True)
+
+    async def _write(
+        self,
+        key: StreamKey,
+        expected: bytes,
+        state: bytes,
+        history: HistoryCopy,
+        deadline_s: float,
+        *,
+        keeps_snapshots: bool,
+    ) -> CommitResult:
+        entries, snapshots = history
+        arguments: list[str | bytes | int] = [
+            *self._ttls,
+            expected[COMPARED],
+            state,
+            int(keeps_snapshots),
+            len(entries),
+            *entries,
+            *snapshots,
+        ]
+        command = PendingCommand.for_script(
+            self._write_script, self._keys.all_of(key), arguments, self._slot(key), [key]
+        )
+        (outcome,) = await self._router.execute(command, durably=True, deadline_s=deadline_s)
+        if isinstance(outcome, StoreUnavailable | StoreRefused):
+            raise outcome
+        commits = CommitColumns([key], [expected], [state], [b""])
+        (result,) = await self._results(commits, outcome, deadline_s)
+        return result
+
+    async def commit_versions(
+        self, keys: Sequence[StreamKey], states: Sequence[bytes], deadline_s: float = math.inf
+    ) -> list[bool]:
+        groups: dict[int, list[int]] = {}
+        for index, key in enumerate(keys):
+            groups.setdefault(self._slot(key), []).append(index)
+        commands: list[PendingCommand] = []
+        for slot, group in groups.items():
+            names: list[str] = []
+            for index in group:
+                state, _, _, versions = self._keys.all_of(keys[index])
+                names += (state, versions)
+            arguments: list[bytes | int] = [*self._ttls, *[states[index] for index in group]]
+            commands.append(PendingCommand.for_script(self._version_script, names, arguments, slot))
+        outcomes = await self._router.execute(*commands, deadline_s=deadline_s)
+        written: dict[int, bool] = {}
+        for group, outcome in zip(groups.values(), outcomes, strict=True):
+            values = outcome.value if isinstance(outcome, ServerReply) else [0] * len(group)
+            written.update(zip(group, map(bool, values), strict=True))
+        return [written[index] for index in range(len(keys))]
+
+
+def _is_usable(snapshot: bytes, fingerprint: bytes, position: int) -> bool:
+    """Whether the version wrote a snapshot, at or before a position; the script rounds numbers
+    beyond 2^53, and compares parts of fingerprints."""
+    header = StateHeader.decode(snapshot)
+    return header.fingerprint == fingerprint and header.position <= position

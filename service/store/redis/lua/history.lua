@@ -1,0 +1,151 @@
+-- Shared by the scripts that write the history of a stream: its recent events, snapshots of its
+-- state, and its states for other versions of the model.
+--
+-- A history is two keys: a list of entries (`service.store.history_codec`), one for each of the last
+-- chunks, oldest first, and a hash:
+--   "head"              epoch and tag of the last commit that kept the history, 24 bytes; then for
+--                       each snapshot, ascending, its position as in a state, and the first 8 bytes
+--                       of the fingerprint of the version that wrote it
+--   "s" .. position     the snapshot at this position, a whole state
+--   "v" .. fingerprint  the state of the stream for another version, with a head of its own
+--
+-- It is valid only while this head is that of the stored state, so that a commit that does not keep
+-- it, or a lost write of it, makes it invalid and never wrong.
+
+local MAX_VERSION_STATES = 2
+
+local function position_of(bytes, at)
+  return (struct.unpack('<I8', bytes, at))
+end
+
+-- Keep the state of the stream for another version; of too many, the one that is furthest behind is
+-- dropped.
+local function keep_version(versions_key, value)
+  local field = 'v' .. string.sub(value, 17, 32)
+  if redis.call('HSET', versions_key, field, value) == 0 then
+    return
+  end
+  local count, last, lowest = 0, nil, math.huge
+  for _, each in ipairs(redis.call('HKEYS', versions_key)) do
+    if string.sub(each, 1, 1) == 'v' then
+      count = count + 1
+      local position = position_of(redis.call('HGET', versions_key, each), 57)
+      if each ~= field and position < lowest then
+        last, lowest = each, position
+      end
+    end
+  end
+  if count > MAX_VERSION_STATES then
+    redis.call('HDEL', versions_key, last)
+  end
+end
+
+-- Remove the snapshots beyond a position; returns the index of the others.
+local function drop_snapshots(versions_key, index, position)
+  local kept = ''
+  for at = 1, #index, 16 do
+    if position_of(index, at) <= position then
+      kept = kept .. string.sub(index, at, at + 15)
+    else
+      redis.call('HDEL', versions_key, 's' .. string.sub(index, at, at + 7))
+    end
+  end
+  return kept
+end
+
+-- Write a snapshot; returns the index with it.
+local function add_snapshot(versions_key, index, state)
+  redis.call('HSET', versions_key, 's' .. string.sub(state, 57, 64), state)
+  return index .. string.sub(state, 57, 64) .. string.sub(state, 17, 24)
+end
+
+-- Drop snapshots beyond the number to keep: each time the one that is missed least, whose neighbours
+-- are closest to each other compared with its age. So they are dense near the head. The first and
+-- the last one stay, if there are others.
+local function thin_snapshots(versions_key, index, most)
+  while #index > 16 * most do
+    local newest, chosen, least = position_of(index, #index - 15), 1, math.huge
+    for at = 17, #index - 31, 16 do
+      local gap = position_of(index, at + 16) - position_of(index, at - 16)
+      local score = gap / (newest - position_of(index, at))
+      if score < least then
+        chosen, least = at, score
+      end
+    end
+    redis.call('HDEL', versions_key, 's' .. string.sub(index, chosen, chosen + 7))
+    index = string.sub(index, 1, chosen - 1) .. string.sub(index, chosen + 16)
+  end
+  return index
+end
+
+-- Append an entry, and drop the oldest ones while what remains has enough events.
+local function append_entry(history_key, entry, stop, most)
+  redis.call('RPUSH', history_key, entry)
+  local dropped
+  repeat
+    dropped = 0
+    for _, each in ipairs(redis.call('LRANGE', history_key, 0, 1)) do
+      local start, steps = struct.unpack('<I8I4', each)
+      if stop - start - steps < most then
+        break
+      end
+      dropped = dropped + 1
+    end
+    if dropped > 0 then
+      redis.call('LTRIM', history_key, dropped, -1)
+    end
+  until dropped < 2
+end
+
+local function write_head(history_key, versions_key, state, index)
+  redis.call('HSET', versions_key, 'head', string.sub(state, 33, 56) .. index)
+  if idle_ms ~= '0' then
+    redis.call('PEXPIRE', history_key, idle_ms)
+    redis.call('PEXPIRE', versions_key, idle_ms)
+  end
+end
+
+-- Keep the history of a stream whose state is about to be written.
+--
+-- header     of the stored state or tombstone; "": there is none
+-- state      to write
+-- entry      of the chunk; "": no chunk led to the state, and the history starts with it
+-- events     about how many events are kept; 0: only the states for other versions
+-- snapshots  how many snapshots are kept, at least 1
+local function keep_history(
+  state_key, history_key, versions_key, header, state, entry, events, snapshots)
+  local before, index = string.sub(header, 33, 56), ''
+  local is_continued = string.sub(before, 1, 8) == string.sub(state, 33, 40)
+    and (entry ~= '' or events == 0)
+  local head = redis.call('HGET', versions_key, 'head')
+  if is_continued and head and string.sub(head, 1, 24) == before then
+    index = string.sub(head, 25)
+  else
+    redis.call('UNLINK', history_key, versions_key)
+  end
+  if is_continued and string.sub(header, 17, 32) ~= string.sub(state, 17, 32) then
+    keep_version(versions_key, redis.call('GET', state_key))
+    redis.call('HDEL', versions_key, 'v' .. string.sub(state, 17, 32))
+  end
+  if events == 0 then
+    redis.call('UNLINK', history_key)
+    index = drop_snapshots(versions_key, index, -1)
+  else
+    if is_continued and index == '' and redis.call('LLEN', history_key) == 0 then
+      index = add_snapshot(versions_key, index, redis.call('GET', state_key))
+    end
+    local position, newest = position_of(state, 57), 0
+    if entry ~= '' then
+      append_entry(history_key, entry, position, events)
+    end
+    if index ~= '' then
+      newest = position_of(index, #index - 15)
+    end
+    if entry == '' or position - newest >= math.max(1, math.floor(events / (2 * snapshots))) then
+      index = add_snapshot(versions_key, index, state)
+      index = thin_snapshots(versions_key, index, snapshots)
+    end
+  end
+  write_head(history_key, versions_key, state, index)
+end
+

@@ -1,0 +1,398 @@
+"""Histories of streams, on real servers: embedded Valkey, Redis, and a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from service.core.values import Feed, Steps, StreamHead, StreamKey, StreamState
+from service.store.base import COMMITTED, CommitResult, Committed, Conflicted, Store
+from service.store.codec import StateHeader, decode_stream, encode_state, pack_head
+from service.store.history import HistoryColumns, HistoryCopy, StoredHistory
+from service.store.history_codec import HistoryCodec, read_range
+from service.store.settings import StoreSettings
+from tests.support.cluster import Cluster
+from tests.support.servers import RealServer, emptied
+from tests.support.streams import Commit, OpenStore, Streams, columns, committed, key, load
+
+CODEC = HistoryCodec(None, 1)
+EVENTS, SNAPSHOTS = 64, 8
+
+
+@pytest.fixture
+def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
+    """An empty one of each kind."""
+    return emptied(every_store)
+
+
+def entry_of(commit: Commit, events: int = EVENTS) -> bytes:
+    """The entry of a commit's chunk, whose rows are the positions of its events."""
+    assert commit.new.last is not None
+    start, stop = commit.new.last.start, commit.new.head.position
+    rows = np.arange(start, stop, dtype=np.float32)[:, np.newaxis]
+    steps = Steps(Feed.INPUTS, stop - start, None, rows)
+    return CODEC.encode_last(start, steps, events, starts=start == 0)
+
+
+async def commit_all(
+    store: Store, *commits: Commit, events: int = EVENTS, snapshots: int = SNAPSHOTS
+) -> list[CommitResult]:
+    """Commit chunks with their histories."""
+    entries = [entry_of(commit, events) if events else b"" for commit in commits]
+    histories = HistoryColumns(entries, events, snapshots)
+    return await store.commit(replace(columns(*commits), histories=histories))
+
+
+async def keep(store: Store, *commits: Commit, **options: int) -> None:
+    """Commit chunks with their histories, and assert that each is written."""
+    assert await commit_all(store, *commits, **options) == [COMMITTED] * len(commits)
+
+
+async def read(
+    store: Store, state: StreamState, name: StreamKey, position: int | None = None
+) -> StoredHistory:
+    """Read a history by the version that wrote the state."""
+    return await store.histories.read(name, state.fingerprint, position)
+
+
+def ranges(history: StoredHistory | HistoryCopy) -> list[range]:
+    """The positions of a history's entries."""
+    return list(map(read_range, history.entries))
+
+
+def as_version(state: StreamState, fingerprint: bytes) -> StreamState:
+    """The state as another version wrote it."""
+    return state._replace(fingerprint=fingerprint)
+
+
+@dataclass
+class Oracle:
+    """The rules of ring and snapshots, as the documentation has them."""
+
+    events: int
+    most: int
+    entries: list[range] = field(default_factory=list)
+    snapshots: list[int] = field(default_factory=list)
+
+    def append(self, start: int, stop: int) -> None:
+        self.entries.append(range(max(start, stop - self.events), stop))
+        while stop - self.entries[0].stop >= self.events:
+            del self.entries[0]
+        newest = self.snapshots[-1] if self.snapshots else 0
+        if stop - newest >= max(1, self.events // (2 * self.most)):
+            self.snapshots.append(stop)
+        while len(self.snapshots) > self.most:
+            at = self.snapshots
+            scores = [(at[i + 1] - at[i - 1]) / (at[-1] - at[i]) for i in range(1, len(at) - 1)]
+            del at[1 + scores.index(min(scores))]
+
+
+@pytest.mark.parametrize(("events", "snapshots"), [(64, 8), (64, 2), (1, 3), (5, 4)])
+async def test_ring_and_snapshots_follow_the_rules(
+    store: Store, streams: Streams, events: int, snapshots: int
+) -> None:
+    random, oracle = np.random.default_rng(28), Oracle(events, snapshots)
+    lengths = [*random.integers(1, 5, 60), *random.integers(1, 601, 40), *[1] * 80, 64, 63, 65, 1]
+    before: StreamState | None = None
+    states: dict[int, StreamState] = {}
+    for length in map(int, lengths):
+        new = streams.after(before or streams.begin(), length)
+        commit = Commit(key("a"), before and before.head, new, None)
+        await keep(store, commit, events=events, snapshots=snapshots)
+        oracle.append(new.head.position - length, new.head.position)
+        before, states[new.head.position] = new, new
+        found = await read(store, new, key("a"), new.head.position)
+        assert found.is_valid
+        assert ranges(found) == oracle.entries
+        assert found.positions == oracle.snapshots
+        assert sum(map(len, oracle.entries)) >= min(events, new.head.position)
+        if oracle.snapshots:
+            assert found.snapshot == encode_state(states[oracle.snapshots[-1]])
+        rows = [CODEC.decode(value).steps.rows for value in found.entries]
+        kept = np.concatenate([each for each in rows if each is not None])[:, 0]
+        assert kept.tolist() == list(range(int(kept[0]), new.head.position))
+    assert before is not None
+    for position in oracle.snapshots:
+        for wanted in (position, position + 1):
+            found = await read(store, before, key("a"), wanted)
+            assert found.snapshot is not None
+            newest = max(each for each in oracle.snapshots if each <= wanted)
+            assert decode_stream(found.snapshot).head == states[newest].head
+    assert (await read(store, before, key("a"), oracle.snapshots[0] - 1)).snapshot is None
+
+
+async def test_a_history_of_many_streams_is_committed_together(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    store = await open_on(partitions=3)
+    commits = [streams.creation(key(f"s{i}")) for i in range(20)]
+    await keep(store, *commits)
+    stale = streams.creation(key("s0"))
+    following = [stale, *[streams.next(commit) for commit in commits[1:]]]
+    results = await commit_all(store, *following)
+    assert results == [Conflicted(commits[0].new.head), *[COMMITTED] * 19]
+    found = await read(store, commits[0].new, key("s0"))
+    assert ranges(found) == [range(4)]
+    for commit in following[1:]:
+        found = await read(store, commit.new, commit.key)
+        assert ranges(found) == [range(4), range(4, 8)]
+        assert [CODEC.decode(each).starts for each in found.entries] == [True, False]
+
+
+async def test_exactly_one_of_two_racing_workers_adds_to_the_history(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    workers = [await open_on() for _ in range(2)]
+    head: StreamState | None = None
+    expected: list[range] = []
+    for _ in range(60):
+        news = [streams.after(head or streams.begin(), 1 + i) for i in range(2)]
+        tried = [Commit(key("a"), head and head.head, new, None) for new in news]
+        results = await asyncio.gather(
+            *(commit_all(worker, each) for worker, each in zip(workers, tried, strict=True))
+        )
+        (winner,) = [
+            new for new, [result] in zip(news, results, strict=True) if result == Committed()
+        ]
+        start = head.head.position if head else 0
+        expected.append(range(start, winner.head.position))
+        while winner.head.position - expected[0].stop >= EVENTS:
+            del expected[0]
+        head = winner
+        assert ranges(await read(workers[0], head, key("a"))) == expected
+
+
+async def test_a_commit_that_keeps_no_history_ends_it(store: Store, streams: Streams) -> None:
+    """As by a worker whose history is off: the next one starts with the state that it met."""
+    first = streams.creation(key("a"))
+    await keep(store, first)
+    second = streams.next(first)
+    await committed(store, second)
+    found = await read(store, second.new, key("a"), 100)
+    assert found == StoredHistory(encode_state(second.new))
+    assert await store.histories.copy(key("a")) == (encode_state(second.new), None)
+    other = encode_state(as_version(second.new, bytes(16)))
+    assert await store.histories.commit_versions([key("a")], [other]) == [False]
+    third = streams.next(second)
+    await keep(store, third)
+    found = await read(store, third.new, key("a"), 8)
+    assert ranges(found) == [range(8, 12)]
+    assert found.positions == [8, 12]
+    assert found.snapshot == encode_state(second.new)
+
+
+async def test_a_stream_that_starts_over_starts_its_history(store: Store, streams: Streams) -> None:
+    first = streams.creation(key("a"))
+    await keep(store, first)
+    again = streams.first()
+    await keep(store, Commit(key("a"), first.new.head, again, None))
+    found = await read(store, again, key("a"))
+    assert ranges(found) == [range(4)]
+    assert found.positions == [4]
+    restored = streams.begin(position=2**60)
+    await store.commit(
+        replace(
+            columns(Commit(key("a"), again.head, restored, None)),
+            histories=HistoryColumns([b""], EVENTS, SNAPSHOTS),
+        )
+    )
+    found = await read(store, restored, key("a"), 2**60)
+    assert (found.entries, found.positions) == ([], [2**60])
+    assert found.snapshot == encode_state(restored)
+    after = Commit(key("a"), restored.head, streams.after(restored), None)
+    await keep(store, after)
+    found = await read(store, after.new, key("a"), 2**60 + 1)
+    assert ranges(found) == [range(2**60, 2**60 + 4)]
+
+
+async def test_a_deletion_deletes_the_history(
+    store: Store, streams: Streams, server: RealServer | Cluster
+) -> None:
+    commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
+    await keep(store, *commits)
+    names = [StoreSettings(server.url).keys.all_of(each.key) for each in commits]
+    assert await store.delete(key("a"), commits[0].new.head) == Committed()
+    assert await store.delete_many([key("b"), key("c")]) == [Committed()] * 2
+    with server.client() as client:
+        for _, *others in names:
+            assert not any(map(client.exists, others))
+    again = streams.creation(key("a"))
+    (tombstone,) = await load(store, [key("a")])
+    assert tombstone is not None
+    assert not isinstance(tombstone, Exception)
+    await keep(store, again._replace(expected=tombstone.head))
+    assert ranges(await read(store, again.new, key("a"))) == [range(4)]
+
+
+async def test_both_keys_have_the_idle_ttl(
+    open_on: OpenStore, streams: Streams, server: RealServer | Cluster
+) -> None:
+    store, name = await open_on(idle_ttl_s=600), StoreSettings(server.url).keys.all_of(key("a"))
+    first = streams.creation(key("a"))
+    await keep(store, first)
+    with server.client() as client:
+        for each in (name[0], name[2], name[3]):
+            assert 500_000 < client.pttl(each) <= 600_000
+            client.pexpire(each, 400_000)
+        await keep(store, streams.next(first))
+        assert all(client.pttl(each) > 500_000 for each in (name[0], name[2], name[3]))
+
+
+async def test_a_key_of_another_type_fails_only_its_own_stream(
+    store: Store, streams: Streams, server: RealServer | Cluster
+) -> None:
+    commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
+    _, _, events, versions = StoreSettings(server.url).keys.all_of(key("b"))
+    with server.client() as client:
+        client.set(versions, "no hash")
+        results = await commit_all(store, *commits)
+        assert (results[0], results[2]) == (COMMITTED, COMMITTED)
+        assert "WRONGTYPE" in str(results[1])
+        assert await load(store, [key("b")]) == [None]
+        client.delete(versions)
+        await keep(store, commits[1])
+        client.delete(events)
+        client.set(events, "no list")
+        assert "WRONGTYPE" in str((await commit_all(store, streams.next(commits[1])))[0])
+        client.delete(events)
+    await keep(store, streams.next(commits[1]))
+
+
+# States for other versions
+
+
+async def test_the_state_of_the_version_before_is_kept(store: Store, streams: Streams) -> None:
+    old, new = b"o" * 16, b"n" * 16
+    first = streams.creation(key("a"))
+    first = first._replace(new=as_version(first.new, old))
+    await keep(store, first)
+    second = streams.next(first)
+    second = second._replace(new=as_version(second.new, new))
+    await keep(store, second)
+    for fingerprint, kept in ((old, encode_state(first.new)), (new, None), (b"x" * 16, None)):
+        found = await store.histories.read(key("a"), fingerprint, 8)
+        assert found.version_state == kept
+    found = await store.histories.read(key("a"), old, 8)
+    assert (found.positions, found.snapshot) == ([4], encode_state(first.new))
+    third = streams.next(second)
+    await keep(store, third._replace(new=as_version(third.new, old)))
+    assert (await store.histories.read(key("a"), old)).version_state is None
+    assert (await store.histories.read(key("a"), new)).version_state == encode_state(second.new)
+
+
+async def test_states_for_versions_are_written_in_their_epoch_and_never_go_back(
+    store: Store, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    second = streams.next(first)
+    await keep(store, first)
+    await keep(store, second)
+    early, late = (encode_state(as_version(each.new, b"v" * 16)) for each in (first, second))
+    write = store.histories.commit_versions
+    for value, is_written in ((early, True), (late, True), (early, False), (late, False)):
+        assert await write([key("a")], [value]) == [is_written]
+    foreign = encode_state(as_version(streams.first(), b"v" * 16))
+    assert await write([key("a")], [foreign]) == [False]
+    assert await write([key("missing")], [late]) == [False]
+    assert await write([key("a")], [encode_state(second.new)]) == [False]
+    assert (await store.histories.read(key("a"), b"v" * 16)).version_state == late
+    # the one that is furthest behind makes room
+    for version, value in ((b"w", early), (b"x", late)):
+        state = encode_state(as_version(decode_stream(value), version * 16))
+        assert await write([key("a")], [state]) == [True]
+    found = [
+        (await store.histories.read(key("a"), each * 16)).version_state
+        for each in (b"v", b"w", b"x")
+    ]
+    assert [each is not None for each in found] == [True, False, True]
+
+
+async def test_without_events_only_the_states_for_versions_are_kept(
+    store: Store, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    await keep(store, first)
+    second = streams.next(first)
+    await keep(store, second, events=0, snapshots=1)
+    other = encode_state(as_version(second.new, b"v" * 16))
+    assert await store.histories.commit_versions([key("a")], [other]) == [True]
+    third = streams.next(second)
+    await keep(store, third, events=0, snapshots=1)
+    found = await store.histories.read(key("a"), b"v" * 16, 100)
+    assert found == StoredHistory(encode_state(third.new), True, [], None, [], other)
+    fourth = streams.next(third)
+    await keep(store, fourth)
+    found = await read(store, fourth.new, key("a"), 12)
+    assert ranges(found) == [range(12, 16)]
+    assert found.snapshot == encode_state(third.new)
+
+
+# Rewind and copies
+
+
+async def filled(store: Store, streams: Streams, name: StreamKey, lengths: Sequence[int]) -> Commit:
+    """A stream after chunks of these lengths; returns the last commit."""
+    before: StreamState | None = None
+    for length in lengths:
+        new = streams.after(before or streams.begin(), length)
+        last = Commit(name, before and before.head, new, streams.reply(new))
+        await keep(store, last)
+        before = new
+    return last
+
+
+async def test_a_rewind_cuts_the_history(store: Store, streams: Streams) -> None:
+    last = await filled(store, streams, key("a"), [7] * 12)
+    other = encode_state(as_version(last.new, b"v" * 16))
+    assert await store.histories.commit_versions([key("a")], [other]) == [True]
+    before = await read(store, last.new, key("a"))
+    fingerprint = last.new.fingerprint
+    back = streams.begin(position=45)._replace(fingerprint=fingerprint)
+    kept = CODEC.keep_until(before.entries, 45)
+    write = store.histories.rewind
+    stale = StreamHead(last.new.head.epoch, bytes(16), 3)
+    assert await write(key("a"), stale, encode_state(back), kept) == Conflicted(last.new.head)
+    assert await write(key("a"), last.new.head, encode_state(back), kept) == Committed()
+    assert await write(key("a"), last.new.head, encode_state(back), kept) == Conflicted(back.head)
+    found = await read(store, back, key("a"), 45)
+    assert (await store.load_with_reply(key("a")))[1] is None
+    assert found.is_valid
+    assert ranges(found) == [range(14 + 7 * i, 21 + 7 * i) for i in range(4)] + [range(42, 45)]
+    assert found.positions == [at for at in before.positions if at <= 45]
+    assert found.snapshot is not None
+    assert StateHeader.decode(found.snapshot).position == found.positions[-1]
+    assert (await store.histories.read(key("a"), b"v" * 16)).version_state is None
+    after = Commit(key("a"), back.head, streams.after(back, 3), None)
+    await keep(store, after)
+    assert ranges(await read(store, after.new, key("a")))[-2:] == [range(42, 45), range(45, 48)]
+
+
+async def test_a_copy_is_a_history_of_another_stream(store: Store, streams: Streams) -> None:
+    last = await filled(store, streams, key("a"), [5] * 30)
+    value, history = await store.histories.copy(key("a"))
+    assert value == encode_state(last.new)
+    assert history is not None
+    found = await read(store, last.new, key("a"))
+    assert [decode_stream(each).head.position for each in history.snapshots] == found.positions
+    fork = streams.begin(position=150)._replace(fingerprint=last.new.fingerprint)
+    for expected, result in ((b"", Committed()), (b"", Conflicted(fork.head))):
+        assert (
+            await store.histories.write(key("b"), expected, encode_state(fork), history) == result
+        )
+    copied = await read(store, fork, key("b"), 150)
+    assert (copied.entries, copied.positions) == (found.entries, found.positions)
+    assert copied.snapshot == history.snapshots[-1]
+    bare = streams.begin(position=9)
+    expected = pack_head(fork.head)
+    assert (
+        await store.histories.write(key("b"), expected, encode_state(bare), HistoryCopy())
+        == Committed()
+    )
+    copied = await read(store, bare, key("b"), 9)
+    assert (copied.entries, copied.positions) == ([], [9])
+    assert copied.snapshot == encode_state(bare)
