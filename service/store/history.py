@@ -140,7 +140,8 @@ class Histories(Protocol):
     ) -> list[bool]:
         """Write states of streams for versions that did not answer; returns which were written.
 
-        A state is not written if the stream is in another epoch, its history is not valid, the
-        version itself wrote the stream's state, or a state for it is stored at the same position
-        or further; nor if the store does not answer. A key may occur once per call.
+        A state is not written if the stream is in another epoch, or did not have the head of the
+        state as far as its entries reach, its history is not valid, the version itself wrote the
+        stream's state, or a state for it is stored at the same position or further; nor if the
+        store does not answer. A key may occur once per call.
         """

@@ -169,8 +169,8 @@ class RedisHistories(Histories):
         for slot, group in groups.items():
             names: list[str] = []
             for index in group:
-                state, _, _, versions = self._keys.all_of(keys[index])
-                names += (state, versions)
+                state, _, *history = self._keys.all_of(keys[index])
+                names += (state, *history)
             arguments: list[bytes | int] = [*self._ttls, *[states[index] for index in group]]
             commands.append(PendingCommand.for_script(self._version_script, names, arguments, slot))
         outcomes = await self._router.execute(*commands, deadline_s=deadline_s)

@@ -312,6 +312,32 @@ async def test_states_for_versions_are_written_in_their_epoch_and_never_go_back(
     assert [each is not None for each in found] == [True, False, True]
 
 
+async def test_a_version_state_of_a_lost_branch_is_not_written(
+    store: Store, server: RealServer | Cluster, streams: Streams
+) -> None:
+    """A failover may lose the last commits, and the stream goes on in the same epoch."""
+    first = streams.creation(key("a"))
+    await keep(store, first)
+    names = StoreSettings(server.url).keys.all_of(key("a"))
+    with server.client() as client:
+        dumps = {name: client.dump(name) for name in names if client.exists(name)}
+        lost = streams.next(first)
+        await keep(store, lost)
+        for name, dump in dumps.items():
+            client.restore(name, 0, dump, replace=True)
+    write, value = store.histories.commit_versions, as_version(lost.new, b"v" * 16)
+    assert await write([key("a")], [encode_state(value)]) == [False]
+    second = streams.next(first)
+    await keep(store, second)
+    assert await write([key("a")], [encode_state(value)]) == [False]
+    third = streams.next(second)
+    await keep(store, third)
+    assert await write([key("a")], [encode_state(value)]) == [False]
+    for commit in (second, third):
+        current = as_version(commit.new, b"v" * 16)
+        assert await write([key("a")], [encode_state(current)]) == [True]
+
+
 async def test_without_events_only_the_states_for_versions_are_kept(
     store: Store, streams: Streams
 ) -> None:

@@ -1,8 +1,9 @@
 -- Shared by the scripts that write the history of a stream: its recent events, snapshots of its
 -- state, and its states for other versions of the model.
 --
--- A history is two keys: a list of entries (`service.store.history_codec`), one for each of the last
--- chunks, oldest first, and a hash:
+-- A history is two keys: a list of entries, one for each of the last chunks, oldest first, and a hash.
+-- An entry is the first 8 bytes of the tag before its chunk, which tell the branches of an epoch apart
+-- (a lossy failover begins one), and then the bytes of `service.store.history_codec`. The hash:
 --   "head"              epoch and tag of the last commit that kept the history, 24 bytes; then for
 --                       each snapshot, ascending, its position as in a state, and the first 8 bytes
 --                       of the fingerprint of the version that wrote it
@@ -13,6 +14,7 @@
 -- it, or a lost write of it, makes it invalid and never wrong.
 
 local MAX_VERSION_STATES = 2
+local NO_TAG = string.rep('\0', 8)
 
 local function position_of(bytes, at)
   return (struct.unpack('<I8', bytes, at))
@@ -78,14 +80,33 @@ local function thin_snapshots(versions_key, index, most)
   return index
 end
 
+-- Whether the stream had the head of a value, as far as its entries reach.
+local function had_head(header, history_key, value)
+  if string.sub(header, 33, 56) == string.sub(value, 33, 56) then
+    return true
+  end
+  local position, at = string.sub(value, 57, 64), -1
+  while true do
+    local entry = redis.call('LINDEX', history_key, at)
+    if not entry then
+      return false
+    end
+    if position_of(entry, 9) <= position_of(position, 1) then
+      return string.sub(entry, 9, 16) == position
+        and string.sub(entry, 1, 8) == string.sub(value, 41, 48)
+    end
+    at = at - 1
+  end
+end
+
 -- Append an entry, and drop the oldest ones while what remains has enough events.
-local function append_entry(history_key, entry, stop, most)
-  redis.call('RPUSH', history_key, entry)
+local function append_entry(history_key, tag, entry, stop, most)
+  redis.call('RPUSH', history_key, tag .. entry)
   local dropped
   repeat
     dropped = 0
     for _, each in ipairs(redis.call('LRANGE', history_key, 0, 1)) do
-      local start, steps = struct.unpack('<I8I4', each)
+      local start, steps = struct.unpack('<I8I4', each, 9)
       if stop - start - steps < most then
         break
       end
@@ -136,7 +157,8 @@ local function keep_history(
     end
     local position, newest = position_of(state, 57), 0
     if entry ~= '' then
-      append_entry(history_key, entry, position, events)
+      local tag = is_continued and string.sub(header, 41, 48) or NO_TAG
+      append_entry(history_key, tag, entry, position, events)
     end
     if index ~= '' then
       newest = position_of(index, #index - 15)

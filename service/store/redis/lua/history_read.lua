@@ -7,7 +7,8 @@
 --
 -- Returns {state}, the state nil if there is none, if the history is not valid; otherwise
 --   {state, index of the snapshots, entries, snapshots, state for the version}
--- with the newest snapshot that the version wrote at or before the position, and "" for no state.
+-- with entries without their tags, the newest snapshot that the version wrote at or before the
+-- position, and "" for no state.
 
 local state = redis.call('GET', KEYS[1])
 local head = redis.call('HGET', KEYS[3], 'head')
@@ -26,4 +27,8 @@ for at = #index - 15, 1, -16 do
   end
 end
 local own = redis.call('HGET', KEYS[3], 'v' .. ARGV[1])
-return {state, index, redis.call('LRANGE', KEYS[2], 0, -1), snapshots, own or ''}
+local entries = redis.call('LRANGE', KEYS[2], 0, -1)
+for at, entry in ipairs(entries) do
+  entries[at] = string.sub(entry, 9)
+end
+return {state, index, entries, snapshots, own or ''}

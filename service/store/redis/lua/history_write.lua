@@ -28,7 +28,7 @@ return {compare_and_set(KEYS[1], KEYS[2], expected, state, '', function()
     redis.call('UNLINK', KEYS[4])
   end
   for at = 7, last_entry do
-    redis.call('RPUSH', KEYS[3], ARGV[at])
+    redis.call('RPUSH', KEYS[3], NO_TAG .. ARGV[at])
   end
   for at = last_entry + 1, #ARGV do
     index = add_snapshot(KEYS[4], index, ARGV[at])
