@@ -34,6 +34,7 @@ from service.core.errors import CarryError, InternalError, InvalidInput, NotFini
 from service.core.values import FloatRows
 from service.engine.compute import Compute, OnCall, TimeSlicer
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
+from service.pipeline.drift import drift_sampler
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import Segment, ServedModel
 from service.store.codec import HEADER_BYTES, decode_states
@@ -55,6 +56,7 @@ class Inference:
         self._initial = bytes(HEADER_BYTES) + initial.ints.tobytes() + initial.floats.tobytes()
         self._sizes = layout.int_size, layout.float_size
         self._runtime_state = served.runtime_state
+        self._drift = drift_sampler(served, recorder)
         self._has_blocks = served.blocks is not None
         self._has_alarms = served.artifact.spec.detection is not None
         self._resets_automatically = served.artifact.spec.resets.is_active
@@ -94,6 +96,8 @@ class Inference:
             outputs, finite = inferred.outputs, inferred.finite
             after = self._runtime_state.unpack(inferred.states, before.ints)
         times.infer_s = time.monotonic() - times.infer_began_s
+        if finite and self._drift is not None and times.infer_began_s >= self._drift.due_s:
+            self._drift.sample(rows, after.floats, times.infer_began_s)
         return self._finite(jobs, outputs, after, finite)
 
     def _encode(

@@ -141,6 +141,17 @@ class Recorder(Protocol):
     def shadow_report(self, model: str, challenger: str) -> ShadowReport:
         """What was recorded of a challenger, in all workers; call it in a thread."""
 
+    def record_drift(
+        self,
+        model: str,
+        version: str,
+        samples: int,
+        outside: Mapping[str, int],
+        ratios: Mapping[str, float],
+    ) -> None:
+        """Record sampled chunks of a version: by part of its inputs and states, how many norms were
+        outside of their range in training, and the mean norm relative to the range's end."""
+
     def record_websockets(self, model: str, change: int) -> None:
         """Record that WebSockets of a model were opened, or with a negative number closed."""
 

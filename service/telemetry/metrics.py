@@ -15,7 +15,7 @@ import platform
 import threading
 from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from functools import lru_cache
 from importlib.metadata import version
@@ -40,7 +40,7 @@ from service.core.errors import CarryError, ServiceFailure, Unauthenticated, lea
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics, ShadowBatch, ShadowReport
 from service.telemetry.access_log import GRPC, WEBSOCKET, audit
-from service.telemetry.series import MODEL, makers_of, observe_all
+from service.telemetry.series import MODEL, VERSION, makers_of, observe_all
 from service.telemetry.shadow_metrics import ShadowMetrics, read_report
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
@@ -98,7 +98,7 @@ class PrometheusRecorder:
         self._version_chunks = counter(
             "carry_version_chunks",
             "Chunks processed and committed, by the version that answered.",
-            ("model", "version"),
+            VERSION,
         )
         self._events = counter("carry_events", "Events of the chunks committed.", MODEL)
         self._replays = counter("carry_replays", "Retries answered from the stored reply.", MODEL)
@@ -131,6 +131,20 @@ class PrometheusRecorder:
         )
         self._request_seconds = histogram(
             "carry_request_seconds", "Duration of requests.", ("method", "route", "status")
+        )
+        self._drift_samples = counter(
+            "carry_drift_samples", "Chunks compared with the ranges of training.", VERSION
+        )
+        self._drift_outside = counter(
+            "carry_drift_outside",
+            "Compared chunks whose norm was outside of its range in training.",
+            (*VERSION, "part"),
+        )
+        self._drift_ratios = gauge(
+            "carry_drift_norm_ratio",
+            "Mean norm of the last compared batch over the end of its range in training.",
+            (*VERSION, "part"),
+            multiprocess_mode="livemax",
         )
         self._models = gauge(
             "carry_model_info",
@@ -256,6 +270,21 @@ class PrometheusRecorder:
         `statistics`."""
         self.flush()
         return read_report(self._of_all_workers().collect(), model, challenger)
+
+    def record_drift(
+        self,
+        model: str,
+        version: str,
+        samples: int,
+        outside: Mapping[str, int],
+        ratios: Mapping[str, float],
+    ) -> None:
+        """Record sampled chunks of a version: by part of its inputs and states, how many norms were
+        outside of their range in training, and the mean norm relative to the range's end."""
+        self._drift_samples.labels(model, version).inc(samples)
+        for part, count in outside.items():
+            self._drift_outside.labels(model, version, part).inc(count)
+            self._drift_ratios.labels(model, version, part).set(ratios[part])
 
     def record_websockets(self, model: str, change: int) -> None:
         """Add to the open WebSockets."""

@@ -13,6 +13,7 @@ SECONDS = (
 )  # fmt: skip
 
 MODEL = ("model",)
+VERSION = ("model", "version")
 
 Makers = tuple[Callable[..., Counter], Callable[..., Gauge], Callable[..., Histogram]]
 

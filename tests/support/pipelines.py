@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,12 +59,16 @@ class Counts:
     Attributes:
         rejected: id and reason of each access key that was rejected.
         shadows: what challengers did.
+        drift: what was recorded of sampled batches: version, chunks, norms outside and ratios.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
     rejected: list[tuple[str | None, str | None]] = field(default_factory=list)
     shadows: list[ShadowBatch] = field(default_factory=list)
     largest_batch: int = 0
+    drift: list[tuple[str, int, Mapping[str, int], Mapping[str, float]]] = field(
+        default_factory=list
+    )
 
     def record_chunks(
         self, model: str, version: str, steps: int, queue_s: Sequence[float], timing: Timing
@@ -100,6 +104,16 @@ class Counts:
 
     def shadow_report(self, model: str, challenger: str) -> ShadowReport:
         raise NotImplementedError
+
+    def record_drift(
+        self,
+        model: str,
+        version: str,
+        samples: int,
+        outside: Mapping[str, int],
+        ratios: Mapping[str, float],
+    ) -> None:
+        self.drift.append((version, samples, outside, ratios))
 
     def record_websockets(self, model: str, change: int) -> None:
         self.seen["websockets"] += change

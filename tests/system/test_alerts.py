@@ -49,6 +49,8 @@ REFUSALS = 'carry_refusals_total{model="flights",code="%s"}'
 CHUNKS = 'carry_chunks_total{model="flights"}'
 CONFLICTS = 'carry_conflicts_total{model="flights"}'
 SHADOW = 'carry_shadow_chunks_total{model="flights",challenger="c3d4",outcome="%s"}'
+DRIFT_SAMPLES = 'carry_drift_samples_total{model="flights",version="a1"}'
+DRIFT_OUTSIDE = 'carry_drift_outside_total{model="flights",version="a1",part="inputs.delay"}'
 EVICTIONS = 'carry_cache_evictions_total{model="flights"}'
 UP = 'up{job="carry",instance="a:8000"}'
 ROUTE = 'method="POST",route="%s",status="200",'
@@ -219,6 +221,14 @@ CASES = (
         11,
         {**FLIGHTS, "challenger": "c3d4"},
         "flights: challenger c3d4 dropped 75% of the chunks",
+    ),
+    Case(
+        "CarryDrift",
+        {DRIFT_SAMPLES: "0+100x60", DRIFT_OUTSIDE: "0+4x60"},
+        {DRIFT_SAMPLES: "0+100x60", DRIFT_OUTSIDE: "0+6x60"},
+        31,
+        {**FLIGHTS, "version": "a1", "part": "inputs.delay"},
+        "flights: 6% of the sampled chunks have inputs.delay outside of its range in training",
     ),
     Case(
         "CarryConsumerBehind",

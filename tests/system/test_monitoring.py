@@ -12,6 +12,8 @@ import httpx
 import pytest
 import yaml
 
+from models.artifact.ranges import NormLayout
+from models.artifact.writing import add_measurements
 from service.core.errors import CarryError
 from service.core.values import StreamKey
 from service.store.keys import KeySpace
@@ -26,7 +28,7 @@ from tests.support.monitoring import (
 )
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
-from tests.support.pipelines import make_artifact
+from tests.support.pipelines import SPEC, make_artifact
 from tests.support.servers import RealServer, free_port, until
 from tests.support.service import POLL_S, Service, running
 
@@ -73,6 +75,9 @@ def test_queries_name_documented_metrics_and_codes_and_use_all() -> None:
 @pytest.fixture
 def observed(tmp_path: Path, store: RealServer) -> Iterator[Service]:
     models = make_artifact(tmp_path / "models").path
+    parts = NormLayout(SPEC).names
+    ends = dict.fromkeys(("low", "high", "largest"), 1.0)
+    add_measurements(models, {"ranges": dict.fromkeys(parts, ends)})
     # a request of several items is more than the queue holds
     with running(tmp_path, models, redis_url=store.url, CARRY_MAX_QUEUE="1") as service:
         yield service

@@ -118,6 +118,8 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports.record_cache_lookups("flights", hits=5, misses=2)
     reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
     reports.record_error("flights", PositionAhead(""))
+    for samples, outside, ratio in ((4, 1, 0.5), (2, 2, 1.5)):
+        reports.record_drift("flights", "v1", samples, {"inputs": outside}, {"inputs": ratio})
     for change in (1, 1, -1):
         reports.record_websockets("flights", change)
         reports.record_watchers("post", change)
@@ -133,6 +135,10 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     assert found[series("carry_batch_rows_bucket", **FLIGHTS, le="4.0")] == 1
     assert found[series("carry_batch_seconds_sum", **FLIGHTS)] == pytest.approx(0.006)
     assert found[series("carry_refusals_total", **FLIGHTS, code="position_ahead")] == 1
+    version = {**FLIGHTS, "version": "v1"}
+    assert found[series("carry_drift_samples_total", **version)] == 6
+    assert found[series("carry_drift_outside_total", **version, part="inputs")] == 3
+    assert found[series("carry_drift_norm_ratio", **version, part="inputs")] == 1.5
     assert found[series("carry_websocket_connections", **FLIGHTS)] == 1
     assert found[series("carry_watchers", model="post")] == 1
     assert found[series("carry_watchers", **FLIGHTS)] == 0
