@@ -44,7 +44,7 @@ Since = Annotated[str | None, typer.Option(help="Score or show events from this 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
-Axes = Literal["batch_major", "time_major", "step"]
+Axes = Literal["batch_major", "time_major", "step", "unbatched"]
 
 
 def initialise(
@@ -338,6 +338,14 @@ def import_model(
             metavar="IN=VALUE", help="ONNX: a state's initial value, a number or .npy file."
         ),
     ] = None,
+    constant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IN=NUMBER", help="ONNX: an input that has this value in every call."),
+    ] = None,
+    features: Annotated[
+        int | None,
+        typer.Option(min=1, help="ONNX: columns of a row, if the graph does not declare them."),
+    ] = None,
     axes: Annotated[
         Axes | None, typer.Option(help="ONNX: order of the axes, if it is ambiguous.")
     ] = None,
@@ -363,14 +371,16 @@ def import_model(
             lengths=lengths,
             mask=mask,
             initial=initial or (),
+            constants=constant or (),
+            features=features,
             axes=axes,
             triton=triton,
         )
         imported = import_onnx_model(model, out, options=options, **chosen)
-    elif any((state, input_, output, lengths, mask, initial, axes, triton)):
+    elif any((state, input_, output, lengths, mask, initial, constant, features, axes, triton)):
         raise ImportedModelError(
-            f"{model}: expected a .onnx file with --state, --input, --output, --lengths, "
-            "--mask, --initial, --axes and --triton; they describe ONNX graphs"
+            f"{model}: expected a .onnx file with --state, --input, --output, --lengths, --mask, "
+            "--initial, --constant, --features, --axes and --triton; they describe ONNX graphs"
         )
     else:
         imported = import_keras_model(model, out, **chosen)

@@ -22,13 +22,14 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from models.artifact.files import open_regular
 from models.artifact.manifest import MAX_ARTIFACT_BYTES
 from models.errors import ImportedModelError, ModelsError
+from models.spec.onnx_network import Axes
 
 RESULT_NAME = "result.json"
 WEIGHTS_NAME = "weights.safetensors"
@@ -50,6 +51,8 @@ class OnnxOptions(BaseModel):
         mask: input [B, T] that is true at each step of a row.
         initial: initial values by state input: a number, or the bytes of a `.npy` file in
             base 64.
+        constants: values of inputs that are the same in every call, such as a sampling rate.
+        features: F, the columns of the input of features, if the graph does not declare it.
         axes: order of the axes; found by the importer by default.
         triton: content of Triton's `config.pbtxt`.
         triton_folder: folder of the Triton model, where the files of initial states are.
@@ -63,7 +66,9 @@ class OnnxOptions(BaseModel):
     lengths: str | None = None
     mask: str | None = None
     initial: dict[str, float | str] = {}
-    axes: Literal["batch_major", "time_major", "step"] | None = None
+    constants: dict[str, float] = {}
+    features: Annotated[int, Field(ge=1, le=16384)] | None = None
+    axes: Axes | None = None
     triton: str | None = None
     triton_folder: str | None = None
 

@@ -72,12 +72,21 @@ class _Reading:
     axes: Axes
     batch: int | None
     steps: int | None
-    batch_axes: tuple[int, ...]
+    batch_axes: tuple[int | None, ...]
 
     def leading(self, batch: int, steps: int) -> tuple[int, ...]:
         """The sizes of the axes in front."""
-        lead = {"batch_major": (batch, steps), "time_major": (steps, batch), "step": (batch,)}
+        lead: dict[Axes, tuple[int, ...]] = {
+            "batch_major": (batch, steps),
+            "time_major": (steps, batch),
+            "step": (batch,),
+            "unbatched": (steps,),
+        }
         return lead[self.axes]
+
+    def leading_once(self, batch: int) -> tuple[int, ...]:
+        """The sizes of the axes in front of an output without an axis of time."""
+        return () if self.axes == "unbatched" else (batch,)
 
 
 def find_network(roles: Roles, axes: Axes | None = None) -> OnnxNetwork:
@@ -101,8 +110,9 @@ def find_network(roles: Roles, axes: Axes | None = None) -> OnnxNetwork:
             reasons.append(f"{each}: {error}")
     if not fitting:
         raise ImportedModelError(
-            "expected features [B, T, F] (batch_major), [T, B, F] (time_major) or [B, F] (step), "
-            f"with states of one batch axis; got {'; '.join(reasons)}{roles.signature}"
+            "expected features [B, T, F] (batch_major), [T, B, F] (time_major), [B, F] (step) or "
+            "[T, F] (unbatched), with states of one batch axis, or none if unbatched; an F that is "
+            f"not declared is given by `--features F`; got {'; '.join(reasons)}{roles.signature}"
         )
     if len(fitting) > 1 and roles.features[0].shape[:2] != (1, 1):
         raise ImportedModelError(
@@ -117,7 +127,9 @@ def _possible_axes(roles: Roles) -> list[Axes]:
     """The orders of axes to try: the one whose batch has the name of the states' batch, or both."""
     shape = roles.features[0].shape
     if len(shape) == 1 or (len(shape) == 2 and isinstance(shape[1], int)):
-        return ["step"]
+        sizes = [size for state in roles.states for size in state.shape]
+        is_one_row = not isinstance(shape[0], int) and all(isinstance(size, int) for size in sizes)
+        return ["unbatched"] if is_one_row else ["step"]
     names = {size for state in roles.states for size in state.shape if isinstance(size, str)}
     has_name = [size in names for size in shape[:2]]
     if has_name == [True, False]:
@@ -126,12 +138,14 @@ def _possible_axes(roles: Roles) -> list[Axes]:
 
 
 def _read(axes: Axes, roles: Roles) -> _Reading:
-    first, leading = roles.features[0], 1 if axes == "step" else 2
+    first, leading = roles.features[0], 1 if axes in ("step", "unbatched") else 2
     for tensor in roles.features:
         if not tensor.is_usable or len(tensor.shape) - leading not in (0, 1):
             raise _UnfitError(f"the input {tensor}")
         if len(tensor.shape) > leading and not isinstance(tensor.shape[-1], int):
             raise _UnfitError(f"{tensor.name} has no fixed number of features")
+    if axes == "unbatched":
+        return _read_unbatched(first, roles)
     place = 1 if axes == "time_major" else 0
     batch_size, step_size = first.shape[place], 1 if axes == "step" else first.shape[1 - place]
     if isinstance(step_size, int) and step_size != 1:
@@ -153,6 +167,19 @@ def _read(axes: Axes, roles: Roles) -> _Reading:
         step_size if isinstance(step_size, int) else None,
         tuple(_batch_axis(state, batch_size) for state in roles.states),
     )
+
+
+def _read_unbatched(first: Tensor, roles: Roles) -> _Reading:
+    if isinstance(first.shape[0], int):
+        raise _UnfitError(f"{first.name} takes exactly {first.shape[0]} steps")
+    if dynamic := [state for state in roles.states if not all(map(_is_fixed, state.shape))]:
+        raise _UnfitError(f"the state {dynamic[0]} has an axis without a fixed size")
+    places = tuple(_batch_axis(state, 1) if 1 in state.shape else None for state in roles.states)
+    return _Reading("unbatched", 1, None, places)
+
+
+def _is_fixed(size: int | str | None) -> bool:
+    return isinstance(size, int)
 
 
 def _batch_axis(state: Tensor, batch_size: int | str | None) -> int:
@@ -216,7 +243,7 @@ def _probe(reading: _Reading, roles: Roles) -> OnnxNetwork:
         {
             "input": state.name,
             "output": roles.pairs[state.name],
-            "shape": state.shape[:axis] + state.shape[axis + 1 :],
+            "shape": _without(state.shape, axis),
             "dtype": state.dtype,
             "batch_axis": axis,
         }
@@ -280,8 +307,7 @@ def _outputs(
             )
         measured = [each[name] for each in shapes]
         if name in states:
-            axis = states[name]
-            shape = measured[0][:axis] + measured[0][axis + 1 :]
+            axis, shape = states[name], _without(measured[0], states[name])
             yield GraphOutput(name=name, shape=shape, has_time=False, state_axis=axis)
             continue
         for has_time in (True, False):
@@ -298,6 +324,11 @@ def _outputs(
             )
 
 
+def _without(shape: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:
+    """A shape without its batch axis."""
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+
+
 def _own_shape(
     reading: _Reading,
     has_time: bool,
@@ -307,7 +338,9 @@ def _own_shape(
     """The shape of an output behind the axes of batch and time; None if it does not have these."""
     if has_time and (reading.axes == "step" or (reading.steps == 1 and len(shapes[0]) < 3)):
         return None  # [B, 1] is one value for each row
-    leads = [reading.leading(*size) if has_time else size[:1] for size in sizes]
+    leads = [
+        reading.leading(*size) if has_time else reading.leading_once(size[0]) for size in sizes
+    ]
     rests = [shape[len(lead) :] for shape, lead in zip(shapes, leads, strict=True)]
     fits = all(shape[: len(lead)] == lead for shape, lead in zip(shapes, leads, strict=True))
     return rests[0] if fits and rests[0] == rests[1] else None

@@ -58,7 +58,7 @@ def convert_onnx(
         MemoryError: the process reached its memory limit.
     """
     options, initial, controls = _with_triton(options)
-    signature = read_signature(path, folder)
+    signature = read_signature(path, folder, options.constants)
     roles = _find_roles(signature, options, controls)
     fed = {*roles.pairs, *(x.name for x in roles.features), *(x.name for x in roles.controls)}
     lengths = None if roles.steps is None else roles.steps.name
@@ -77,7 +77,7 @@ def convert_onnx(
             f"expected at most {MAX_LONG_VALUES} values of a state in float64 or integers, got "
             f"{layout.int_size}; export the model with states in float32"
         )
-    axes = {pair.input: pair.batch_axis for pair in network.states}
+    axes = {pair.input: pair.batch_axis for pair in network.states if pair.batch_axis is not None}
     given = {**_defaults(signature, axes), **initial, **_initial_from_options(options)}
     values = _initial_values(layout, given)
     prover = Prover(network, replace(layout, initial_values=values), signature.session)
@@ -136,8 +136,25 @@ def _find_roles(
     if not features or remaining:
         features += remaining
         require_one_input(signature, features, pairs)
+    if options.features is not None:
+        features = [_with_columns(signature, features, options.features)]
     served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
     return Roles(signature, pairs, features, steps, control_inputs, served)
+
+
+def _with_columns(signature: Signature, features: list[Tensor], columns: int) -> Tensor:
+    """The input of features, whose last axis has that size."""
+    if len(features) > 1 or len(features[0].shape) < 2:
+        raise ImportedModelError(
+            f"--features {columns}: expected one input of features with an axis for them, got "
+            f"{', '.join(map(str, features))}{signature}"
+        )
+    (tensor,) = features
+    if isinstance(tensor.shape[-1], int) and tensor.shape[-1] != columns:
+        raise ImportedModelError(
+            f"--features {columns}: the input {tensor.name} has {tensor.shape[-1]}{signature}"
+        )
+    return replace(tensor, shape=(*tensor.shape[:-1], columns))
 
 
 def _control(signature: Signature, tensor: Tensor | None, control: TritonControl) -> ControlInput:

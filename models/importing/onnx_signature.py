@@ -14,15 +14,19 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.files import inside, open_regular
 from models.errors import ArtifactError, ImportedModelError
 from models.onnx.library import open_session
 from models.onnx.messages import (
+    DataType,
     DecodingError,
     NodeProto,
     TensorProto,
@@ -31,6 +35,7 @@ from models.onnx.messages import (
     operator_name,
     parse_model,
     tensor_array,
+    tensor_of,
 )
 
 MAX_GRAPH_BYTES = 2**31 - 1
@@ -101,12 +106,19 @@ class Signature:
         )
 
 
-def read_signature(path: Path, folder: Path, most_bytes: int = MAX_GRAPH_BYTES) -> Signature:
+def read_signature(
+    path: Path,
+    folder: Path,
+    constants: Mapping[str, float] = MappingProxyType({}),
+    most_bytes: int = MAX_GRAPH_BYTES,
+) -> Signature:
     """Read an ONNX file.
 
     Args:
         path: the file; no other process may write to it.
         folder: the folder of the original, where files with its weights may be.
+        constants: values of inputs that are the same in every call; the graph then has them
+            instead of the inputs.
         most_bytes: largest graph with its weights.
 
     Raises:
@@ -132,7 +144,9 @@ def read_signature(path: Path, folder: Path, most_bytes: int = MAX_GRAPH_BYTES) 
             f"expected a graph of at most {most_bytes} bytes with its weights, the longest "
             f"protobuf message, got {model.ByteSize()}; store the weights as float16"
         )
-    if tensors:
+    for name, value in constants.items():
+        _fix_input(model.graph, name, value)
+    if tensors or constants:
         data = model.SerializeToString()
     _check_operators(model)
     try:
@@ -155,6 +169,29 @@ def read_signature(path: Path, folder: Path, most_bytes: int = MAX_GRAPH_BYTES) 
         model,
         data,
     )
+
+
+def _fix_input(graph: Any, name: str, value: float) -> None:
+    """Replace an input of the graph by a constant."""
+    named = [at for at, each in enumerate(graph.input) if each.name == name]
+    if not named:
+        names = [each.name for each in graph.input]
+        raise ImportedModelError(f"--constant {name}: expected one of the inputs {names}")
+    declared = graph.input[named[0]].type.tensor_type
+    try:
+        dtype = DataType(declared.elem_type).name.lower()
+    except ValueError:
+        raise ImportedModelError(f"--constant {name}: expected an input of numbers") from None
+    # a dynamic axis, usually the batch's, is broadcast
+    shape = [max(1, size.dim_value) for size in declared.shape.dim]
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.full(shape, value).astype(dtype)
+    if not (array == value).all() and not dtype.startswith("float"):
+        raise ImportedModelError(f"--constant {name}={value:g}: expected a value of {dtype}")
+    del graph.input[named[0]]
+    for tensor in [each for each in graph.initializer if each.name == name]:
+        graph.initializer.remove(tensor)
+    graph.initializer.append(tensor_of(name, array))
 
 
 def _tensor(declared: Any) -> Tensor:
@@ -242,6 +279,8 @@ def _external_reader(folder: Path, most_bytes: int) -> Callable[[dict[str, str]]
 _BEFORE = {"in", "input", "inputs", "prev", "previous", "past", "init", "initial", "old", "before"}
 _AFTER = {"out", "output", "outputs", "new", "next", "present", "final", "updated", "after"}
 _MARKERS = _BEFORE | _AFTER | {"current", "cur", "last"}
+MAX_AFFIX = 4
+"""Longest text, in characters, by which the names of a pair differ."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
@@ -268,9 +307,15 @@ def find_pairs(
         for before, after in groups.values():
             if len(before) == len(after) == 1 and compatible(before[0], after[0]):
                 pairs[before[0].name] = after[0].name
+    pairs.update(_pairs_by_affix(*_find_unpaired(signature, pairs, others)))
     inputs, outputs = _find_unpaired(signature, pairs, others)
     if len(inputs) > 1:
         pairs.update(_pairs_by_shape(inputs, outputs))
+    if not pairs and _candidates(inputs, outputs):
+        raise ImportedModelError(
+            "the state pairs are ambiguous: several outputs fit an input, and names do not tell "
+            f"which; name the pairs, {_suggestion(inputs, outputs)}{signature}"
+        )
     if not pairs:
         raise ImportedModelError(
             "expected state inputs and state outputs, found no pair of them; a model whose state "
@@ -298,11 +343,21 @@ def require_one_input(
     if len(remaining) > 1:
         names = [tensor.name for tensor in remaining]
         _, outputs = _find_unpaired(signature, pairs, ())
+        ways = [f"name the missing pairs, {_suggestion(remaining, outputs)}"]
+        if not _candidates(remaining, outputs):
+            ways.clear()
+        scalars = [tensor.name for tensor in remaining if not tensor.shape]
+        if scalars:
+            given = " ".join(f"--constant {name}=VALUE" for name in scalars)
+            ways.append(f"give the value of what is the same in every call (`{given}`)")
+        else:
+            ways.append(
+                "if all of them take features, name all, and a row has their columns in this "
+                f"order: `{' '.join(f'--input {name}' for name in names)}`"
+            )
         raise ImportedModelError(
-            f"expected one input of features, got {names} besides the states ({known}). Name the "
-            f"missing pairs ({_suggestion(remaining, outputs)}), or if all of them take features, "
-            "name all, and a row has their columns in this order: "
-            f"{' '.join(f'--input {name}' for name in names)}{signature}"
+            f"expected one input of features, got {names} besides the states ({known}): "
+            f"{'; or '.join(ways)}{signature}"
         )
 
 
@@ -360,17 +415,43 @@ def _has_time(tensor: Tensor) -> bool:
 
 def _pairs_by_shape(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, str]:
     """Pairs of inputs and outputs that nothing else fits, unless the input has an axis of time."""
-    fitting = {
-        before.name: [after.name for after in outputs if compatible(before, after)]
-        for before in inputs
-        if not _has_time(before)
-    }
+    fitting = _candidates(inputs, outputs)
     candidates = list(fitting.values())
     return {
         name: names[0]
         for name, names in fitting.items()
         if len(names) == 1 and candidates.count(names) == 1
     }
+
+
+def _pairs_by_affix(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, str]:
+    """Pairs whose names all differ by the same short text at one place, as `h0` and `ho0` do."""
+    differences: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for before in inputs:
+        for after in outputs:
+            if not _has_time(before) and compatible(before, after):
+                removed, added = _difference(before.name, after.name)
+                has_common = len(removed) < len(before.name)
+                if has_common and 0 < len(removed) + len(added) <= MAX_AFFIX:
+                    differences[removed, added].setdefault(before.name, after.name)
+    most = max(map(len, differences.values()), default=0)
+    best = [pairs for pairs in differences.values() if len(pairs) == most]
+    is_certain = len(best) == 1 and len(set(best[0].values())) == most
+    return best[0] if is_certain else {}
+
+
+def _difference(one: str, other: str) -> tuple[str, str]:
+    """What is left of two names without their common prefix and suffix."""
+    prefix = _equal_characters(one, other)
+    one, other = one[prefix:], other[prefix:]
+    suffix = _equal_characters(one[::-1], other[::-1])
+    return one[: len(one) - suffix], other[: len(other) - suffix]
+
+
+def _equal_characters(one: str, other: str) -> int:
+    """How many characters two names have in common at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _marker_key(name: str) -> tuple[str, ...]:
@@ -390,13 +471,21 @@ def _step_key(name: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _candidates(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, list[str]]:
+    """The outputs that can be the next value of each input, unless it has an axis of time."""
+    fitting = {
+        before.name: [after.name for after in outputs if compatible(before, after)]
+        for before in inputs
+        if not _has_time(before)
+    }
+    return {name: names for name, names in fitting.items() if names}
+
+
 def _suggestion(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
     """The options to give, with pairs that fit as examples."""
     pairs: dict[str, str] = {}
-    for before in inputs:
-        fitting = [each.name for each in outputs if compatible(before, each)]
-        free = [name for name in fitting if name not in pairs.values()]
-        if free and not _has_time(before):
-            pairs[before.name] = free[0]
+    for before, fitting in _candidates(inputs, outputs).items():
+        if free := [name for name in fitting if name not in pairs.values()]:
+            pairs[before] = free[0]
     options = " ".join(f"--state {before}={after}" for before, after in pairs.items())
     return f"such as `{options}`" if options else "`--state INPUT=OUTPUT`"

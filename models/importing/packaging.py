@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from models.artifact.artifact import Artifact
 from models.artifact.files import open_regular
@@ -24,7 +24,7 @@ from models.errors import ArtifactError, ImportedModelError, SpecError
 from models.importing.isolation import Converted, Limits, OnnxOptions, convert_isolated
 from models.importing.triton_config import MAX_CONFIG_BYTES
 from models.spec.model import parse_spec
-from models.spec.onnx_network import OnnxNetwork
+from models.spec.onnx_network import Axes, OnnxNetwork
 
 MAX_INITIAL_BYTES = 2**24
 
@@ -126,7 +126,9 @@ def onnx_options(
     lengths: str | None = None,
     mask: str | None = None,
     initial: Sequence[str] = (),
-    axes: Literal["batch_major", "time_major", "step"] | None = None,
+    constants: Sequence[str] = (),
+    features: int | None = None,
+    axes: Axes | None = None,
     triton: Path | None = None,
 ) -> OnnxOptions:
     """The options of an import, from those of the command line; the rest as in `OnnxOptions`.
@@ -134,6 +136,7 @@ def onnx_options(
     Args:
         states: state pairs, `IN=OUT`.
         initial: initial values, `IN=NUMBER` or `IN=FILE.npy`.
+        constants: values of inputs, `IN=NUMBER`.
         triton: Triton's `config.pbtxt` of the model.
 
     Raises:
@@ -147,6 +150,12 @@ def onnx_options(
         except ValueError:
             data = _read(Path(value), MAX_INITIAL_BYTES)
             values[name] = base64.b64encode(data).decode("ascii")
+    fixed: dict[str, float] = {}
+    for name, value in _split("--constant", constants, "NAME=NUMBER").items():
+        try:
+            fixed[name] = float(value)
+        except ValueError:
+            raise ImportedModelError(f"--constant {name}={value}: expected NAME=NUMBER") from None
     return OnnxOptions(
         states=_split("--state", states, "NAME_OF_INPUT=NAME_OF_OUTPUT"),
         inputs=tuple(inputs),
@@ -154,6 +163,8 @@ def onnx_options(
         lengths=lengths,
         mask=mask,
         initial=values,
+        constants=fixed,
+        features=features,
         axes=axes,
         triton=text,
         triton_folder=None if triton is None else str(triton.parent.resolve()),

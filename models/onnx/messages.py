@@ -213,6 +213,13 @@ def tensor_value(name: str, dtype: DataType, shape: Iterable[str | int]) -> Any:
     return value
 
 
+def tensor_of(name: str, array: NDArray[Any]) -> Any:
+    """The TensorProto of an array."""
+    raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    kind = DataType[array.dtype.name.upper()]
+    return TensorProto(name=name, data_type=kind, dims=array.shape, raw_data=raw)
+
+
 def tensor_array(tensor: Any) -> NDArray[Any]:
     """The elements of a TensorProto.
 

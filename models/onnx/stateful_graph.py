@@ -178,6 +178,8 @@ class StatefulGraph:
             return np.moveaxis(value, output.state_axis, 0)
         if output.has_time and self.network.axes == "time_major":
             return value.swapaxes(0, 1)
+        if output.state_axis is None and self.network.axes == "unbatched":
+            return value[np.newaxis]
         return value
 
     def _feed_rows(
@@ -189,6 +191,8 @@ class StatefulGraph:
             rows = rows.swapaxes(0, 1)
         elif network.axes == "step":
             rows = rows[:, 0]
+        elif network.axes == "unbatched":
+            rows = rows[0]
         feeds: dict[str, NDArray[Any]] = {
             name: np.ascontiguousarray(rows[..., columns], dtype)
             for name, columns, dtype in self._inputs
@@ -201,6 +205,8 @@ class StatefulGraph:
                 valid = np.arange(steps) < lengths[:, np.newaxis]
                 if network.axes == "time_major":
                     valid = np.ascontiguousarray(valid.T)
+                elif network.axes == "unbatched":
+                    valid = valid[0]
             feeds[network.steps.name] = valid.astype(network.steps.dtype, copy=False)
         return feeds
 
@@ -231,10 +237,10 @@ class _Part:
     def __init__(self, pair: StatePair, part: StatePart, columns: slice):
         self.pair, self.columns = pair, columns
         self._part = part
-        axes = list(range(1, len(part.shape) + 1))
-        self._to_graph = [*axes[: pair.batch_axis], 0, *axes[pair.batch_axis :]]
-        self._from_graph = [at for at in range(len(self._to_graph)) if at != pair.batch_axis]
-        self._from_graph.insert(0, pair.batch_axis)
+        axes, batch_axis = list(range(1, len(part.shape) + 1)), pair.batch_axis or 0
+        self._to_graph = [*axes[:batch_axis], 0, *axes[batch_axis:]]
+        self._from_graph = [at for at in range(len(self._to_graph)) if at != batch_axis]
+        self._from_graph.insert(0, batch_axis)
 
     def unpack(self, states: Floats) -> NDArray[Any]:
         """The graph's tensor of packed states [B, W]."""
@@ -242,9 +248,13 @@ class _Part:
         if not self._part.in_floats:
             values = values.view(np.int64)
         tensor = self._part.decode(values).reshape(-1, *self._part.shape)
+        if self.pair.batch_axis is None:
+            return np.ascontiguousarray(tensor[0])
         return np.ascontiguousarray(tensor.transpose(self._to_graph))
 
     def pack(self, tensor: NDArray[Any]) -> Floats:
         """The columns of the graph's tensor, float32 [B, ...]."""
+        if self.pair.batch_axis is None:
+            tensor = tensor[np.newaxis]
         values = tensor.transpose(self._from_graph).reshape(-1, self._part.size)
         return np.ascontiguousarray(self._part.encode(values)).view(np.float32)

@@ -16,7 +16,7 @@ from models.events.schema import Frozen
 from models.spec.state import Dtype
 
 GraphDtype = Literal[Dtype, "uint64"]
-Axes = Literal["batch_major", "time_major", "step"]
+Axes = Literal["batch_major", "time_major", "step", "unbatched"]
 Batching = Literal["padded", "cut", "equal", "step"]
 
 STARTED = "sequence.started"
@@ -70,18 +70,19 @@ class StatePair(Frozen):
         output: name of the state output.
         shape: shape of one stream's part, without the batch axis.
         dtype: element type of both.
-        batch_axis: place of the batch axis in the graph's tensors.
+        batch_axis: place of the batch axis in the graph's tensors; None in an unbatched graph whose
+            states have none.
     """
 
     input: Name
     output: Name
     shape: tuple[Size, ...]
     dtype: Dtype
-    batch_axis: Annotated[int, Field(ge=0, le=16)]
+    batch_axis: Annotated[int, Field(ge=0, le=16)] | None
 
     @model_validator(mode="after")
     def _check_axis(self) -> StatePair:
-        if self.batch_axis > len(self.shape):
+        if self.batch_axis is not None and self.batch_axis > len(self.shape):
             raise ValueError(f"batch_axis: expected at most {len(self.shape)}")
         return self
 
@@ -120,8 +121,8 @@ class OnnxNetwork(Frozen):
     """The signature of the graph, and how batches are run on it.
 
     Attributes:
-        axes: of inputs and outputs: `batch_major` [B, T, ...], `time_major` [T, B, ...], or `step`
-            [B, ...], a graph of one step.
+        axes: of inputs and outputs: `batch_major` [B, T, ...], `time_major` [T, B, ...], `step`
+            [B, ...], a graph of one step, or `unbatched` [T, ...], a graph of one row.
         inputs: which take the columns of a row, in this order.
         outputs: which the replies contain.
         states: the state pairs, in the order of the parts of a state.
@@ -170,6 +171,10 @@ class OnnxNetwork(Frozen):
             )
         if self.batching != "step" and not all(output.has_time for output in self.outputs):
             raise ValueError("batching: expected 'step' for outputs without an axis of time")
+        if self.axes == "unbatched" and self.batch_size != 1:
+            raise ValueError("batch_size: expected 1 of an unbatched graph")
+        if self.axes != "unbatched" and any(pair.batch_axis is None for pair in self.states):
+            raise ValueError("states: expected a batch axis of each, unless the graph is unbatched")
         return self
 
     @property

@@ -233,8 +233,8 @@ def test_a_graph_in_the_format_of_onnx_runtime_is_never_run(tmp_path: Path) -> N
 def test_a_graph_that_is_too_large_is_rejected(tmp_path: Path) -> None:
     message = r"at most 1000 bytes with its weights.*store the weights as float16"
     with pytest.raises(ImportedModelError, match=message):
-        read_signature(EXAMPLES / "min_gru.onnx", EXAMPLES, 1000)
+        read_signature(EXAMPLES / "min_gru.onnx", EXAMPLES, most_bytes=1000)
     outside("m.data")(tmp_path / "m.onnx")
     (tmp_path / "m.data").write_bytes(bytes(5000))
     with pytest.raises(ImportedModelError, match=r"weights of at most 4000 bytes"):
-        read_signature(tmp_path / "m.onnx", tmp_path, 4000)
+        read_signature(tmp_path / "m.onnx", tmp_path, most_bytes=4000)

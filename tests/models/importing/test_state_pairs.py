@@ -38,6 +38,8 @@ def signature(inputs: list[Tensor], outputs: list[Tensor]) -> Signature:
         (["past_key.0", "past_key.1"], ["present_key.0", "present_key.1"]),
         (["h1_in", "h2_in"], ["h1_out", "h2_out"]),
         (["lstm/h:0"], ["lstm/h_next:0"]),
+        (["h0", "c0"], ["ho0", "co0"]),
+        (["hi", "ci"], ["ho", "co"]),
     ],
 )
 def test_names_pair_states(inputs: list[str], outputs: list[str]) -> None:
@@ -56,8 +58,10 @@ def test_ambiguous_state_pairs_are_rejected() -> None:
     with pytest.raises(ImportedModelError, match=r"--state a=p --state c=q"):
         find_pairs(twins, {}, ())
     assert find_pairs(twins, {"a": "q", "c": "p"}, ()) == {"a": "q", "c": "p"}
-    with pytest.raises(ImportedModelError, match="found no pair"):
+    with pytest.raises(ImportedModelError, match=r"ambiguous.*`--state a=p`"):
         find_pairs(signature([state("a"), state("c")], [state("p")]), {}, ())
+    with pytest.raises(ImportedModelError, match=r"found no pair.*`--state INPUT=OUTPUT`"):
+        find_pairs(signature([state("a")], [state("p", "b", 6)]), {}, ())
     with pytest.raises(ImportedModelError, match=r"one state input for each .*\['p'\]"):
         find_pairs(twins, {"a": "p", "c": "p"}, ())
 
