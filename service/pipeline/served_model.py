@@ -72,7 +72,7 @@ class ServedModel:
         outputs: the layout of one step's outputs.
         chunk_limit: maximum steps of one chunk; None if a chunk may be split anywhere.
         state: the layout of a stream's state.
-        state_bytes: the size of a stream's state in the store.
+        state_bytes: the size of a stream's state in the store, with what its history has at most.
         initial: the state of a stream before its first event, and after a reset; not to be
             modified.
         runtime_state: the layout of the parts that the runtime reads and writes.
@@ -106,6 +106,9 @@ class ServedModel:
         self.blocks = None if spec.blocks is None else BlockStateLayout(spec.blocks, layout)
         self.history = history
         self.history_codec = HistoryCodec(spec.events, spec.input_features)
+        if history is not None:
+            self.state_bytes *= 1 + history.snapshots
+            self.state_bytes += self.history_codec.estimate_bytes(history.events)
         detection = spec.detection
         self._alarm_rate_at: int | None = None
         if detection is not None:

@@ -40,7 +40,8 @@ from service.store.base import (
     Store,
     decode_value,
 )
-from service.store.codec import encode_state, pack_head
+from service.store.codec import encode_state, pack_head, read_packed_head
+from service.store.history import HistoryCopy
 
 DELETE_BATCH_STREAMS: Final = 100
 """Streams of a prefix that are deleted together; few enough that chunks hardly wait behind them."""
@@ -266,20 +267,39 @@ class StreamAdministration:
             )
             if fingerprint != served.fingerprint:
                 raise served.incompatible(key.stream, source)
-            return await self._create("state_written", caller, key, source, precondition)
+            history = HistoryCopy() if self._keeps_history(key.model) else None
+            return await self._create("state_written", caller, key, source, history, precondition)
 
     async def fork(
         self, caller: Caller, key: StreamKey, to: str, precondition: Precondition | None
     ) -> StreamState:
-        """Create stream `to` from the current state of `key`, in a new epoch.
+        """Create stream `to` from the current state of `key`, in a new epoch, with its history.
 
         Raises:
             StreamNotFound, StateIncompatible, StreamExists, StateChanged, LimitExceeded
         """
         caller.check((Verb.FORK,), key.model, key.stream)
         with self._use(caller, (Verb.FORK,), key.model, to):
-            source, target = await self._load_compatible(key), StreamKey(key.model, to)
-            return await self._create("stream_forked", caller, target, source, precondition)
+            source, history = await self._load_with_history(key)
+            target = StreamKey(key.model, to)
+            return await self._create(
+                "stream_forked", caller, target, source, history, precondition
+            )
+
+    def _keeps_history(self, model: str) -> bool:
+        return self._versions(model).route.champion.history is not None
+
+    async def _load_with_history(self, key: StreamKey) -> tuple[StreamState, HistoryCopy | None]:
+        """Read a stream and the history that leads to its state, empty if chunks that come all the
+        time keep it from being read; None if the model keeps none."""
+        for _ in range(CREATE_ATTEMPTS):
+            source = await self._load_compatible(key)
+            if not self._keeps_history(key.model):
+                return source, None
+            ((value, history),) = await self._store.histories.copy([key])
+            if value is not None and read_packed_head(value) == pack_head(source.head):
+                return source, history or HistoryCopy()
+        return source, HistoryCopy()
 
     async def _create(
         self,
@@ -287,6 +307,7 @@ class StreamAdministration:
         caller: Caller,
         key: StreamKey,
         source: StreamState,
+        history: HistoryCopy | None,
         precondition: Precondition | None,
     ) -> StreamState:
         for _ in range(CREATE_ATTEMPTS):
@@ -297,8 +318,12 @@ class StreamAdministration:
                 await caller.quota.admit(key, served.state_bytes)
             self._cache.drop(key)
             expected = pack_head(replaced and replaced.head)
-            commit = CommitColumns([key], [expected], [encode_state(new)], [b""])
-            (result,) = await self._store.commit(commit)
+            state = encode_state(new)
+            if history is not None:
+                result = await self._store.histories.write(key, expected, state, history)
+            else:
+                commit = CommitColumns([key], [expected], [state], [b""])
+                (result,) = await self._store.commit(commit)
             self._record(change, key, result, position=new.head.position)
             if isinstance(result, CarryError):
                 raise result

@@ -2,18 +2,20 @@
 
     offset  size  what
          0     4  magic "CRRB"
-         4     4  format, 1 or 2, u32 little-endian
+         4     4  format, 1 to 3, u32 little-endian
          8     -  blocks: length u32, CRC-32 of the content u32, content (MessagePack)
 
 The content of the first block describes the backup, that of the last is the number of streams, and
-each block between has a list of `[model, stream, state]`, the state as the store has it (`codec`).
+each block between has a list of `[model, stream, state]`, the state as the store has it (`codec`),
+of a stream with a history of `[model, stream, state, entries, snapshots]`, these oldest first.
 A file without its last block is incomplete. A backup contains every stream that exists throughout,
-each at the state of one moment, with its epoch, position and last chunk; neither stored replies nor
-tombstones. It is independent of the number of partitions and servers.
+each at the state of one moment, with its epoch, position and last chunk; neither stored replies,
+tombstones, nor states for other versions of the model. It is independent of the number of
+partitions and servers.
 
-A backup of a store that has, or has had, access keys has format 2: its description ends with the
-keys' records by id, none if they were not asked for. A version that does not know it would restore
-a store that answers without a key.
+The description of format 3 ends with the records of the access keys by id: none if they were not
+asked for, and nil if the store never had any. Earlier versions wrote format 2, the same without
+histories, and format 1, without keys.
 
 A restoration never rolls a stream back: a stream that is in the store already is written only if
 the backup has a later position of the same epoch. So it may be repeated, and a stream that a
@@ -27,7 +29,7 @@ import struct
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import ormsgpack
 
@@ -37,17 +39,19 @@ from service.core.errors import CarryError, OperatorError, StateDamaged
 from service.core.values import StreamHead, StreamKey, StreamState, is_stream_name
 from service.store.base import (
     CommitColumns,
+    CommitResult,
     Committed,
     Loaded,
-    StateStore,
     Store,
     decode_value,
 )
 from service.store.codec import CodecError, decode_stream, encode_state, pack_head
+from service.store.history import HistoryCopy
+from service.store.history_codec import read_range
 
 MAGIC: Final = b"CRRB"
-FORMAT: Final = 1
-FORMAT_WITH_KEYS: Final = 2
+FORMAT: Final = 3
+FORMAT_WITHOUT_KEYS: Final = 1
 PAGE_STREAMS: Final = 1000
 STREAMS_AT_ONCE: Final = 200
 """Streams that are read together: few, so that large states fit in memory."""
@@ -61,6 +65,17 @@ WRITE_ATTEMPTS: Final = 8
 _START = struct.Struct("<4sI")
 _BLOCK = struct.Struct("<II")
 _is_model_name = re.compile(MODEL_NAME[1:-1]).fullmatch
+
+
+class BackedUpStream(NamedTuple):
+    """A stream of a backup.
+
+    Attributes:
+        history: None if it has none.
+    """
+
+    state: StreamState
+    history: HistoryCopy | None = None
 
 
 class BackupError(OperatorError):
@@ -117,13 +132,13 @@ async def write_backup(
         StoreUnavailable, StoreRefused: the file is incomplete.
     """
     progress = BackupProgress()
-    description = [info.created_ms, info.namespace, info.model, info.prefix]
-    file.write(_START.pack(MAGIC, FORMAT if info.keys is None else FORMAT_WITH_KEYS))
-    _write_block(file, description if info.keys is None else [*description, dict(info.keys)])
+    keys = None if info.keys is None else dict(info.keys)
+    file.write(_START.pack(MAGIC, FORMAT))
+    _write_block(file, [info.created_ms, info.namespace, info.model, info.prefix, keys])
     async for page in _pages(store, info):
         for first in range(0, len(page), STREAMS_AT_ONCE):
-            keys = page[first : first + STREAMS_AT_ONCE]
-            for records in await _read_streams(store, keys, progress):
+            names = page[first : first + STREAMS_AT_ONCE]
+            for records in await _read_streams(store, names, progress):
                 _write_block(file, records)
             report(progress)
     _write_block(file, progress.streams)
@@ -131,19 +146,23 @@ async def write_backup(
 
 
 async def _read_streams(
-    store: StateStore, keys: Sequence[StreamKey], progress: BackupProgress
-) -> list[list[tuple[str, str, bytes]]]:
+    store: Store, keys: Sequence[StreamKey], progress: BackupProgress
+) -> list[list[list[Any]]]:
     """Read streams; returns the contents of one or more blocks."""
-    blocks: list[list[tuple[str, str, bytes]]] = []
+    blocks: list[list[list[Any]]] = []
     size_bytes = BLOCK_BYTES
-    for key, value in zip(keys, await store.load(keys), strict=True):
+    for key, (value, history) in zip(keys, await store.histories.copy(keys), strict=True):
         loaded = decode_value(key, value)
         if isinstance(loaded, StreamState):
-            record = (key.model, key.stream, encode_state(loaded))
-            size_bytes += len(record[2])
+            record: list[Any] = [key.model, key.stream, encode_state(loaded)]
+            record_bytes = len(record[2])
+            if history is not None:
+                record += map(list, history)
+                record_bytes += sum(len(each) for part in history for each in part)
+            size_bytes += record_bytes
             if size_bytes > BLOCK_BYTES:
                 blocks.append([])
-                size_bytes = len(record[2])
+                size_bytes = record_bytes
             blocks[-1].append(record)
             progress.streams += 1
         elif isinstance(loaded, StateDamaged):
@@ -168,18 +187,20 @@ class BackupReader:
         start = file.read(_START.size)
         if len(start) < _START.size or start[:4] != MAGIC:
             raise BackupError("expected a backup written by `carry backup`, got another file")
-        if (version := _START.unpack(start)[1]) not in (FORMAT, FORMAT_WITH_KEYS):
-            raise BackupError(f"expected format 1 or 2 of a backup, got {version}")
+        if not FORMAT_WITHOUT_KEYS <= (version := _START.unpack(start)[1]) <= FORMAT:
+            raise BackupError(f"expected format 1 to {FORMAT} of a backup, got {version}")
         content = self._read_block(0)
-        length = 4 if version == FORMAT else 5
+        length = 4 if version == FORMAT_WITHOUT_KEYS else 5
         if not isinstance(content, list) or len(content) != length:
             raise BackupError("the backup's description is invalid")
         for keys in content[4:]:
+            if keys is None and version == FORMAT:
+                continue
             if type(keys) is not dict or not all(type(each) is bytes for each in keys.values()):
                 raise BackupError("the backup's access keys are invalid")
         self.info = BackupInfo(*content)
 
-    def __iter__(self) -> Iterator[list[tuple[StreamKey, StreamState]]]:
+    def __iter__(self) -> Iterator[list[tuple[StreamKey, BackedUpStream]]]:
         """Yield the streams block by block.
 
         Raises:
@@ -210,7 +231,7 @@ class BackupReader:
 
 
 async def restore_backup(
-    store: StateStore,
+    store: Store,
     backup: BackupReader,
     *,
     model: str | None,
@@ -234,8 +255,8 @@ async def restore_backup(
     progress = BackupProgress()
     for block in backup:
         latest = {
-            key: state
-            for key, state in block
+            key: stream
+            for key, stream in block
             if model in (None, key.model) and key.stream.startswith(prefix)
         }
         if latest:
@@ -245,17 +266,17 @@ async def restore_backup(
 
 
 async def _restore(
-    store: StateStore, states: dict[StreamKey, StreamState], replace: bool, progress: BackupProgress
+    store: Store, streams: dict[StreamKey, BackedUpStream], replace: bool, progress: BackupProgress
 ) -> None:
-    """Write each state with a compare-and-set, until each is written or kept."""
+    """Write each stream with a compare-and-set, until each is written or kept."""
     failure: CarryError | None = None
     for _ in range(WRITE_ATTEMPTS):
-        if not states:
+        if not streams:
             return
         keys: list[StreamKey] = []
         expected: list[bytes] = []
         new: list[bytes] = []
-        for key, value in zip(list(states), await store.load(list(states)), strict=True):
+        for key, value in zip(list(streams), await store.load(list(streams)), strict=True):
             loaded = decode_value(key, value)
             if isinstance(loaded, StateDamaged):
                 await store.delete(key, loaded.head)
@@ -263,25 +284,44 @@ async def _restore(
             if isinstance(loaded, CarryError):
                 failure = loaded
                 continue
-            state = _restorable(states[key], loaded, replace)
+            state = _restorable(streams[key].state, loaded, replace)
             if state is not None:
                 keys.append(key)
                 expected.append(pack_head(loaded.head if loaded else None))
                 new.append(encode_state(state))
             else:
-                del states[key]
+                del streams[key]
                 progress.kept += 1
-        commits = CommitColumns(keys, expected, new, [b""] * len(keys))
-        for key, result in zip(keys, await store.commit(commits), strict=True):
+        histories = [streams[key].history for key in keys]
+        for key, result in zip(
+            keys, await _write(store, keys, expected, new, histories), strict=True
+        ):
             if isinstance(result, Committed):
-                del states[key]
+                del streams[key]
                 progress.streams += 1
             elif isinstance(result, CarryError):
                 failure = result
-    if states:
-        key = next(iter(states))
+    if streams:
+        key = next(iter(streams))
         reason = failure.detail if failure else "other writers changed it again and again"
         raise BackupError(f"model {key.model!r}, stream {key.stream!r} was not restored: {reason}")
+
+
+async def _write(
+    store: Store,
+    keys: Sequence[StreamKey],
+    expected: Sequence[bytes],
+    states: Sequence[bytes],
+    histories: Sequence[HistoryCopy | None],
+) -> Sequence[CommitResult]:
+    """Compare-and-set streams; those without a history in one round trip."""
+    plain = [at for at, history in enumerate(histories) if history is None]
+    commits = CommitColumns(keys, expected, states, [b""] * len(keys)).select(plain)
+    results = dict(zip(plain, await store.commit(commits), strict=True))
+    for at, (key, history) in enumerate(zip(keys, histories, strict=True)):
+        if history is not None:
+            results[at] = await store.histories.write(key, expected[at], states[at], history)
+    return [results[at] for at in range(len(keys))]
 
 
 def _restorable(state: StreamState, stored: Loaded, replace: bool) -> StreamState | None:
@@ -301,13 +341,19 @@ def _continues(head: StreamHead, earlier: StreamHead) -> bool:
     return head.epoch == earlier.epoch and head.position > earlier.position
 
 
-def _parse_record(record: Any) -> tuple[StreamKey, StreamState]:
-    model, stream, value = record
+def _parse_record(record: Any) -> tuple[StreamKey, BackedUpStream]:
+    model, stream, value, *history = record
     if not isinstance(model, str) or not isinstance(stream, str):
         raise ValueError("expected the names of a model and a stream")
     if not _is_model_name(model) or not is_stream_name(stream):
         raise ValueError(f"the name of model {model[:100]!r} or stream {stream[:300]!r}")
-    return StreamKey(model, stream), decode_stream(value)
+    state, copy = decode_stream(value), None
+    if history:
+        entries, snapshots = history
+        copy = HistoryCopy(entries, snapshots)
+        list(map(read_range, entries))
+        list(map(decode_stream, snapshots))
+    return StreamKey(model, stream), BackedUpStream(state, copy)
 
 
 async def _pages(store: Store, info: BackupInfo) -> AsyncIterator[Sequence[StreamKey]]:

@@ -89,9 +89,9 @@ class Histories(Protocol):
         """
 
     async def copy(
-        self, key: StreamKey, deadline_s: float = math.inf
-    ) -> tuple[bytes | None, HistoryCopy | None]:
-        """Read what is stored of a stream, and its history; None if that is not valid.
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
+    ) -> list[tuple[bytes | None, HistoryCopy | None]]:
+        """Read what is stored of streams, each with its history: None if that is not valid.
 
         Raises:
             StoreUnavailable, StoreRefused

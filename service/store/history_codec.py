@@ -42,6 +42,11 @@ _COUNT: Final = struct.Struct("<I")
 _RATE: Final = struct.Struct("<d")
 _HEADER_BYTES: Final = _LEAD.size + _CRC.size
 _F4: Final = np.dtype("<f4")
+_FIELD_BYTES: Final = {"numeric": 9, "timestamp": 9, "boolean": 2, "categorical": 5}
+"""Bytes of a value with its presence, without those of a string."""
+
+_STRING_BYTES: Final = 8
+"""Bytes of a category, as they are estimated."""
 
 _IS_INPUTS: Final = 1
 _IS_FINAL: Final = 2
@@ -110,6 +115,13 @@ class HistoryCodec:
         fields = [] if schema is None else [f"{field.name}:{field.kind}" for field in schema.fields]
         self._fields = _CRC.pack(zlib.crc32(",".join(fields).encode()))
         self._width = _COUNT.pack(features)
+
+    def estimate_bytes(self, events: int, chunk_events: int = 1) -> int:
+        """The bytes of the entries of so many events, in chunks of a size."""
+        kinds = [] if self._schema is None else [field.kind for field in self._schema.fields]
+        event = sum(map(_FIELD_BYTES.__getitem__, kinds)) or _F4.itemsize * self._features
+        event += _STRING_BYTES * kinds.count("categorical")
+        return events * event + -(-events // chunk_events) * (_HEADER_BYTES + _COUNT.size)
 
     def encode(
         self, start: int, steps: Steps, *, final: bool = False, starts: bool = False

@@ -22,6 +22,7 @@ from service.store.redis.router import Router
 ALL: Final = "*"
 _INDEX: Final = struct.Struct("<Q8s")
 
+Groups = Callable[[Sequence[StreamKey]], list[tuple[int, Sequence[int]]]]
 Results = Callable[[CommitColumns, Outcome, float], Awaitable[list[CommitResult]]]
 
 
@@ -29,14 +30,14 @@ class RedisHistories(Histories):
     """The histories of a store.
 
     Args:
-        slot: returns the slot of a stream's keys.
+        group_by_slot: returns the slots of streams' keys, each with the indexes of its streams.
         results: returns the results of the commits of a script.
     """
 
-    def __init__(self, router: Router, slot: Callable[[StreamKey], int], results: Results):
+    def __init__(self, router: Router, group_by_slot: Groups, results: Results):
         self._router = router
         self._keys = router.settings.keys
-        self._slot = slot
+        self._group_by_slot = group_by_slot
         self._results = results
         settings = router.settings
         self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
@@ -69,9 +70,8 @@ class RedisHistories(Histories):
         position: int | None = None,
         deadline_s: float = math.inf,
     ) -> StoredHistory:
-        record, *valid = await self._read(
-            key, fingerprint, "" if position is None else position, deadline_s
-        )
+        asked = "" if position is None else position
+        ((record, *valid),) = await self._read([key], fingerprint, asked, deadline_s)
         if not valid:
             return StoredHistory(record)
         index, entries, snapshots, own = valid
@@ -87,25 +87,39 @@ class RedisHistories(Histories):
         )
 
     async def copy(
-        self, key: StreamKey, deadline_s: float = math.inf
-    ) -> tuple[bytes | None, HistoryCopy | None]:
-        record, *valid = await self._read(key, b"", ALL, deadline_s)
-        if not valid:
-            return record, None
-        _, entries, snapshots, _ = valid
-        return record, HistoryCopy(entries, snapshots[::-1])
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
+    ) -> list[tuple[bytes | None, HistoryCopy | None]]:
+        copies: list[tuple[bytes | None, HistoryCopy | None]] = []
+        for record, *valid in await self._read(keys, b"", ALL, deadline_s):
+            history = None
+            if valid:
+                _, entries, snapshots, _ = valid
+                history = HistoryCopy(entries, snapshots[::-1])
+            copies.append((record, history))
+        return copies
 
     async def _read(
-        self, key: StreamKey, fingerprint: bytes, position: int | str, deadline_s: float
-    ) -> list[Any]:
-        """What `history_read.lua` returns."""
-        state, _, *own = self._keys.all_of(key)
-        command = PendingCommand.for_script(
-            self._read_script, [state, *own], [fingerprint, position], self._slot(key)
-        )
-        (outcome,) = await self._router.execute(command, deadline_s=deadline_s)
-        values: list[Any] = read_value(outcome)
-        return values
+        self,
+        keys: Sequence[StreamKey],
+        fingerprint: bytes,
+        position: int | str,
+        deadline_s: float,
+    ) -> list[list[Any]]:
+        """What `history_read.lua` returns of each stream."""
+        groups = self._group_by_slot(keys)
+        commands: list[PendingCommand] = []
+        for slot, group in groups:
+            names: list[str] = []
+            for index in group:
+                state, _, *own = self._keys.all_of(keys[index])
+                names += (state, *own)
+            arguments = (fingerprint, position)
+            commands.append(PendingCommand.for_script(self._read_script, names, arguments, slot))
+        outcomes = await self._router.execute(*commands, deadline_s=deadline_s)
+        found: dict[int, list[Any]] = {}
+        for (_, group), outcome in zip(groups, outcomes, strict=True):
+            found.update(zip(group, read_value(outcome), strict=True))
+        return [found[index] for index in range(len(keys))]
 
     async def write(
         self,
@@ -149,9 +163,9 @@ class RedisHistories(Histories):
             *entries,
             *snapshots,
         ]
-        command = PendingCommand.for_script(
-            self._write_script, self._keys.all_of(key), arguments, self._slot(key), [key]
-        )
+        ((slot, _),) = self._group_by_slot([key])
+        names = self._keys.all_of(key)
+        command = PendingCommand.for_script(self._write_script, names, arguments, slot, [key])
         (outcome,) = await self._router.execute(command, durably=True, deadline_s=deadline_s)
         if isinstance(outcome, StoreUnavailable | StoreRefused):
             raise outcome
@@ -162,11 +176,9 @@ class RedisHistories(Histories):
     async def commit_versions(
         self, keys: Sequence[StreamKey], states: Sequence[bytes], deadline_s: float = math.inf
     ) -> list[bool]:
-        groups: dict[int, list[int]] = {}
-        for index, key in enumerate(keys):
-            groups.setdefault(self._slot(key), []).append(index)
+        groups = self._group_by_slot(keys)
         commands: list[PendingCommand] = []
-        for slot, group in groups.items():
+        for slot, group in groups:
             names: list[str] = []
             for index in group:
                 state, _, *history = self._keys.all_of(keys[index])
@@ -175,7 +187,7 @@ class RedisHistories(Histories):
             commands.append(PendingCommand.for_script(self._version_script, names, arguments, slot))
         outcomes = await self._router.execute(*commands, deadline_s=deadline_s)
         written: dict[int, bool] = {}
-        for group, outcome in zip(groups.values(), outcomes, strict=True):
+        for (_, group), outcome in zip(groups, outcomes, strict=True):
             values = outcome.value if isinstance(outcome, ServerReply) else [0] * len(group)
             written.update(zip(group, map(bool, values), strict=True))
         return [written[index] for index in range(len(keys))]

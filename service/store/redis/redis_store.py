@@ -165,7 +165,7 @@ class RedisStore(Store):
         self.keys = RedisStoredKeys(self._router)
         self.monitor = RedisMonitor(self._router, self._commit_script)
         self.topics = RedisTopics(self._router)
-        self.histories = RedisHistories(self._router, self._slot, self._commit_results)
+        self.histories = RedisHistories(self._router, self._group_by_slot, self._commit_results)
 
     async def start(self) -> None:
         await self._router.start()

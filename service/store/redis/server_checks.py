@@ -42,6 +42,10 @@ REQUIRED_COMMANDS: Final = {
     "the number of streams in the metrics": ("DBSIZE", "RANDOMKEY"),
     "quotas and `carry keys`": ("HSET {key} f v", "HDEL {key} f", "HLEN {key}", "HSCAN {key} 0"),
     "rates of access keys": ("TIME", "HSET {key} f v", "HDEL {key} f"),
+    "the history of streams": (
+        *("HSET {key} f v", "HDEL {key} f", "HKEYS {key}"),
+        *("RPUSH {key} v", "LRANGE {key} 0 1", "LTRIM {key} 0 1", "LLEN {key}"),
+    ),
     "the topics of consumers": (
         *("TYPE {key}", "HVALS {key}", "HMGET {key} f", "XINFO GROUPS {key}", "XLEN {key}"),
         *("XPENDING {key} g", "XRANGE {key} - +", "XREVRANGE {key} + -"),

@@ -183,7 +183,7 @@ async def test_invalid_keys_of_a_backup_are_not_written(
     [
         (None, "No such file"),
         (b"", "expected a backup written by `carry backup`, got another file"),
-        (b"CRRB\x03\0\0\0", "expected format 1 or 2 of a backup, got 3"),
+        (b"CRRB\x04\0\0\0", "expected format 1 to 3 of a backup, got 4"),
         (b"CRRB\x01\0\0\0", "the backup is incomplete: it ends after 0 streams"),
     ],
 )

@@ -22,6 +22,8 @@ from service.consumers.consumer import Consumer
 from service.consumers.events import EventReader
 from service.consumers.topic import OwnedTopic
 from service.core.errors import OperatorError
+from service.core.values import StreamKey
+from service.store.history_codec import HistoryCodec
 from service.store.redis.topics import RedisTopics
 from tests.support.consumers import (
     add,
@@ -35,7 +37,7 @@ from tests.support.consumers import (
 from tests.support.models import PRETRAINED
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, becomes, own_server, server, shared_server
+from tests.support.servers import RealServer, becomes, opened, own_server, server, shared_server
 
 __all__ = ["own_server", "server", "shared_server"]
 
@@ -74,6 +76,28 @@ async def test_each_event_has_its_output_once_and_in_order(
         assert_outputs(artifact, found[name], each)
     assert pending(client) == 0
     assert consumer.counts == {"committed": 800}
+
+
+async def test_the_history_of_a_stream_has_the_events_of_its_topic(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = {f"s{number}": rows_of(RANDOM, 40) for number in range(5)}
+    entries = interleaved(rows)
+    async with (
+        opened(server.url) as store,
+        consuming(server.url, artifact, {"history_events": "10"}),
+    ):
+        for at in range(0, 200, 40):
+            add(client, "events", *entries[at : at + 40])
+            await until_count(client, "scores", at + 40)
+        codec = HistoryCodec(None, artifact.spec.input_features)
+        for name, each in rows.items():
+            found = await store.histories.read(StreamKey("probe", name), artifact.fingerprint)
+            assert found.is_valid
+            kept = [codec.decode(value).steps.rows for value in found.entries]
+            joined = np.concatenate([part for part in kept if part is not None])
+            assert len(joined) >= 10
+            np.testing.assert_array_equal(joined, each[-len(joined) :])
 
 
 @pytest.mark.parametrize("stream", ["key", {"key": True}, {"constant": "events"}], ids=str)

@@ -87,7 +87,7 @@ async def test_consumer_and_producer_may_do_their_work_and_no_more(
         client.xadd(bad, {"stream": "bad", "event": "[1]"})
         client.xgroup_create(bad, "carry", "0")
         client.xreadgroup("carry", "plain", {bad: ">"}, 1)
-        flags = {"partitions": PARTITIONS}
+        flags = {"partitions": PARTITIONS, "history_events": "2", "history_snapshots": 2}
         async with consuming(
             url, artifact, flags, partitioned=True, keep=1000, delete=True, on_error="halt"
         ) as consumer:

@@ -121,3 +121,34 @@ async def test_a_worker_without_history_ends_it(store_url: str, artifact: Artifa
         assert [(each.start, each.starts) for each in entries] == [(3, False)]
         assert found.snapshot is not None
         assert decode_stream(found.snapshot).head.position == 3
+
+
+async def test_a_fork_and_a_restored_stream_have_histories(
+    store_url: str, artifact: Artifact
+) -> None:
+    random, store = np.random.default_rng(1), new_store(store_url)
+    async with worker(store_url, artifact, store=store, history=HISTORY) as pipeline:
+        for position in range(0, 30, 3):
+            await send(pipeline, "a", rows_of(random, 3), position)
+        source, _ = await read(store, artifact, "a", 30)
+        await pipeline.streams.fork(ANYONE, StreamKey("probe", "a"), "b", None)
+        found, _ = await read(store, artifact, "b", 30)
+        assert found.is_valid
+        assert (found.entries, found.positions) == (source.entries, source.positions)
+        assert found.snapshot == source.snapshot
+        await send(pipeline, "b", rows_of(random, 2), 30)
+        _, entries = await read(store, artifact, "b")
+        assert [(each.start, each.stop) for each in entries[-2:]] == [(27, 30), (30, 32)]
+        state = await pipeline.streams.read_state(ANYONE, StreamKey("probe", "a"))
+        await pipeline.streams.restore(
+            ANYONE,
+            StreamKey("probe", "c"),
+            feed=state.feed,
+            position=7,
+            fingerprint=state.fingerprint,
+            state=state.state,
+            precondition=None,
+        )
+        found, entries = await read(store, artifact, "c", 7)
+        assert (entries, found.positions) == ([], [7])
+        assert found.snapshot == found.record

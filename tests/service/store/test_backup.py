@@ -8,10 +8,12 @@ import zlib
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import ormsgpack
 import pytest
+from msgspec.structs import replace
 
-from service.core.values import StreamKey, StreamState
+from service.core.values import Feed, Steps, StreamKey, StreamState
 from service.store import backup as module
 from service.store.backup import (
     BackupError,
@@ -21,11 +23,22 @@ from service.store.backup import (
     restore_backup,
     write_backup,
 )
-from service.store.base import Store
+from service.store.base import Committed, Store
 from service.store.codec import encode_state
+from service.store.history import HistoryColumns
+from service.store.history_codec import HistoryCodec
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server
-from tests.support.streams import Commit, OpenStore, Streams, committed, key, load, same_stream
+from tests.support.streams import (
+    Commit,
+    OpenStore,
+    Streams,
+    columns,
+    committed,
+    key,
+    load,
+    same_stream,
+)
 
 ALL = BackupInfo(1_700_000_000_000, "carry", None, "")
 
@@ -121,6 +134,49 @@ async def test_restore_never_rolls_a_stream_back(open_on: OpenStore, streams: St
     backup, _ = await backed_up(store)
     await committed(store, streams.next(Commit(ahead.key, None, found[1], None)))
     assert (await restored(store, backup)).kept == 3
+
+
+async def test_histories_are_backed_up_and_restored(open_on: OpenStore, streams: Streams) -> None:
+    store = await open_on(partitions=3)
+    plain, kept = streams.creation(key("plain")), streams.creation(key("kept"))
+    await committed(store, plain)
+    for number in range(4):
+        kept = streams.next(kept) if number else kept
+        histories = HistoryColumns([ENTRIES.encode(4 * number, four_rows(number))], 8, 2)
+        result = await store.commit(replace(columns(kept), histories=histories))
+        assert result == [Committed()]
+    backup, progress = await backed_up(store)
+    assert progress.streams == 2
+    other = await open_on(namespace="other")
+    for replaces in (False, True):
+        assert (await restored(other, backup, replaces)).streams == 2 - 2 * replaces
+        names = [plain.key, kept.key]
+        assert await other.histories.copy(names) == await store.histories.copy(names)
+    await committed(other, streams.next(kept))
+    assert (await restored(other, backup, replace=True)).streams == 1
+    ((_, history),) = await other.histories.copy([kept.key])
+    ((_, before),) = await store.histories.copy([kept.key])
+    assert history is not None
+    assert before is not None
+    assert history == before
+    assert [ENTRIES.decode(each).start for each in history.entries] == [8, 12]
+
+
+ENTRIES = HistoryCodec(None, 2)
+
+
+def four_rows(seed: int) -> Steps:
+    rows = np.random.default_rng(seed).normal(size=(4, 2)).astype(np.float32)
+    return Steps(Feed.INPUTS, 4, None, rows)
+
+
+@pytest.mark.parametrize("history", [[[b"x"], []], [[], [b"x"]], [[]], [1, 2]])
+def test_invalid_histories_are_rejected(history: list[Any]) -> None:
+    state = encode_state(Streams().first())
+    blocks = [1, "carry", None, "", None], [["m", "s", state, *history]], 1
+    file = b"CRRB\x03\0\0\0" + b"".join(framed(ormsgpack.packb(each)) for each in blocks)
+    with pytest.raises(BackupError, match="a state after 0 streams is invalid"):
+        list(BackupReader(io.BytesIO(file)))
 
 
 async def test_deleted_and_damaged_streams_are_restored(

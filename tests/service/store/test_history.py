@@ -175,7 +175,7 @@ async def test_a_commit_that_keeps_no_history_ends_it(store: Store, streams: Str
     await committed(store, second)
     found = await read(store, second.new, key("a"), 100)
     assert found == StoredHistory(encode_state(second.new))
-    assert await store.histories.copy(key("a")) == (encode_state(second.new), None)
+    assert await store.histories.copy([key("a")]) == [(encode_state(second.new), None)]
     other = encode_state(as_version(second.new, bytes(16)))
     assert await store.histories.commit_versions([key("a")], [other]) == [False]
     third = streams.next(second)
@@ -259,6 +259,7 @@ async def test_a_key_of_another_type_fails_only_its_own_stream(
         client.delete(events)
         client.set(events, "no list")
         assert "WRONGTYPE" in str((await commit_all(store, streams.next(commits[1])))[0])
+        assert await store.histories.copy([key("b")]) == [(encode_state(commits[1].new), None)]
         client.delete(events)
     await keep(store, streams.next(commits[1]))
 
@@ -400,7 +401,14 @@ async def test_a_rewind_cuts_the_history(store: Store, streams: Streams) -> None
 
 async def test_a_copy_is_a_history_of_another_stream(store: Store, streams: Streams) -> None:
     last = await filled(store, streams, key("a"), [5] * 30)
-    value, history = await store.histories.copy(key("a"))
+    other = await filled(store, streams, key("other"), [3])
+    missing, (value, history), second = await store.histories.copy(
+        [key("missing"), key("a"), key("other")]
+    )
+    assert missing == (None, None)
+    assert second[0] == encode_state(other.new)
+    assert second[1] is not None
+    assert ranges(second[1]) == [range(3)]
     assert value == encode_state(last.new)
     assert history is not None
     found = await read(store, last.new, key("a"))

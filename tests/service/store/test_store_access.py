@@ -17,9 +17,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.core.errors import StoreRefused
+from service.store.base import COMMITTED
 from service.store.capabilities import Lease, LeaseRequest, Quota
+from service.store.codec import encode_state
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
+from tests.service.store.test_history import as_version, filled, read
 from tests.support.certificates import Certificates, certificates, make_certificates
 from tests.support.cluster import Cluster
 from tests.support.servers import (
@@ -193,6 +196,13 @@ async def test_streams_survive_a_restart_with_the_access_control_list(
         async with opened(url) as store:
             first = streams.creation(key("a"))
             await committed(store, first)
+            last = await filled(store, streams, key("b"), [3] * 40)
+            for version in (b"v", b"w", b"x"):
+                other = encode_state(as_version(last.new, version * 16))
+                assert await store.histories.commit_versions([key("b")], [other]) == [True]
+            back = encode_state(streams.begin(position=110))
+            entries = (await read(store, last.new, key("b"))).entries[:-4]
+            assert await store.histories.rewind(key("b"), last.new.head, back, entries) == COMMITTED
         server.kill()
         server.launch()
         until(lambda: server.refuses("authentication"), "a server that needs a password")

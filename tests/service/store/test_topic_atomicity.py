@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from service.core.errors import CarryError
+from service.core.values import Feed, Steps
 from service.store.base import COMMITTED
+from service.store.history import HistoryColumns
+from service.store.history_codec import HistoryCodec, read_range
 from service.store.redis.redis_store import RedisStore
 from service.store.topics import Destination, NewEntry, TopicItem
 from tests.service.store.test_topics import KEYS, add, entries, item, own, pending, read
 from tests.support.servers import RealServer, emptied, opened
-from tests.support.streams import Streams, assert_stored, key, load
+from tests.support.streams import Commit, Streams, assert_stored, key, load
 
 STREAM = key("a")
 LAST_ID = "18446744073709551615-18446744073709551615"
@@ -47,6 +52,53 @@ async def test_an_item_whose_last_output_is_rejected_changes_nothing(
     assert entries(server, KEYS.outputs) == [{b"id": b"the last but one"}]
     assert pending(server) == ids
     assert await load(store, [STREAM]) == [None]
+
+
+async def test_a_chunk_and_its_history_are_written_with_outputs_or_not_at_all(
+    server: RealServer, store: RedisStore, streams: Streams
+) -> None:
+    ids = add(server, "1", "2", "3", "4")
+    await own(store)
+    await read(store)
+    first = streams.creation(STREAM)
+    second = streams.next(first)
+    assert await store.topics.commit(KEYS, "f1", 1, [with_history(first, ids[:1])]) == [COMMITTED]
+
+    async def kept() -> list[range]:
+        history = await store.histories.read(STREAM, first.new.fingerprint)
+        assert history.is_valid
+        return [read_range(each) for each in history.entries]
+
+    assert await kept() == [range(4)]
+    (result,) = await store.topics.commit(KEYS, "f1", 2, [with_history(second, [b"1-1"])])
+    assert isinstance(result, CarryError)
+    assert await kept() == [range(4)]
+    *_, versions = store._keys.all_of(STREAM)
+    with server.client() as client:
+        stored = client.dump(versions)
+        client.set(versions, "not a hash")
+        (result,) = await store.topics.commit(KEYS, "f1", 3, [with_history(second, ids[1:2])])
+        assert isinstance(result, CarryError)
+        client.restore(versions, 0, stored, replace=True)
+    assert await kept() == [range(4)]
+    assert pending(server) == ids[1:]
+    assert entries(server, KEYS.outputs) == [{b"output": b"x"}]
+    others = item(streams.creation(key("b")), ids[2:3], "y"), TopicItem(ids[3:])
+    both = [with_history(second, ids[1:2]), *others]
+    assert await store.topics.commit(KEYS, "f1", 4, both) == [COMMITTED] * 3
+    assert await kept() == [range(4), range(4, 8)]
+    assert pending(server) == []
+
+
+def with_history(commit: Commit, ids: Sequence[bytes]) -> TopicItem:
+    """An item with one output, whose chunk has a history."""
+    assert commit.new.last is not None
+    codec = HistoryCodec(None, 1)
+    steps = Steps(Feed.INPUTS, 4, None, np.ones((4, 1), np.float32))
+    histories = HistoryColumns([codec.encode(commit.new.last.start, steps)], 64, 4)
+    plain = item(commit, ids, "x")
+    assert plain.chunk is not None
+    return plain._replace(chunk=plain.chunk._replace(history=histories))
 
 
 async def test_a_dead_letter_that_a_script_cannot_write_leaves_its_entry_pending(
