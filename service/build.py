@@ -15,17 +15,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from models.artifact.artifact import Artifact, load_artifact
-from models.artifact.manifest import MANIFEST_NAME, read_manifest
-from models.errors import ArtifactError
 from service.access.key_cache import AccessKeys
-from service.engine.runtimes.loading import open_decoders, open_runtimes
+from service.model_files import VersionFiles, open_models
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.pipeline import Pipeline
-from service.pipeline.served_model import ServedModel
-from service.pipeline.settings import ModelSettings
 from service.settings import Settings
 from service.store.base import Store
 from service.store.redis.redis_store import RedisStore
@@ -96,12 +91,23 @@ class PipelineService:
             stack.push_async_callback(self.pipeline.stop)
             await self.pipeline.start()
             self.warm_s = time.monotonic() - began_s
-            for model in self.pipeline.models.values():
-                rows = self.pipeline.max_batch_rows(model)
-                self.recorder.model(model.name, model.version, model.runtime.name, rows)
+            for versions in self.pipeline.versions.values():
+                self._record_versions(versions)
+            self.pipeline.aliases.on_switch.append(self._record_versions)
             sampler.start()
             self._stack = stack.pop_all()
         return self
+
+    def _record_versions(self, versions: ModelVersions) -> None:
+        """Record the loaded versions of a model, and which share of the streams each answers."""
+        champion, challenger, share = versions.route
+        for served in versions.loaded.values():
+            rows = self.pipeline.max_batch_rows(champion)
+            self.recorder.model(served.name, served.version, served.runtime.name, rows)
+        shares = {champion.version: 1 - share}
+        if challenger is not None:
+            shares[challenger.version] = share
+        self.recorder.record_shares(versions.name, shares)
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
@@ -148,86 +154,11 @@ def build_pipeline(
         drain_s=settings.processes.drain_s if drain_s is None else drain_s,
         tracer=tracer,
         audit=audit,
+        load_version=VersionFiles(settings.models),
     )
     required = settings.access.require_keys
     keys = AccessKeys(store.keys, store.rates, store.usage, required=required, on_change=audit)
     return PipelineService(settings, store, pipeline, keys, recorder, tracer)
-
-
-def open_models(settings: ModelSettings, only: str | None = None) -> list[ServedModel]:
-    """Load the artifacts of the settings, or one of them, and open their runtimes, not yet warmed
-    up.
-
-    Raises:
-        ArtifactError, RuntimeUnavailableError: as for `build_pipeline`.
-    """
-    rates = settings.alarm_rates()
-    if only is not None:
-        rates = {name: rate for name, rate in rates.items() if name == only}
-    artifacts = with_alarm_rates(load_models(settings.models_dir, only), rates)
-    runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
-    decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
-    return [
-        ServedModel(artifact, runtime, decoder, settings.history_of(artifact.spec))
-        for artifact, runtime, decoder in zip(artifacts, runtimes, decoders, strict=True)
-    ]
-
-
-def load_models(directory: Path, only: str | None = None) -> list[Artifact]:
-    """Every artifact in a directory, or the one that the directory itself is.
-
-    Args:
-        only: name of the model to load; the manifests of the others are read, and nothing else.
-
-    Raises:
-        ArtifactError: there is none, one is rejected, or two have one name.
-    """
-    if (directory / MANIFEST_NAME).is_file():
-        paths = [directory]
-    elif not directory.is_dir():
-        raise ArtifactError(f"{directory}: expected a directory of model artifacts")
-    else:
-        paths = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
-    if not paths:
-        raise ArtifactError(
-            f"{directory}: expected a model artifact, or a directory of them, and found no "
-            f"{MANIFEST_NAME}; `carry init` or `carry train` makes one"
-        )
-    if only is not None:
-        names = {path: str(read_manifest(path).get("name")) for path in paths}
-        paths = [path for path, name in names.items() if name == only]
-        if not paths:
-            known = ", ".join(sorted(names.values()))
-            raise ArtifactError(f"model: expected one of {known}, got {only!r}")
-    artifacts: dict[str, Artifact] = {}
-    for path in paths:
-        artifact = load_artifact(path)
-        if artifact.spec.name in artifacts:
-            other = artifacts[artifact.spec.name].path
-            raise ArtifactError(f"{path}: model {artifact.spec.name!r} is also in {other}")
-        artifacts[artifact.spec.name] = artifact
-    return list(artifacts.values())
-
-
-def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> list[Artifact]:
-    """Apply the expected rates of false alarms, by model, to the artifacts.
-
-    Raises:
-        ArtifactError: there is no such model, or its alarms cannot have that rate.
-    """
-    names = [artifact.spec.name for artifact in artifacts]
-    for name in rates:
-        if name not in names:
-            raise ArtifactError(
-                f"CARRY_FALSE_ALARMS_PER_DAY: expected models among {names}, got {name!r}"
-            )
-    try:
-        return [
-            artifact.with_alarm_rate(rates[name]) if name in rates else artifact
-            for name, artifact in zip(names, artifacts, strict=True)
-        ]
-    except ArtifactError as error:
-        raise ArtifactError(f"CARRY_FALSE_ALARMS_PER_DAY: {error}") from error
 
 
 def tune_garbage_collector() -> None:

@@ -20,8 +20,8 @@ import structlog
 
 from models.errors import ModelsError
 from service.access.key_cache import requires_keys
-from service.build import open_models
 from service.core.errors import CarryError, OperatorError, StoreRefused, StoreUnavailable
+from service.model_files import open_models
 from service.server.connections import CHECK_INTERVAL_S
 from service.server.worker import LATE_S, Periods
 from service.server.workers import KILL_MARGIN_S

@@ -293,6 +293,14 @@ class StateTokenOfOtherVersion(BadRequest, code="state_token_of_other_version"):
     """The state token belongs to another version of the model."""
 
 
+class VersionRejected(BadRequest, code="version_rejected"):
+    """The version cannot serve the model."""
+
+
+class VersionNotReady(BadRequest, code="version_not_ready"):
+    """A process has not loaded the version."""
+
+
 class AccessDenied(Problem):
     """The request has no access key that allows it: nothing was looked up and nothing changed."""
 
@@ -311,6 +319,10 @@ class NotFound(Problem):
 
 class ModelNotFound(NotFound, code="model_not_found"):
     """No such model."""
+
+
+class VersionNotFound(NotFound, code="version_not_found"):
+    """The model has no such version."""
 
 
 class StreamNotFound(NotFound, code="stream_not_found"):

@@ -21,7 +21,7 @@ from service.core.errors import Forbidden
 
 
 class Verb(StrEnum):
-    """What a key may do. `models` and `metrics` are about no stream."""
+    """What a key may do. `models`, `manage-models` and `metrics` are about no stream."""
 
     PREDICT = "predict"
     READ_STATE = "read-state"
@@ -31,6 +31,7 @@ class Verb(StrEnum):
     FORK = "fork"
     WATCH = "watch"
     MODELS = "models"
+    MANAGE_MODELS = "manage-models"
     METRICS = "metrics"
 
 

@@ -23,7 +23,13 @@ from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
 from models.spec.model import ModelSpec
 from service.codec.decoding import MAX_MEMBERS, WRONG_LENGTH, invalid, undecoded_type
-from service.codec.field_rules import EPOCH, FINGERPRINT, MAX_FRAME_ID_CHARS, MAX_POSITION
+from service.codec.field_rules import (
+    EPOCH,
+    FINGERPRINT,
+    MAX_FRAME_ID_CHARS,
+    MAX_POSITION,
+    VERSION_NAME,
+)
 from service.codec.media import Media
 from service.codec.reply_types import (
     BY_PART,
@@ -252,6 +258,63 @@ class ForkBody(Body):
             extra_json_schema={"pattern": STREAM_NAME},
         ),
     ]
+
+
+class VersionBody(Body):
+    """The version to load."""
+
+    path: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=1024,
+            description="Folder of its artifact, inside the folder of the models.",
+            examples=["flights/2026-11-30"],
+        ),
+    ]
+    label: (
+        Annotated[
+            str,
+            Meta(
+                description="A name for people, unique among the versions of the model.",
+                examples=["nightly-2026-11-30"],
+                pattern=VERSION_NAME,
+            ),
+        ]
+        | None
+    ) = None
+
+
+class AliasBody(Body):
+    """A change of the aliases."""
+
+    action: Annotated[
+        Literal["shadow", "canary", "promote", "rollback"],
+        Meta(
+            description="`shadow`: the version computes beside the champion; `canary`: it also "
+            "answers a share of the streams; `promote`: it becomes the champion, and the old one "
+            "its shadow; `rollback`: the reverse of the last promotion.",
+            extra={EXPECTED: "'shadow', 'canary', 'promote' or 'rollback'"},
+        ),
+    ]
+    version: (
+        Annotated[
+            str,
+            Meta(
+                description="Its label, or the first digits of its fingerprint; none for "
+                "`rollback`.",
+                pattern=VERSION_NAME,
+            ),
+        ]
+        | None
+    ) = None
+    share: (
+        Annotated[
+            float,
+            Meta(gt=0, le=1, description="Of the streams that a `canary` answers."),
+        ]
+        | None
+    ) = None
 
 
 class BodyTypes(NamedTuple):

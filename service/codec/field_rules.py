@@ -14,6 +14,7 @@ from service.core.values import STREAM_NAME_RULE, Precondition, is_stream_name
 EPOCH: Final = "[0-9a-f]{16}"
 TAG: Final = "[0-9a-f]{32}"
 FINGERPRINT: Final = "[0-9a-f]{32}"
+VERSION_NAME: Final = "^[A-Za-z0-9._-]{1,64}$"
 MAX_POSITION: Final = 2**63 - 1
 """Also the largest integer of any other member, so that an error can name a rejected one."""
 MAX_FRAME_ID_CHARS: Final = 128

@@ -16,6 +16,7 @@ from models.artifact.artifact import Artifact
 from models.events.columns import EventColumns
 from models.events.reader import EventReader
 from service.codec.body_types import (
+    AliasBody,
     ChunkBody,
     ForecastBody,
     ForkBody,
@@ -23,6 +24,7 @@ from service.codec.body_types import (
     ItemBody,
     SequenceBody,
     StateBody,
+    VersionBody,
     build_body_types,
     known_future_schema,
 )
@@ -355,6 +357,31 @@ class RequestReader:
             MalformedBody, InvalidInput
         """
         return decode(media, body, ForkBody)
+
+    def version(self, body: bytes, media: Media) -> VersionBody:
+        """The version to load.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return decode(media, body, VersionBody)
+
+    def alias(self, body: bytes, media: Media) -> AliasBody:
+        """A change of the aliases.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        change = decode(media, body, AliasBody)
+        if (change.version is None) != (change.action == "rollback"):
+            expected = "a version" if change.version is None else "none for a rollback"
+            raise invalid(
+                "version", expected, "nothing" if change.version is None else change.version
+            )
+        if (change.share is None) != (change.action != "canary"):
+            expected = "the share of a canary" if change.share is None else "none without a canary"
+            raise invalid("share", expected, "nothing" if change.share is None else change.share)
+        return change
 
     def _chunk_of(
         self,

@@ -85,7 +85,7 @@ def _find(model: str, directory: Path) -> Artifact:
     """
     from models.artifact.artifact import load_artifact
     from models.errors import ArtifactError
-    from service.build import load_models
+    from service.model_files import load_models
 
     if os.sep in model or Path(model).is_dir():
         return load_artifact(Path(model))

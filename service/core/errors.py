@@ -201,6 +201,21 @@ class StateTokenOfOtherVersion(BadRequest):
     remedy = "Start the sequence over, or serve the version that returned the token."
 
 
+class VersionRejected(BadRequest):
+    code = "version_rejected"
+    status = 422
+    title = "The version cannot serve the model"
+    remedy = "Correct what the detail names, and load it again; nothing changed."
+
+
+class VersionNotReady(BadRequest):
+    code = "version_not_ready"
+    status = 409
+    title = "A process has not loaded the version"
+    retryable = True
+    remedy = "Wait until every process has it, or correct what the detail names and load it again."
+
+
 class AccessDenied(CarryError):
     """The request has no access key that allows it: nothing was looked up and nothing changed."""
 
@@ -235,6 +250,12 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
     title = "No such model"
     remedy = "GET /v1/models lists the served models."
+
+
+class VersionNotFound(NotFound):
+    code = "version_not_found"
+    title = "The model has no such version"
+    remedy = "GET /v1/models/{model}/versions lists the versions; load it first."
 
 
 class StreamNotFound(NotFound):

@@ -178,6 +178,8 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         """Run the jobs that one version answers; returns the jobs to be retried."""
         times = StageTimes(time.monotonic())
         stages = self._stages_of(served)
+        if self._versions.checks_codes:
+            jobs = _reject_unknown_codes(served, jobs)
         try:
             ready, to_retry = await stages.loader.evaluate(jobs, times, batch)
             computed = await stages.infer(ready, times)
@@ -409,3 +411,16 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
                     )
                 )
         return [job for job in jobs if not job.is_resolved]
+
+
+def _reject_unknown_codes(served: ServedModel, jobs: list[ChunkJob]) -> list[ChunkJob]:
+    """Reject the chunks of rows with a category that a version does not have: they were read for
+    another one. Returns the others."""
+    accepted: list[ChunkJob] = []
+    for job in jobs:
+        try:
+            served.check_codes(job.payload.steps)
+            accepted.append(job)
+        except CarryError as error:
+            job.resolve(error)
+    return accepted

@@ -47,12 +47,15 @@ class ModelVersions:
         name: of the model.
         route: the current one.
         loaded: the versions that are ready to answer, by fingerprint.
+        checks_codes: whether versions have other categories, so that rows that are valid for one
+            may be invalid for another.
     """
 
     def __init__(self, champion: ServedModel):
         self.name = champion.name
         self.route = Route(champion)
         self.loaded = {champion.fingerprint: champion}
+        self.checks_codes = False
 
     def writer(self, fingerprint: bytes) -> ServedModel:
         """The version that wrote a state, if it is loaded; otherwise the champion."""
@@ -60,7 +63,10 @@ class ModelVersions:
 
     def add(self, served: ServedModel) -> None:
         """Add a version that is warm."""
-        self.loaded[served.fingerprint] = served
+        # a new dictionary, so that others may iterate over the old one
+        self.loaded = {**self.loaded, served.fingerprint: served}
+        columns = [each.spec.columns for each in self.loaded.values()]
+        self.checks_codes = len({tuple(each.codes for each in of) for of in columns}) > 1
 
     def keep(self, fingerprints: Iterable[bytes]) -> None:
         """Forget the versions that are neither among these nor part of the route."""

@@ -50,6 +50,7 @@ from service.engine.policy import shared_error
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_order import apply_in_order
+from service.pipeline.model_aliases import ModelAliases, VersionLoader
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.predict import (
     ForecastOrigin,
@@ -89,12 +90,14 @@ class Pipeline:
         state_cache_s: how long the state of an idle stream is cached.
         drain_s: longest graceful shutdown.
         tracer: records the batches of traced requests; None records none.
-        audit: records changes of streams other than by their chunks.
+        audit: records changes of streams other than by their chunks, and of aliases.
+        load_version: loads further versions of the models; None if none are loaded.
 
     Attributes:
         versions: the versions of the served models by name.
         streams: stream administration.
         topics: the topics of consumers.
+        aliases: loads further versions, and says which of them answer.
         cache: the states of recent streams.
 
     A `deadline_s` is the time until which a caller waits, on the monotonic clock. Each use case may
@@ -114,6 +117,7 @@ class Pipeline:
         drain_s: float = 30.0,
         tracer: Tracer | None = None,
         audit: Audit = no_audit,
+        load_version: VersionLoader | None = None,
     ):
         self.versions = {model.name: ModelVersions(model) for model in models}
         self._store = store
@@ -126,6 +130,7 @@ class Pipeline:
             self._versions, store, self.cache, now_ms=now_ms, audit=audit
         )
         self.topics = TopicViews(store.topics)
+        self.aliases = ModelAliases(self.versions, store.models, load_version, audit=audit)
         self._tokens = StateTokens(store.keys.token_key)
         self._compute = Compute(settings.inference_timeout_s, threads=runtime_threads)
         self._loop_priority = LoopPriority()
@@ -173,11 +178,19 @@ class Pipeline:
         return {name: versions.route.champion for name, versions in self.versions.items()}
 
     async def start(self) -> None:
-        """Warm the runtimes up; once, after the store is started."""
+        """Load the versions that answer and warm them up; once, after the store is started.
+
+        Raises:
+            VersionRejected, StoreUnavailable, StoreRefused: see `ModelAliases.start`.
+        """
+        await self.aliases.start()
         for served in self.models.values():
+            if served.is_warm:
+                continue
             await self._compute.warm(served.runtime)
             if served.decoder is not None:
                 await self._compute.warm(served.decoder)
+            served.is_warm = True
         self._warm = True
         self._aging = asyncio.get_running_loop().create_task(self._age_cache())
 
@@ -196,6 +209,7 @@ class Pipeline:
         await asyncio.gather(
             *(each.drain(self._drain_s) for group in batchers for each in group.values())
         )
+        await self.aliases.close()
         self._compute.close()
 
     def queue_depths(self) -> dict[str, int]:
@@ -210,7 +224,9 @@ class Pipeline:
         """Run the readiness checks."""
         warm = Check("runtime", self._warm, "warm" if self._warm else "still compiling")
         accepting = Check("accepting", not self._stopping, self._stopping or "accepting requests")
-        return [await self._store.monitor.check(), warm, accepting]
+        versions = self.aliases.check()
+        checks = [await self._store.monitor.check(), warm, accepting]
+        return checks if versions is None else [*checks, versions]
 
     def announce_stop(self) -> None:
         """Fail the readiness check from now on, but accept requests: the lame-duck period."""
@@ -414,7 +430,10 @@ class Pipeline:
         except CarryError as error:
             error.facts = {**error.facts, "at": at}
             raise
-        return SequenceStart(versions.writer(state.fingerprint), steps, state)
+        writer = versions.writer(state.fingerprint)
+        if versions.checks_codes:
+            writer.check_codes(steps)
+        return SequenceStart(writer, steps, state)
 
     async def forecast(
         self,

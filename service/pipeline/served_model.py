@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import FutureCovariates, encode_covariates
 from models.errors import DataError, StateError
-from models.events.encode import Clock, encode, encode_many, event_times
+from models.events.encode import Clock, check_rows, encode, encode_many, event_times
 from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import ALARM_RATE
@@ -79,6 +79,7 @@ class ServedModel:
         blocks: the parts of the state that hold waiting rows; None for a model without blocks.
         history: what the store keeps of a stream besides its state; None for nothing.
         history_codec: encodes and decodes the entries of a history.
+        is_warm: whether its runtimes are warm.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class ServedModel:
         history: HistorySpec | None = None,
     ):
         self.artifact = artifact
+        self.is_warm = False
         self.runtime = runtime
         self.decoder = decoder
         self.spec = spec = artifact.spec
@@ -113,6 +115,25 @@ class ServedModel:
         self._alarm_rate_at: int | None = None
         if detection is not None:
             self._alarm_rate_at = layout.slices[f"{detection.head}.{ALARM_RATE}"].start
+
+    def warm(self) -> None:
+        """Warm the runtimes up; once, before use."""
+        self.runtime.warm()
+        if self.decoder is not None:
+            self.decoder.warm()
+        self.is_warm = True
+
+    def check_codes(self, steps: Steps) -> None:
+        """Reject encoded rows with a category that this version does not have.
+
+        Raises:
+            InvalidInput
+        """
+        if steps.rows is not None:
+            try:
+                check_rows(self.spec.columns, steps.rows)
+            except DataError as error:
+                raise invalid_data("inputs", error) from error
 
     def check_length(self, steps: Steps) -> None:
         """Reject a chunk that is too long for a network that sees each chunk as a whole.

@@ -32,6 +32,7 @@ from service.store.capabilities import (
     OutputChannel,
     RateLeases,
     StoredKeys,
+    StoredModels,
     StoreMonitor,
     StreamUsage,
 )
@@ -179,6 +180,7 @@ class Store(StateStore, Protocol):
     """
 
     keys: StoredKeys
+    models: StoredModels
     usage: StreamUsage
     rates: RateLeases
     outputs: OutputChannel

@@ -41,6 +41,31 @@ class StoredKeys(Protocol):
         """Read the secret of this store that signs state tokens; drawn when it is first read."""
 
 
+class StoredModels(Protocol):
+    """The records of models with several versions in a store, and what each process has loaded."""
+
+    async def read(
+        self, version: bytes | None, deadline_s: float = math.inf
+    ) -> tuple[bytes, Mapping[str, bytes]] | None:
+        """Read the version of the records, which is new after each write and empty if there was
+        none, and the records by model; None if `version` is the current one.
+        """
+
+    async def write(self, version: bytes, model: str, record: bytes) -> bool:
+        """Write the record of a model if `version` is the current one; returns whether it was.
+
+        Raises:
+            NotDurable: it was written, but is not as durable as the settings require.
+            StoreUnavailable, StoreRefused: it may have been written.
+        """
+
+    async def report(
+        self, process: str, report: bytes, deadline_s: float = math.inf
+    ) -> Sequence[bytes]:
+        """Write the report of a process, which lives for some seconds; empty if the process stops.
+        Returns the reports of all processes that are alive."""
+
+
 RegistrationId = NewType("RegistrationId", bytes)
 """Identifies one registration of a stream."""
 

@@ -13,6 +13,9 @@
     {namespace}:usage:{id}                    a hash of the streams that an access key with a quota
                                               has created, and of their bytes
     {namespace}:rate:{id}:{limit}             a hash of a token bucket that limits an access key
+    {namespace}:models                        a hash of the records of models with several versions
+                                              (`service.pipeline.model_aliases`), and their version
+    {namespace}:models:loaded                 a hash of the versions that each process has loaded
     {namespace}:topics                        a hash of the topics that consumer groups read and
                                               write (`service.store.topics.TopicRegistration`)
 
@@ -62,6 +65,16 @@ class KeySpace:
     def access_keys(self) -> str:
         """The key of the access keys' records."""
         return f"{self.namespace}:keys"
+
+    @property
+    def models(self) -> str:
+        """The key of the records of models with several versions."""
+        return f"{self.namespace}:models"
+
+    @property
+    def loaded_models(self) -> str:
+        """The key of the versions that each process has loaded."""
+        return f"{self.namespace}:models:loaded"
 
     @property
     def topics(self) -> str:

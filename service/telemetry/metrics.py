@@ -152,6 +152,13 @@ class PrometheusRecorder:
             ("model", "version", "runtime"),
             multiprocess_mode="livemax",
         )
+        self._version_share = gauge(
+            "carry_version_share",
+            "Share of a model's streams that a version answers.",
+            ("model", "version"),
+            multiprocess_mode="livemax",
+        )
+        self._shares: defaultdict[str, set[str]] = defaultdict(set)
         self._max_rows = gauge(
             "carry_batch_max_rows", "Most streams in a batch.", MODEL, multiprocess_mode="livemax"
         )
@@ -200,6 +207,14 @@ class PrometheusRecorder:
         for kind in leaf_errors(ServiceFailure):
             # an alert on an increase does not see one from no series to 1
             self._problems_of(name, kind.code)
+
+    def record_shares(self, model: str, shares: Mapping[str, float]) -> None:
+        """Record the share of the streams that each version answers; 0 for all others."""
+        for known in self._shares[model] - shares.keys():
+            self._version_share.labels(model, known).set(0)
+        for answering, share in shares.items():
+            self._version_share.labels(model, answering).set(share)
+        self._shares[model] |= shares.keys()
 
     def record_chunks(
         self, model: str, version: str, steps: int, queue_s: Sequence[float], timing: Timing

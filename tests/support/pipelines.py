@@ -23,6 +23,7 @@ from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import CarryError
 from service.core.values import Chunk, Feed, Reply, SequenceInput, Steps, StreamKey, Timing
+from service.pipeline.model_aliases import VersionLoader
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import ShadowBatch, ShadowReport
 from service.pipeline.served_model import ServedModel
@@ -147,6 +148,7 @@ async def worker(
     drain_s: float = 30.0,
     on_model_change: Literal["refuse", "reset"] = "refuse",
     history: HistorySpec | None = None,
+    load_version: VersionLoader | None = None,
 ) -> AsyncIterator[Pipeline]:
     """One worker's pipeline on a store of its own connections."""
     store = store or RedisStore(
@@ -166,10 +168,11 @@ async def worker(
         ),
         now_ms=lambda: time.time_ns() // 1_000_000,
         drain_s=drain_s,
+        load_version=load_version,
     )
     await store.start()
-    await pipeline.start()
     try:
+        await pipeline.start()
         yield pipeline
     finally:
         await pipeline.stop()

@@ -23,6 +23,7 @@ from service.store.capabilities import (
     Registration,
     RegistrationId,
     StoredKeys,
+    StoredModels,
     StreamUsage,
 )
 from service.store.keys import join_name, split_name
@@ -32,6 +33,9 @@ from service.store.redis.router import Router
 
 VERSION: Final = "version"
 """Field beside the records; no id of a key."""
+
+MODELS_VERSION: Final = ":version"
+"""Field beside the records; no name of a model."""
 
 TOKEN_KEY_BYTES: Final = 32
 PAGE_STREAMS: Final = 100
@@ -51,16 +55,7 @@ class RedisStoredKeys(StoredKeys):
         self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
         name = self._keys.access_keys
-        if version is not None:
-            outcome = await self._router.execute_one("HGET", name, VERSION, deadline_s=deadline_s)
-            if (read_value(outcome) or b"") == version:
-                return None
-        fields: list[bytes] = read_value(
-            await self._router.execute_one("HGETALL", name, deadline_s=deadline_s)
-        )
-        names = [field.decode("utf-8", "replace") for field in fields[::2]]
-        records = dict(zip(names, fields[1::2], strict=True))
-        return records.pop(VERSION, b""), records
+        return await _read_records(self._router, name, VERSION, version, deadline_s)
 
     async def write(self, records: Mapping[str, bytes]) -> None:
         fields = [each for item in records.items() for each in item]
@@ -83,6 +78,71 @@ class RedisStoredKeys(StoredKeys):
                 f"key {key!r} of the store at {self._router.redacted_url} was not written by Carry"
             )
         return value
+
+
+class RedisStoredModels(StoredModels):
+    """The records of models in a store."""
+
+    def __init__(self, router: Router):
+        self._router = router
+        self._keys = router.settings.keys
+        self._write_script = Script.load("model_write")
+        self._report_script = Script.load("model_report")
+
+    async def read(
+        self, version: bytes | None, deadline_s: float = math.inf
+    ) -> tuple[bytes, Mapping[str, bytes]] | None:
+        name = self._keys.models
+        return await _read_records(self._router, name, MODELS_VERSION, version, deadline_s)
+
+    async def write(self, version: bytes, model: str, record: bytes) -> bool:
+        arguments = (version, secrets.token_hex(8), model, record)
+        outcome = await self._run(self._write_script, self._keys.models, arguments, durably=True)
+        is_written = bool(read_value(outcome))
+        if is_written and isinstance(outcome, ServerReply) and not outcome.is_durable:
+            raise NotDurable(
+                f"the record of model {model!r} was written, but is not yet as durable as "
+                "CARRY_DURABILITY requires"
+            )
+        return is_written
+
+    async def report(
+        self, process: str, report: bytes, deadline_s: float = math.inf
+    ) -> Sequence[bytes]:
+        name, arguments = self._keys.loaded_models, (process, report)
+        outcome = await self._run(self._report_script, name, arguments, deadline_s)
+        reports: list[bytes] = read_value(outcome)
+        return reports
+
+    async def _run(
+        self,
+        script: Script,
+        name: str,
+        arguments: Sequence[str | bytes | int],
+        deadline_s: float = math.inf,
+        *,
+        durably: bool = False,
+    ) -> Outcome:
+        slot = self._router.slot(name)
+        command = PendingCommand.for_script(script, [name], arguments, slot)
+        [outcome] = await self._router.execute(command, deadline_s=deadline_s, durably=durably)
+        return outcome
+
+
+async def _read_records(
+    router: Router, name: str, version_field: str, version: bytes | None, deadline_s: float
+) -> tuple[bytes, Mapping[str, bytes]] | None:
+    """The version and the records of a hash; None if `version` is the current one."""
+    if version is not None:
+        outcome = await router.execute_one("HGET", name, version_field, deadline_s=deadline_s)
+        if (read_value(outcome) or b"") == version:
+            return None
+    fields: list[bytes] = read_value(
+        await router.execute_one("HGETALL", name, deadline_s=deadline_s)
+    )
+    names = [field.decode("utf-8", "replace") for field in fields[::2]]
+    records = dict(zip(names, fields[1::2], strict=True))
+    return records.pop(version_field, b""), records
 
 
 class RedisRateLeases(RateLeases):

@@ -63,7 +63,12 @@ from service.store.codec import (
     unpack_head,
 )
 from service.store.redis.address import check_address, check_tls_files
-from service.store.redis.capabilities import RedisRateLeases, RedisStoredKeys, RedisStreamUsage
+from service.store.redis.capabilities import (
+    RedisRateLeases,
+    RedisStoredKeys,
+    RedisStoredModels,
+    RedisStreamUsage,
+)
 from service.store.redis.cluster_router import ClusterRouter
 from service.store.redis.commands import PendingCommand, Script, pack_arguments
 from service.store.redis.histories import RedisHistories
@@ -163,6 +168,7 @@ class RedisStore(Store):
         self.usage = RedisStreamUsage(self._router, self._fence)
         self.rates = RedisRateLeases(self._router)
         self.keys = RedisStoredKeys(self._router)
+        self.models = RedisStoredModels(self._router)
         self.monitor = RedisMonitor(self._router, self._commit_script)
         self.topics = RedisTopics(self._router)
         self.histories = RedisHistories(self._router, self._group_by_slot, self._commit_results)

@@ -25,6 +25,7 @@ from service.access.key_cache import AccessKeys
 from service.codec.decoding import detach_error
 from service.core.errors import CarryError
 from service.core.tracing import Tracer
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.server.connections import Connections
@@ -88,7 +89,15 @@ def create_api(
     if http.docs and http.admin_port is None:
         add_documentation(app, app)
     accepts_host = host_rule(http.host, http.allowed_hosts)
-    limits, models = settings.requests, pipeline.models.values()
+    limits = settings.requests
+    codecs = {name: ModelCodec(served, limits) for name, served in pipeline.models.items()}
+
+    def renew_codec(versions: ModelVersions) -> None:
+        champion = versions.route.champion
+        if codecs[versions.name].served is not champion:
+            codecs[versions.name] = ModelCodec(champion, limits)
+
+    pipeline.aliases.on_switch.append(renew_codec)
     api = app.state.api = ApiContext(
         pipeline,
         keys,
@@ -96,7 +105,7 @@ def create_api(
         recorder,
         now_ms,
         LongBodies(limits.max_body_bytes),
-        {served.name: ModelCodec(served, limits) for served in models},
+        codecs,
         tracer,
         parse_origins(settings.websocket.websocket_origins),
         accepts_host,
@@ -199,12 +208,12 @@ def add_documentation(app: FastAPI, documented: FastAPI, **parameters: Any) -> N
         documented: the application whose routes are described.
         parameters: of Swagger UI.
     """
-    documents: dict[frozenset[str], bytes] = {}
+    documents: dict[frozenset[tuple[str, str]], bytes] = {}
 
     async def get_document(request: Request) -> Response:
         api = api_of(request)
         models = api.pipeline.describe(caller_of(request))
-        names = frozenset(models)
+        names = frozenset((name, served.version) for name, served in models.items())
         if names not in documents:
             if len(documents) >= MAX_DOCUMENTS:
                 documents.clear()

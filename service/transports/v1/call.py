@@ -58,6 +58,7 @@ class Call:
     Attributes:
         answer_media: media type of the reply.
         codec: reader and writer of the model.
+        path: the parameters of the address.
         key: of the stream, if the address names one.
         deadline_s: when the client stops waiting, on the monotonic clock.
         parameters: those of the query.
@@ -65,7 +66,7 @@ class Call:
     """
 
     def __init__(self, request: Request, route: Route):
-        path = request.path_params
+        self.path = path = request.path_params
         stream = path.get("stream")
         self._request = request
         self.api = api = api_of(request)

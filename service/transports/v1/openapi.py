@@ -17,7 +17,13 @@ from pydantic import TypeAdapter
 from starlette.routing import BaseRoute
 
 from models.events.parse import event_json_schema, example_event
-from service.codec.body_types import ForkBody, StateBody, known_future_schema
+from service.codec.body_types import (
+    AliasBody,
+    ForkBody,
+    StateBody,
+    VersionBody,
+    known_future_schema,
+)
 from service.codec.media import Media
 from service.codec.reply_types import EXAMPLE_STREAM
 from service.core.errors import leaf_errors
@@ -44,6 +50,7 @@ TAGS = [
     {"name": "chunks", "description": "Send events, get outputs."},
     {"name": "streams", "description": "Look at, forget, restore and fork streams."},
     {"name": "models", "description": "What is served."},
+    {"name": "versions", "description": "Load versions of a model, and say which answers."},
     {"name": "health", "description": "For load balancers and monitoring."},
 ]
 INFO = {
@@ -78,7 +85,7 @@ def openapi_document(
         ref_template=f"{SCHEMAS}{{model}}",
     )
     components: dict[str, Any] = replies["$defs"]
-    components |= _schemas([ForkBody, StateBody], "")
+    components |= _schemas([AliasBody, ForkBody, StateBody, VersionBody], "")
     for name in sorted(models):
         components |= _model_schemas(api, models[name])
     for body in ("Chunk", "Many", "Predict", "Forecast"):

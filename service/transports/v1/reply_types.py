@@ -279,6 +279,43 @@ class ModelDetail(TypedDict):
     """What was measured when the model was trained."""
 
 
+@closed
+class ProcessFailure(TypedDict):
+    """A process that could not load a version."""
+
+    process: str
+    reason: str
+
+
+@closed
+class VersionInfo(TypedDict):
+    """One version of a model."""
+
+    version: Version
+    fingerprint: Fingerprint
+    label: str | None
+    path: str
+    """Folder of its artifact, inside the folder of the models."""
+    alias: Literal["champion", "challenger"] | None
+    share: float
+    """Of the streams that it answers; 0 for a challenger that only shadows the champion."""
+    loaded: int
+    """Processes that have loaded it."""
+    failed: list[ProcessFailure]
+
+
+@closed
+class VersionList(TypedDict):
+    """The versions of a model, over all processes that serve it."""
+
+    model: ModelName
+    processes: int
+    """That serve the model."""
+    rollback: Version | None
+    """The version that a rollback would promote; null if there is none."""
+    versions: list[VersionInfo]
+
+
 class TopicProgress(TypedDict):
     """How far a consumer group has read a topic."""
 

@@ -21,7 +21,7 @@ from starlette.types import Scope
 
 from service.access.caller import Verb
 from service.codec.media import SERVED
-from service.codec.reply_types import EXAMPLE_STREAM
+from service.codec.reply_types import EXAMPLE_STREAM, EXAMPLE_VERSION
 from service.core.values import STREAM_NAME
 from service.transports.v1.call import Call
 
@@ -63,6 +63,13 @@ _OF_PATH = (
         "stream",
         "The stream's name.",
         {"type": "string", "pattern": STREAM_NAME, "examples": [EXAMPLE_STREAM]},
+        required=True,
+    ),
+    parameter(
+        "path",
+        "version",
+        "The version's label, or the first digits of its fingerprint.",
+        {"type": "string", "examples": [EXAMPLE_VERSION]},
         required=True,
     ),
 )

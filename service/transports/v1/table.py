@@ -14,7 +14,7 @@ from service.codec.reply_types import EXAMPLE_EPOCH, EXAMPLE_TAG, ChunkReply, Fo
 from service.transports.v1 import reply_types
 from service.transports.v1.call import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter
-from service.transports.v1.routes import chunks, health, models, streams, topics
+from service.transports.v1.routes import chunks, health, models, streams, topics, versions
 
 _MODEL: Final = "/v1/models/{model}"
 _STREAMS: Final = f"{_MODEL}/streams"
@@ -204,6 +204,39 @@ ROUTES: Final = (
         verbs=(Verb.MODELS,),
         replies={200: "The model."},
         reply=reply_types.ModelDetail,
+    ),
+    Route(
+        "GET",
+        f"{_MODEL}/versions",
+        versions.get_versions,
+        verbs=(Verb.MODELS, Verb.MANAGE_MODELS),
+        replies={200: "The versions."},
+        reply=reply_types.VersionList,
+    ),
+    Route(
+        "POST",
+        f"{_MODEL}/versions",
+        versions.post_version,
+        verbs=(Verb.MANAGE_MODELS,),
+        replies={200: "Loaded by one process; the others load it."},
+        reply=reply_types.VersionList,
+        body="VersionBody",
+    ),
+    Route(
+        "DELETE",
+        f"{_MODEL}/versions/{{version}}",
+        versions.delete_version,
+        verbs=(Verb.MANAGE_MODELS,),
+        replies={204: "Retired."},
+    ),
+    Route(
+        "POST",
+        f"{_MODEL}/aliases",
+        versions.post_alias,
+        verbs=(Verb.MANAGE_MODELS,),
+        replies={200: "Changed; every process follows within a second."},
+        reply=reply_types.VersionList,
+        body="AliasBody",
     ),
     Route(
         "GET",

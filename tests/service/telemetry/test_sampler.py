@@ -130,6 +130,7 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow", 64)
     recorder.record_request("GET", "/metrics", 200, 1.0)
     recorder.record_error("flights", Conflict(""))
+    recorder.record_shares("flights", {"a1b2": 1.0})
     recorder.record_shadow("flights", "c3d4", shadow_batch())
     sampler = sampler_of(recorder, ObservedStore(), StateCache(0))
     sampler.sample()

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
-from service.build import with_alarm_rates
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
 from service.core.errors import InvalidInput
 from service.engine.runtimes.loading import open_runtimes
+from service.model_files import with_alarm_rates
 from service.pipeline.served_model import ServedModel
 from service.settings import Settings, SettingsError
 from service.transports.v2.http_routes import add_kserve

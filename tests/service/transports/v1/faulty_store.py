@@ -98,6 +98,7 @@ class FaultyStore:
         self.outputs = store.outputs
         self.usage = store.usage
         self.rates = store.rates
+        self.models = store.models
         self.topics = FaultyPart(store.topics, self._fail)
 
     async def start(self) -> None:

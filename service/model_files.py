@@ -1,0 +1,168 @@
+"""The artifacts of the models' folder: those that a process starts with, and further versions.
+
+A version is loaded beside those that answer, so its memory is estimated first: a process that runs
+out of memory would end the streams of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.manifest import MANIFEST_NAME, read_manifest
+from models.errors import ArtifactError
+from service.engine.runtimes.loading import open_decoders, open_runtimes
+from service.pipeline.served_model import ServedModel
+from service.pipeline.settings import ModelSettings
+
+MEMORY_FACTOR: Final = 4
+"""Memory of a loaded version, in sizes of its files: weights, graph, and the runtime's copies."""
+
+
+class VersionFiles:
+    """Loads versions of models from the models' folder (`model_aliases.VersionLoader`)."""
+
+    def __init__(self, settings: ModelSettings):
+        self._settings = settings
+        self._folder = settings.models_dir.resolve()
+
+    def path_of(self, served: ServedModel) -> str:
+        """The path of a version's artifact in the folder."""
+        return str(served.artifact.path.resolve().relative_to(self._folder))
+
+    def __call__(self, model: str, path: str) -> ServedModel:
+        """Load the version of a model from a folder, and warm it up; takes seconds.
+
+        Raises:
+            ArtifactError: the path leads out of the folder, the artifact is damaged or of another
+                model, or there is not enough memory.
+            RuntimeUnavailableError: the runtime cannot run it.
+        """
+        folder = (self._folder / path).resolve()
+        if not folder.is_relative_to(self._folder):
+            raise ArtifactError("expected a path inside the folder of the models")
+        name = read_manifest(folder).get("name")
+        if name != model:
+            raise ArtifactError(f"expected an artifact of model {model!r}, got one of {name!r}")
+        _check_memory(folder)
+        rates = self._settings.alarm_rates()
+        rates = {model: rates[model]} if model in rates else {}
+        [served] = _open(self._settings, with_alarm_rates([load_artifact(folder)], rates))
+        served.warm()
+        return served
+
+
+def _check_memory(folder: Path) -> None:
+    needed = MEMORY_FACTOR * sum(each.stat().st_size for each in folder.iterdir() if each.is_file())
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ArtifactError(
+            f"expected {needed:,} bytes of free memory, by the size of its files, got {available:,}"
+        )
+
+
+def available_bytes() -> int | None:
+    """The memory that this process may still use; None if the system does not say."""
+    limits: list[int] = []
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(1024 * int(fields["MemAvailable"].split()[0]))
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        limits.append(int(most) - int(used))
+    except (OSError, KeyError, ValueError):
+        pass  # another system, or no limit
+    return min(limits, default=None)
+
+
+def open_models(settings: ModelSettings, only: str | None = None) -> list[ServedModel]:
+    """Load the artifacts of the settings, or one of them, and open their runtimes, not yet warmed
+    up.
+
+    Raises:
+        ArtifactError, RuntimeUnavailableError: as for `build_pipeline`.
+    """
+    rates = settings.alarm_rates()
+    if only is not None:
+        rates = {name: rate for name, rate in rates.items() if name == only}
+    return _open(settings, with_alarm_rates(load_models(settings.models_dir, only), rates))
+
+
+def _open(settings: ModelSettings, artifacts: list[Artifact]) -> list[ServedModel]:
+    """Open the runtimes of artifacts."""
+    runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
+    decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
+    return [
+        ServedModel(artifact, runtime, decoder, settings.history_of(artifact.spec))
+        for artifact, runtime, decoder in zip(artifacts, runtimes, decoders, strict=True)
+    ]
+
+
+def load_models(directory: Path, only: str | None = None) -> list[Artifact]:
+    """The artifact of every model in a directory, or the one that the directory itself is.
+
+    A model's folder holds its artifact, or folders of its versions, of which the last by name is
+    loaded.
+
+    Args:
+        only: name of the model to load; the manifests of the others are read, and nothing else.
+
+    Raises:
+        ArtifactError: there is none, one is rejected, or two have one name.
+    """
+    if (directory / MANIFEST_NAME).is_file():
+        paths = [directory]
+    elif not directory.is_dir():
+        raise ArtifactError(f"{directory}: expected a directory of model artifacts")
+    else:
+        folders = [_artifact_of(each) for each in sorted(directory.iterdir())]
+        paths = [path for path in folders if path is not None]
+    if not paths:
+        raise ArtifactError(
+            f"{directory}: expected a model artifact, or a directory of them, and found no "
+            f"{MANIFEST_NAME}; `carry init` or `carry train` makes one"
+        )
+    if only is not None:
+        names = {path: str(read_manifest(path).get("name")) for path in paths}
+        paths = [path for path, name in names.items() if name == only]
+        if not paths:
+            known = ", ".join(sorted(names.values()))
+            raise ArtifactError(f"model: expected one of {known}, got {only!r}")
+    artifacts: dict[str, Artifact] = {}
+    for path in paths:
+        artifact = load_artifact(path)
+        if artifact.spec.name in artifacts:
+            other = artifacts[artifact.spec.name].path
+            raise ArtifactError(f"{path}: model {artifact.spec.name!r} is also in {other}")
+        artifacts[artifact.spec.name] = artifact
+    return list(artifacts.values())
+
+
+def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> list[Artifact]:
+    """Apply the expected rates of false alarms, by model, to the artifacts.
+
+    Raises:
+        ArtifactError: there is no such model, or its alarms cannot have that rate.
+    """
+    names = [artifact.spec.name for artifact in artifacts]
+    for name in rates:
+        if name not in names:
+            raise ArtifactError(
+                f"CARRY_FALSE_ALARMS_PER_DAY: expected models among {names}, got {name!r}"
+            )
+    try:
+        return [
+            artifact.with_alarm_rate(rates[name]) if name in rates else artifact
+            for name, artifact in zip(names, artifacts, strict=True)
+        ]
+    except ArtifactError as error:
+        raise ArtifactError(f"CARRY_FALSE_ALARMS_PER_DAY: {error}") from error
+
+
+def _artifact_of(folder: Path) -> Path | None:
+    """The artifact of a model's folder: itself, or the last of its versions."""
+    if (folder / MANIFEST_NAME).is_file():
+        return folder
+    return max((path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")), default=None)

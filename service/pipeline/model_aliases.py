@@ -1,0 +1,422 @@
+"""The versions of the served models over all processes: loads them, and moves the aliases.
+
+The store has a record of each model whose versions were ever changed (`model_record`). Every
+process reads the records each `REFRESH_S`, loads the versions that they name beside those that
+answer, in a thread, and reports what it has loaded, or why not. An alias is given to a version only
+once every process that serves the model has reported it; so a switch finds the version warm
+everywhere. While the store does not answer, the last known records hold.
+
+Use from one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
+import structlog
+
+from service.access.caller import Caller, Verb
+from service.core.errors import CarryError, VersionNotReady, VersionRejected
+from service.core.values import Check
+from service.pipeline.model_record import (
+    Action,
+    ModelRecord,
+    VersionSource,
+    check_accepts_same_requests,
+    short,
+)
+from service.pipeline.model_versions import ModelVersions, Route
+from service.pipeline.recorder import Audit, no_audit
+from service.pipeline.served_model import ServedModel
+from service.store.capabilities import StoredModels
+
+REFRESH_S: Final = 0.5
+"""Time between two reads of the records' version."""
+
+REPORT_S: Final = 2.0
+"""Longest time between two reports of a process; the store forgets a report after 10 s."""
+
+READ_S: Final = 0.4
+"""Longest wait for the store when it is polled."""
+
+MANAGE: Final = (Verb.MANAGE_MODELS,)
+
+log = structlog.get_logger(__name__)
+
+
+class VersionLoader(Protocol):
+    """Loads versions from the folder of the models."""
+
+    def __call__(self, model: str, path: str) -> ServedModel:
+        """Load and warm up the version of a model in a folder; called in a thread."""
+
+    def path_of(self, served: ServedModel) -> str:
+        """The path by which a version is loaded again."""
+
+
+OnSwitch = Callable[[ModelVersions], None]
+"""Called after the route or the loaded versions of a model have changed."""
+
+
+class ProcessReport(msgspec.Struct, frozen=True):
+    """What one process has loaded.
+
+    Attributes:
+        loaded: fingerprints, in hex, by model; only the models that it serves.
+        failed: why a version could not be loaded, by model and fingerprint.
+    """
+
+    process: str
+    loaded: dict[str, list[str]]
+    failed: dict[str, dict[str, str]]
+
+
+class ModelStatus(NamedTuple):
+    """The versions of one model, and the processes that serve it."""
+
+    record: ModelRecord
+    processes: list[ProcessReport]
+
+
+class ModelAliases:
+    """The aliases of the models of one process.
+
+    Args:
+        versions: by model; their routes are set here.
+        load: loads a version; None if none can be loaded.
+        audit: records what was changed.
+
+    Attributes:
+        on_switch: called in their order.
+    """
+
+    def __init__(
+        self,
+        versions: Mapping[str, ModelVersions],
+        stored: StoredModels,
+        load: VersionLoader | None = None,
+        *,
+        audit: Audit = no_audit,
+    ):
+        self._versions = versions
+        self._stored = stored
+        self._load_version = load
+        self._audit = audit
+        self.on_switch: list[OnSwitch] = []
+        self._process = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(2)}"
+        self._version: bytes | None = None
+        self._records: dict[str, ModelRecord] = {}
+        self._failed: dict[str, dict[str, str]] = {}
+        self._reported: tuple[float, bytes] = (-math.inf, b"")
+        self._is_failing = False
+        self._changing = asyncio.Lock()
+        self._loading = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Load the versions that answer by the records, and follow the records from then on; once,
+        after the store is started and before the champions are warmed up.
+
+        Raises:
+            VersionRejected: a champion or a canary cannot be loaded.
+            StoreUnavailable, StoreRefused
+        """
+        await self._read(math.inf)
+        for name, record in self._records.items():
+            answering = [record.champion, *([record.challenger] if record.challenger else [])]
+            for fingerprint in answering:
+                await self._load_recorded(name, fingerprint)
+            self._apply(name)
+            if (reason := self._failure(name)) is not None:
+                raise VersionRejected(reason)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._follow()), loop.create_task(self._load_missing())]
+
+    async def close(self) -> None:
+        """Stop following; once, before the store is closed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._reported[1]:
+            try:
+                await self._stored.report(self._process, b"", time.monotonic() + READ_S)
+            except CarryError as error:
+                log.info("models_not_reported", code=error.code, reason=error.detail)
+
+    async def _follow(self) -> None:
+        while True:
+            await self.refresh()
+            await asyncio.sleep(REFRESH_S)
+
+    async def _load_missing(self) -> None:
+        """Load the recorded versions that are not loaded, one after another."""
+        while True:
+            for name, record in [*self._records.items()]:
+                for fingerprint in record.versions:
+                    if not self._is_settled(name, fingerprint):
+                        await self._load_recorded(name, fingerprint)
+                        self._apply(name)
+            await asyncio.sleep(REFRESH_S)
+
+    async def refresh(self) -> None:
+        """Read the records again and report, if the store answers."""
+        try:
+            await self._read(time.monotonic() + READ_S)
+            await self._report(time.monotonic() + READ_S)
+        except CarryError as error:
+            if not self._is_failing:
+                log.warning("models_not_read", code=error.code, reason=error.detail)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    async def _read(self, deadline_s: float) -> None:
+        stored = await self._stored.read(self._version, deadline_s)
+        if stored is None:
+            return
+        version, records = stored
+        for name in self._versions:
+            if name not in records:
+                continue
+            try:
+                record = msgspec.json.decode(records[name], type=ModelRecord)
+            except msgspec.MsgspecError as error:
+                log.error("model_record_not_readable", model=name, reason=str(error))
+                continue
+            if record != self._records.get(name):
+                self._records[name] = record
+                self._failed.pop(name, None)  # tried again: a folder may have been corrected
+                self._apply(name)
+        self._version = version
+
+    async def _report(self, deadline_s: float = math.inf, *, always: bool = False) -> list[bytes]:
+        """Report what is loaded, if that has changed or the last report is old; returns the
+        reports of all processes, none if it did not."""
+        report = ProcessReport(
+            self._process,
+            {
+                name: sorted(key.hex() for key in versions.loaded)
+                for name, versions in self._versions.items()
+            },
+            self._failed,
+        )
+        encoded, now_s = msgspec.json.encode(report), time.monotonic()
+        reported_s, reported = self._reported
+        if encoded == reported and now_s - reported_s < REPORT_S and not always:
+            return []
+        reports = [*await self._stored.report(self._process, encoded, deadline_s)]
+        self._reported = now_s, encoded
+        return reports
+
+    # Versions
+
+    def _is_settled(self, name: str, fingerprint: str) -> bool:
+        """Whether a version is loaded, or could not be."""
+        is_loaded = bytes.fromhex(fingerprint) in self._versions[name].loaded
+        return is_loaded or fingerprint in self._failed.get(name, {})
+
+    async def _load_recorded(self, name: str, fingerprint: str) -> None:
+        """Load a version that the record names; a failure is reported."""
+        source = self._records[name].versions.get(fingerprint)
+        if source is None or self._is_settled(name, fingerprint):
+            return
+        try:
+            served = await self._load(name, source.path)
+            if served.fingerprint.hex() != fingerprint:
+                raise VersionRejected(
+                    f"{source.path}: expected version {short(fingerprint)}, got {served.version}"
+                )
+        except VersionRejected as error:
+            log.error(
+                "model_version_not_loaded",
+                model=name,
+                version=short(fingerprint),
+                reason=error.detail,
+            )
+            self._failed.setdefault(name, {})[fingerprint] = error.detail
+
+    async def _load(self, name: str, path: str) -> ServedModel:
+        """Load a version beside those that answer, without disturbing them."""
+        versions = self._versions[name]
+        async with self._loading:
+            if self._load_version is None:
+                raise VersionRejected("this process loads no versions")
+            try:
+                served = await asyncio.to_thread(self._load_version, name, path)
+            except Exception as error:
+                # whatever is wrong with an artifact: the versions that answer go on
+                raise VersionRejected(f"{path}: {error}") from error
+            check_accepts_same_requests(versions.route.champion, served)
+            known = versions.loaded.get(served.fingerprint)
+            if known is not None:
+                return known
+            versions.add(served)
+            return served
+
+    def _apply(self, name: str) -> None:
+        """Set the route of a model by its record, as far as its versions are loaded."""
+        record, versions = self._records[name], self._versions[name]
+        loaded = {key.hex(): served for key, served in versions.loaded.items()}
+        champion, challenger = loaded.get(record.champion), loaded.get(record.challenger or "")
+        if champion is not None:
+            share = 0.0 if challenger is None else record.share
+            route = Route(champion, challenger, share)
+            if route != versions.route:
+                versions.route = route
+                log.info(
+                    "model_route_changed",
+                    model=name,
+                    champion=champion.version,
+                    challenger=challenger and challenger.version,
+                    share=share,
+                )
+        versions.keep(map(bytes.fromhex, record.versions))
+        for on_switch in self.on_switch:
+            on_switch(versions)
+
+    def _failure(self, name: str) -> str | None:
+        """Why this process does not answer as the record says; None if it does."""
+        record, failed = self._records[name], self._failed.get(name, {})
+        if (reason := failed.get(record.champion)) is not None:
+            return f"the champion of model {name!r} is not loaded: {reason}"
+        if record.share and (reason := failed.get(record.challenger or "")) is not None:
+            return f"the canary of model {name!r} is not loaded: {reason}"
+        return None
+
+    def check(self) -> Check | None:
+        """The readiness check; None while no model has a record."""
+        if not self._records:
+            return None
+        reasons = [reason for name in self._records if (reason := self._failure(name)) is not None]
+        return Check("versions", not reasons, "; ".join(reasons) or "loaded as recorded")
+
+    # Use cases
+
+    async def describe(self, caller: Caller, model: str) -> ModelStatus:
+        """The versions of a model that the caller may see, and the processes that serve it."""
+        caller.check((Verb.MODELS, *MANAGE), model)
+        await self._read(math.inf)
+        return ModelStatus(self._record(model), await self._processes(model))
+
+    async def load(self, caller: Caller, model: str, path: str, label: str | None) -> str:
+        """Load a version from a folder of the models in this process, and let the others load it;
+        returns its fingerprint.
+
+        Raises:
+            VersionRejected: it cannot serve the model.
+        """
+        caller.check(MANAGE, model)
+        served = await self._load(model, path)
+        fingerprint, source = served.fingerprint.hex(), VersionSource(path, label)
+        await self._change(model, lambda record: record.add(fingerprint, source))
+        self._record_change("model_version_loaded", caller, model, version=served.version)
+        return fingerprint
+
+    async def change(
+        self,
+        caller: Caller,
+        model: str,
+        action: Action,
+        version: str | None = None,
+        share: float | None = None,
+    ) -> None:
+        """Give an alias to a version.
+
+        Args:
+            version: its label, or the first digits of its fingerprint; None for a rollback.
+            share: of the streams that a canary answers.
+
+        Raises:
+            VersionNotFound, InvalidInput
+            VersionNotReady: a process has not loaded it.
+        """
+        caller.check(MANAGE, model)
+        processes = await self._processes(model)
+
+        def change(record: ModelRecord) -> ModelRecord:
+            named = None if version is None else record.find(version)
+            changed = record.change(action, named, share)
+            answering = [changed.champion, changed.challenger]
+            for fingerprint in filter(None, answering):
+                _check_loaded(model, fingerprint, processes)
+            return changed
+
+        record = await self._change(model, change)
+        self._record_change(
+            "model_aliases_changed",
+            caller,
+            model,
+            action=action,
+            champion=short(record.champion),
+            challenger=record.challenger and short(record.challenger),
+            share=record.share,
+        )
+
+    async def retire(self, caller: Caller, model: str, version: str) -> None:
+        """Forget and unload a version.
+
+        Raises:
+            VersionNotFound
+            InvalidInput: it is the champion.
+        """
+        caller.check(MANAGE, model)
+        await self._change(model, lambda record: record.retire(record.find(version)))
+        self._record_change("model_version_retired", caller, model, version=version)
+
+    async def _change(
+        self, model: str, change: Callable[[ModelRecord], ModelRecord]
+    ) -> ModelRecord:
+        """Change the record of a model by compare-and-set, and follow it at once."""
+        async with self._changing:
+            while True:
+                await self._read(math.inf)
+                before = self._record(model)
+                after = change(before)
+                if after == before and model in self._records:
+                    return after
+                version, encoded = self._version or b"", msgspec.json.encode(after)
+                # if it fails, another process has changed a record since
+                if await self._stored.write(version, model, encoded):
+                    await self._read(math.inf)
+                    return after
+
+    def _record(self, model: str) -> ModelRecord:
+        """The record of a model; before its first change, the version that it was started with."""
+        record = self._records.get(model)
+        if record is not None:
+            return record
+        champion = self._versions[model].route.champion
+        path = "" if self._load_version is None else self._load_version.path_of(champion)
+        fingerprint = champion.fingerprint.hex()
+        return ModelRecord(fingerprint, {fingerprint: VersionSource(path)})
+
+    async def _processes(self, model: str) -> list[ProcessReport]:
+        """The reports of the processes that serve a model."""
+        encoded = await self._report(always=True)
+        reports = [msgspec.json.decode(each, type=ProcessReport) for each in encoded]
+        return [report for report in reports if model in report.loaded]
+
+    def _record_change(self, change: str, caller: Caller, model: str, **facts: object) -> None:
+        """Write a line to the audit log."""
+        key = {} if caller.key_id is None else {"key": caller.key_id}
+        self._audit(change, model=model, **facts, **key)
+
+
+def _check_loaded(model: str, fingerprint: str, processes: list[ProcessReport]) -> None:
+    for report in processes:
+        if fingerprint not in report.loaded[model]:
+            reason = report.failed.get(model, {}).get(fingerprint, "it is being loaded")
+            raise VersionNotReady(
+                f"process {report.process} has not loaded version {short(fingerprint)} of model "
+                f"{model!r}: {reason}",
+                expected=short(fingerprint),
+                process=report.process,
+            )

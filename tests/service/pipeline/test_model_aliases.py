@@ -1,0 +1,196 @@
+"""Versions and aliases over several processes on one store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
+from models.spec.model import ModelSpec, parse_spec
+from service.access.caller import ANYONE
+from service.core.errors import (
+    InvalidInput,
+    VersionNotFound,
+    VersionNotReady,
+    VersionRejected,
+)
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.served_model import ServedModel
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.oracle import contracting_weights
+from tests.support.pipelines import SPEC, make_artifact, rows_of, send, worker
+
+
+class Files:
+    """Loads versions from a folder; as a process whose disk may lack some."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.missing: set[str] = set()
+
+    def path_of(self, served: ServedModel) -> str:
+        return served.artifact.path.name
+
+    def __call__(self, model: str, path: str) -> ServedModel:
+        if path in self.missing:
+            raise FileNotFoundError(path)
+        artifact = load_artifact(self.folder / path)
+        return ServedModel(artifact, NumpyRuntime(artifact))
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+    folder = tmp_path_factory.mktemp("models")
+    return [make_artifact(folder, seed) for seed in (1, 2, 3)]
+
+
+@asynccontextmanager
+async def processes(
+    url: str, artifact: Artifact, count: int = 2
+) -> AsyncIterator[list[tuple[Pipeline, Files]]]:
+    async with AsyncExitStack() as stack:
+        made = []
+        for _ in range(count):
+            files = Files(artifact.path.parent)
+            started = worker(url, artifact, load_version=files)
+            made.append((await stack.enter_async_context(started), files))
+        yield made
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+def answers(pipeline: Pipeline) -> tuple[str, str | None, float]:
+    champion, challenger, share = pipeline.versions["probe"].route
+    return champion.version, challenger and challenger.version, share
+
+
+async def change(pipeline: Pipeline, action: str, *arguments: object) -> None:
+    """Change aliases, once every process has loaded what that needs."""
+    while True:
+        try:
+            await pipeline.aliases.change(ANYONE, "probe", action, *arguments)  # type: ignore[arg-type]
+            return
+        except VersionNotReady:
+            await asyncio.sleep(0.01)
+
+
+async def test_aliases_reach_every_process(store_url: str, artifacts: list[Artifact]) -> None:
+    old, new, _ = artifacts
+    async with processes(store_url, old) as [(one, _), (two, _)]:
+        await one.aliases.load(ANYONE, "probe", new.path.name, "nightly")
+        for action, arguments, expected in (
+            ("shadow", ("nightly",), (old.version, new.version, 0.0)),
+            ("canary", (new.version[:6], 0.25), (old.version, new.version, 0.25)),
+            ("promote", (new.version,), (new.version, old.version, 0.0)),
+            ("rollback", (), (old.version, new.version, 0.0)),
+            ("rollback", (), (new.version, old.version, 0.0)),
+        ):
+            await change(two, action, *arguments)
+            await until(lambda expected=expected: answers(one) == answers(two) == expected)  # type: ignore[misc]
+        await one.aliases.retire(ANYONE, "probe", old.version)
+        await until(lambda: answers(two) == (new.version, None, 0.0))
+        assert [*two.versions["probe"].loaded] == [new.fingerprint]
+        with pytest.raises(InvalidInput, match="rollback"):
+            await one.aliases.change(ANYONE, "probe", "rollback")
+
+
+async def test_promotion_waits_for_a_process_that_does_not_load_the_version(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    old, new, _ = artifacts
+    async with processes(store_url, old) as [(one, _), (two, files)]:
+        files.missing.add(new.path.name)
+        await one.aliases.load(ANYONE, "probe", new.path.name, None)
+        while True:
+            with pytest.raises(VersionNotReady) as caught:
+                await one.aliases.change(ANYONE, "probe", "promote", new.version)
+            if new.path.name in caught.value.detail:
+                break  # the reason of the process, once it has tried
+            await asyncio.sleep(0.01)
+        assert answers(one) == answers(two) == (old.version, None, 0.0)
+        assert (await send(two, "s", rows_of(np.random.default_rng(1), 2), 0)).version
+        # loaded again, it is tried again
+        files.missing.clear()
+        await one.aliases.load(ANYONE, "probe", new.path.name, "again")
+        await change(one, "promote", new.version)
+        await until(lambda: answers(two)[0] == new.version)
+
+
+async def test_process_starts_with_the_recorded_versions(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    old, new, third = artifacts
+    async with processes(store_url, old, 1) as [(one, _)]:
+        await one.aliases.load(ANYONE, "probe", new.path.name, None)
+        await one.aliases.load(ANYONE, "probe", third.path.name, None)
+        await change(one, "promote", new.version)
+        await change(one, "canary", third.version, 0.5)
+        async with processes(store_url, old, 1) as [(two, _)]:
+            assert answers(two) == (new.version, third.version, 0.5)
+        files = Files(old.path.parent)
+        files.missing.add(third.path.name)
+        with pytest.raises(VersionRejected, match="canary"):
+            async with worker(store_url, old, load_version=files):
+                pass
+        await change(one, "shadow", third.version)
+        async with worker(store_url, old, load_version=files) as three:
+            # a shadow answers nothing: the process serves without it
+            assert answers(three) == (new.version, None, 0.0)
+            assert all(check.ok for check in await three.readiness())
+
+
+async def test_version_that_cannot_serve_the_model_is_rejected(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    old, new, _ = artifacts
+    folder = old.path.parent
+
+    def write(name: str, **changes: object) -> str:
+        spec: ModelSpec = parse_spec({**SPEC.model_dump(mode="json"), **changes})
+        write_artifact(folder / name, spec, contracting_weights(spec, 5))
+        return name
+
+    heads = SPEC.model_dump(mode="json")["heads"]
+    async with processes(store_url, old, 1) as [(one, _)]:
+        for path, reason in (
+            ("missing", "manifest"),
+            (write("wider", features=4), "input_features"),
+            (write("fewer", heads=heads[:2]), "outputs"),
+        ):
+            with pytest.raises(VersionRejected, match=reason):
+                await one.aliases.load(ANYONE, "probe", path, None)
+        assert (await one.aliases.describe(ANYONE, "probe")).record.versions.keys() == {
+            old.fingerprint.hex()
+        }
+        await one.aliases.load(ANYONE, "probe", new.path.name, "taken")
+        with pytest.raises(VersionRejected, match="label"):
+            await one.aliases.load(ANYONE, "probe", artifacts[2].path.name, "taken")
+        for name in ("", "no-label", old.version[:3]):
+            with pytest.raises(VersionNotFound):
+                await one.aliases.change(ANYONE, "probe", "promote", name)
+        with pytest.raises(InvalidInput, match="champion"):
+            await one.aliases.retire(ANYONE, "probe", old.version)
+        with pytest.raises(InvalidInput, match="champion"):
+            await one.aliases.change(ANYONE, "probe", "shadow", old.version)
+
+
+async def test_changes_of_two_processes_at_once_are_both_applied(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    old, new, third = artifacts
+    async with processes(store_url, old) as [(one, _), (two, _)]:
+        await asyncio.gather(
+            one.aliases.load(ANYONE, "probe", new.path.name, "a"),
+            two.aliases.load(ANYONE, "probe", third.path.name, "b"),
+        )
+        record = (await one.aliases.describe(ANYONE, "probe")).record
+        assert record.versions.keys() == {each.fingerprint.hex() for each in artifacts}
