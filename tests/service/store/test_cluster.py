@@ -19,6 +19,7 @@ from service.core.errors import (
     StoreUnavailable,
 )
 from service.store.base import Committed, Conflicted, Store
+from service.store.redis import monitor
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster, ClusterNode
@@ -338,9 +339,10 @@ async def test_pending_requests_of_a_lost_node_move_to_the_new_primary(
 
 
 async def test_requests_wait_for_the_majority_and_recover(
-    own_cluster: Cluster, streams: Streams
+    own_cluster: Cluster, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CLUSTERDOWN from the remaining node; then the cluster recovers."""
+    monkeypatch.setattr(monitor, "PROBE_TIMEOUT_S", 0.1)
     down = [own_cluster.primaries[i] for i in (1, 2)] + own_cluster.replicas
     left = own_cluster.primaries[0]
     async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=60) as store:

@@ -15,13 +15,13 @@ import pytest
 
 from service.core.delivery import chunk_digest, evaluate_chunk
 from service.core.errors import NotDurable, PositionAhead, StoreRefused
-from service.core.values import Chunk, Steps
+from service.core.values import Check, Chunk, Steps
 from service.store.base import Store
 from service.store.embedded import EmbeddedValkey
 from service.store.keys import KeySpace
 from service.store.settings import Durability
 from tests.support.cluster import Cluster, ClusterNode
-from tests.support.servers import KINDS, opened, real_server, until
+from tests.support.servers import KINDS, opened, real_server, until, until_async
 from tests.support.streams import (
     Streams,
     assert_stored,
@@ -155,16 +155,20 @@ async def test_missing_replicas_are_logged_and_fail_readiness(
         check = await store.monitor.check()
         assert check.ok
         assert "replicas" not in check.detail
+
+        async def check_without_replicas(primaries: int) -> Check | None:
+            """Once so many primaries have noticed the end of their replicas."""
+            check = await store.monitor.check()
+            return check if check.detail.count("0 replicas, expected 1") == primaries else None
+
         try:
             own_cluster.replicas[1].kill()
-            check = await store.monitor.check()
+            check = await until_async(lambda: check_without_replicas(1), "one without replicas")
             assert check.ok, "the streams of the other shards are served"
-            assert check.detail.count("0 replicas, expected 1") == 1
             own_cluster.replicas[0].kill()
             own_cluster.replicas[2].kill()
-            check = await store.monitor.check()
+            check = await until_async(lambda: check_without_replicas(3), "all without replicas")
             assert not check.ok
-            assert check.detail.count("0 replicas, expected 1") == 3
         finally:
             for replica in own_cluster.replicas:
                 replica.restore()

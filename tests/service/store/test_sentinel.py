@@ -17,7 +17,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from service.core.values import StreamState
 from service.store.base import Committed, Store
 from service.store.codec import encode_state
-from service.store.redis import monitor, sentinel_router
+from service.store.redis import sentinel_router
 from service.store.redis.address import Address
 from service.store.redis.outcomes import ServerReply
 from service.store.redis.pipelined_connection import RedisServer
@@ -42,10 +42,9 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Monitored]:
 
 
 @pytest.fixture(autouse=True)
-def servers_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+def sentinels_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """For longer than a busy machine suspends them."""
     monkeypatch.setattr(sentinel_router, "MAX_TIMEOUT_S", 60.0)
-    monkeypatch.setattr(monitor, "PROBE_TIMEOUT_S", 60.0)
 
 
 async def test_start_and_readiness_need_a_primary_that_a_sentinel_knows(servers: Monitored) -> None:

@@ -14,6 +14,7 @@ import uvloop
 from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
 from service.core.values import StreamKey, StreamState
 from service.store.base import Committed, Conflicted, Store
+from service.store.redis import monitor
 from service.store.redis.connections import transport_of
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -182,9 +183,10 @@ async def test_an_unavailable_server_times_out(own_server: RealServer, streams: 
 
 
 async def test_all_commits_to_an_unresponsive_server_have_unknown_outcomes(
-    own_server: RealServer, streams: Streams
+    own_server: RealServer, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Commands are pipelined: all that were sent may be executed later."""
+    monkeypatch.setattr(monitor, "PROBE_TIMEOUT_S", 0.1)
     async with opened(own_server.url, store_wait_s=60) as store:
         assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
         commits = [streams.creation(key(f"s{i}")) for i in range(6)]

@@ -104,7 +104,7 @@ FAST: dict[str, bytes] = {
     "other epoch": infer(epoch="0123456789abcdef"),
     "a string as id": infer(sequence_id="a1000"),
     "with a version": infer(first="POST /v2/models/probe/versions/1/infer HTTP/1.1"),
-    "own timeouts": infer("Carry-Timeout: 2.5", timeout=500_000),
+    "own timeouts": infer("Carry-Timeout: 62.5", timeout=60_500_000),
     "own id": infer("X-Request-Id: mine-1"),
     "chosen outputs": infer(
         outputs=[{"name": "steep"}, {"name": "last", "parameters": {"binary_data": False}}]

@@ -151,7 +151,7 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     # White space around a value is not part of it.
     "white space": Exchange(
         post(
-            b"Host:\tlocalhost \t", b"Carry-Timeout: 2.5 ", b"Expect: 100-continue ",
+            b"Host:\tlocalhost \t", b"Carry-Timeout: 62.5 ", b"Expect: 100-continue ",
             length(PREDICT),
         ).replace(HOST, b"") + PREDICT,
         (100, 200),

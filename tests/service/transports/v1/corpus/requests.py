@@ -19,7 +19,7 @@ FAST: dict[str, bytes] = {
     "refused in packed": request(packed(3), "Content-Type: application/msgpack"),
     "own id": request(chunk(), "X-Request-Id: mine-1"),
     "kept alive": request(chunk(), "Connection: keep-alive", "User-Agent: a b\tc"),
-    "own timeout": request(chunk(), "Carry-Timeout: 2.5"),
+    "own timeout": request(chunk(), "Carry-Timeout: 62.5"),
     "other state": request(chunk(), 'If-Match: "x", "y"'),
     "any state": request(chunk(), "If-Match: *"),
     "other epoch": request(chunk(0, epoch="0123456789abcdef")),
