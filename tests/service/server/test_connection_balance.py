@@ -171,7 +171,10 @@ async def test_worker_that_was_hung_gets_its_connections_again(
         assert asyncio.get_running_loop().time() - began_s >= DEFER_S
 
 
-async def test_worker_at_its_limit_leaves_connections_to_the_other() -> None:
+async def test_worker_at_its_limit_leaves_connections_to_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.server.connection_balance.RETRY_S", 600.0)
     async with sharing(0, 1) as workers:
         workers.acceptors[0]._measure_load = lambda: FULL
         assert await workers.connect(FILL + 2) == [0, FILL + 2]

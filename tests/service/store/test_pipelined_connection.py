@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -31,7 +32,7 @@ from tests.support.servers import (
     real_server,
     until,
 )
-from tests.support.streams import Streams, columns, key, load
+from tests.support.streams import Streams, columns, committed, key, load
 
 
 @asynccontextmanager
@@ -161,13 +162,13 @@ async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
     port = free_port()
     with real_server(kind, "--bind", "127.0.0.1", "--port", str(port)) as server:
         url = f"redis://127.0.0.1:{port}" if over_tcp else server.url
-        async with opened(url, store_wait_s=1) as store:
-            known = streams.creation(key("known"))
-            await store.commit(columns(known))
+        async with opened(url) as store:
+            await committed(store, streams.creation(key("known")))
             server.signal(signal.SIGSTOP)
-            (result,) = await store.commit(columns(streams.creation(key("a"), floats=floats)))
+            large = columns(streams.creation(key("a"), floats=floats))
+            (result,) = await store.commit(large, time.monotonic() + 0.1)
             assert isinstance(result, OutcomeUnknown)
-            server.signal(signal.SIGCONT)
+        server.signal(signal.SIGCONT)
 
         def left_alone() -> bool:
             with server.client() as client:

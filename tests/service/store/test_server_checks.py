@@ -46,7 +46,7 @@ async def test_a_server_under_an_address_of_another_kind_is_rejected(
     node = ("--cluster-enabled", "yes", *bus) if is_node else ()
     with real_server(kind, "--bind", "127.0.0.1", "--port", port, *node) as running:
         url = running.url if is_node else f"redis+cluster://127.0.0.1:{port}"
-        store = RedisStore(StoreSettings(url, store_wait_s=5))
+        store = RedisStore(StoreSettings(url, store_wait_s=60))
         with pytest.raises(StoreRefused, match="cluster"):
             await store.start()
         await store.close()

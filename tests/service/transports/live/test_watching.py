@@ -332,11 +332,10 @@ async def test_outputs_are_published_for_watched_streams_only(
             await api.client.delete("/v1/models/probe/streams/other")
             await send(api, 2)
             await events.expect("outputs")
-        topics = set()
-        while (message := listener.get_message(timeout=0.2)) is not None:
-            if message["type"] == "pmessage":
-                topics.add(message["channel"])
-    assert topics == {b"carry:outputs:probe:s"}
+        client.publish("last:outputs:", b"")
+        messages = iter(lambda: listener.get_message(timeout=60)["channel"], b"last:outputs:")
+        topics = {*messages}
+    assert topics == {b"*outputs:*", b"carry:outputs:probe:s"}
 
 
 async def test_an_announcement_expires(api: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
