@@ -323,17 +323,24 @@ async def test_unavailable_store_is_awaited_until_each_deadline(
         own_server.kill()
         patient = asyncio.create_task(send(one, "patient", rows["patient"], 0, deadline_s=later()))
         await wait_for_count(store.loading, "patient")
+
+        async def send_until_unavailable(name: str) -> StoreUnavailable:
+            while True:
+                deadline_s = time.monotonic() + 0.6
+                # a busy machine may suspend this process until the deadline
+                with pytest.raises((StoreUnavailable, DeadlineExceeded)) as caught:
+                    await send(one, name, rows[name], 0, deadline_s=deadline_s)
+                if isinstance(caught.value, StoreUnavailable):
+                    return caught.value
+
         hasty = []
         for name in "bcdef":
-            deadline_s = time.monotonic() + 1.2
-            task = asyncio.create_task(send(one, name, rows[name], 0, deadline_s=deadline_s))
-            hasty.append(task)
+            hasty.append(asyncio.create_task(send_until_unavailable(name)))
             await asyncio.sleep(0)
         async with asyncio.timeout(60):
-            for outcome in await asyncio.gather(*hasty, return_exceptions=True):
-                assert isinstance(outcome, StoreUnavailable), outcome
-                assert outcome.retryable
-                assert "the store" in outcome.detail
+            for error in await asyncio.gather(*hasty):
+                assert error.retryable
+                assert "the store" in error.detail
         assert not patient.done()
         own_server.start()
         assert_close((await patient).outputs, oracle_outputs(artifact, rows["patient"]))
