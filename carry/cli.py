@@ -28,6 +28,7 @@ from service.commands.capacity import capacity  # noqa: E402
 from service.commands.consume import consume  # noqa: E402
 from service.commands.dlq import dlq_app  # noqa: E402
 from service.commands.keys import keys_app  # noqa: E402
+from service.commands.models import models_app  # noqa: E402
 from service.commands.produce import produce  # noqa: E402
 from service.commands.replay.command import replay  # noqa: E402
 from service.commands.serve import check, serve  # noqa: E402
@@ -81,6 +82,7 @@ app.command("replay")(replay)
 app.command("backup")(backup)
 app.command("restore")(restore)
 app.add_typer(keys_app, name="keys")
+app.add_typer(models_app, name="models")
 app.command("capacity")(capacity)
 app.add_typer(streams_app, name="streams")
 

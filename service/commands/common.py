@@ -1,10 +1,11 @@
-"""What commands share: options, the store of the settings, and progress on a terminal."""
+"""What commands share: options, a client of a service, the store of the settings, progress."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -13,6 +14,7 @@ import typer
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
+    from carry_client import Carry
     from service.store.base import Store
 
 T = TypeVar("T")
@@ -20,6 +22,8 @@ T = TypeVar("T")
 RedisUrl = Annotated[
     str | None, typer.Option(help="Address of the state store; default: the embedded Valkey.")
 ]
+Url = Annotated[str, typer.Option("--url", help="Address of the service.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
 DataDir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Data directory of the embedded Valkey.")
 ]
@@ -61,6 +65,32 @@ def run_on_store(
             valkey = running_valkey(store.data_dir, fsync=store.durability == "fsync")
             settings = settings.changed(redis_url=stack.enter_context(valkey))
         return asyncio.run(run())
+
+
+@contextmanager
+def open_service(url: str) -> Iterator[Carry]:
+    """Open a client; its errors become `OperatorError`, one line for people."""
+    # Imported here: it would take a third of the start-up time of every other command.
+    from carry_client import Carry, Problem
+
+    try:
+        client = Carry(url, encoding="json")
+    except (Problem, ValueError) as error:  # of the address, or of the key in the environment
+        raise OperatorError(str(error)) from error
+    try:
+        with client:
+            yield client
+    except Problem as problem:
+        if problem.code == "no_answer":
+            line = f"{url} does not answer: {problem.detail}"
+        elif problem.status == 0:
+            line = problem.detail
+        elif problem.document:
+            line = str(problem)
+        else:
+            phrase = HTTPStatus(problem.status).phrase
+            line = f"{problem.status} {phrase}; is this a Carry service?"
+        raise OperatorError(line) from problem
 
 
 @contextmanager

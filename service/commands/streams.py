@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.common import show_progress
+from service.commands.common import DEFAULT_URL, Url, open_service, show_progress
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
@@ -33,41 +30,13 @@ streams_app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="The model's name.")]
-Url = Annotated[str, typer.Option("--url", help="Address of the service.")]
 Stream = Annotated[str | None, typer.Argument(help="The stream's name.")]
 Prefix = Annotated[
     str | None, typer.Option(help="All streams whose names begin with this; '' for all.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 DELETED, KEPT, NOT_FOUND, DAMAGED = "deleted", "kept", "not_found", "damaged"
 """Outcomes of the reset of one stream."""
-
-
-@contextmanager
-def _service(url: str) -> Iterator[Carry]:
-    """Open a client; its errors become `OperatorError`, one line for people."""
-    # Imported here: it would take a third of the start-up time of every other command.
-    from carry_client import Carry, Problem
-
-    try:
-        client = Carry(url, encoding="json")
-    except (Problem, ValueError) as error:  # of the address, or of the key in the environment
-        raise OperatorError(str(error)) from error
-    try:
-        with client:
-            yield client
-    except Problem as problem:
-        if problem.code == "no_answer":
-            line = f"{url} does not answer: {problem.detail}"
-        elif problem.status == 0:
-            line = problem.detail
-        elif problem.document:
-            line = str(problem)
-        else:
-            phrase = HTTPStatus(problem.status).phrase
-            line = f"{problem.status} {phrase}; is this a Carry service?"
-        raise OperatorError(line) from problem
 
 
 @streams_app.command("list")
@@ -78,7 +47,7 @@ def list_streams(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Print the names of a model's streams, one per line."""
-    with _service(url) as client:
+    with open_service(url) as client:
         for name in islice(client.model(model).streams(prefix), limit or None):
             typer.echo(name)
 
@@ -93,7 +62,7 @@ def show_stream(
     """Print a stream's position, epoch and tag as JSON."""
     from carry_client import stream_path
 
-    with _service(url) as client:
+    with open_service(url) as client:
         path = stream_path(model, stream) + ("/state" if state else "")
         typer.echo(json.dumps(client.request("GET", path), indent=2))
 
@@ -110,7 +79,7 @@ def delete_streams(
     from carry_client import stream_path
 
     _confirm(model, stream, prefix, yes, "Delete {}?")
-    with _service(url) as client:
+    with open_service(url) as client:
         if stream is not None:
             client.request("DELETE", stream_path(model, stream))
             typer.echo(f"deleted {stream}")
@@ -138,7 +107,7 @@ def reset_streams(
     _confirm(model, stream, prefix, yes, "Delete {}, if another version wrote the state?")
     outcomes: Counter[str] = Counter()
     # a failure ends the command; a second run continues from there
-    with _service(url) as client, ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+    with open_service(url) as client, ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
         served: Any = client.request("GET", model_path(model))
 
         def reset(name: str) -> str:

@@ -315,7 +315,7 @@ class ModelAliases:
         """
         caller.check(MANAGE, model)
         served = await self._load(model, path)
-        fingerprint, source = served.fingerprint.hex(), VersionSource(path, label)
+        fingerprint, source = served.fingerprint.hex(), VersionSource(self._path(served), label)
         await self._change(model, lambda record: record.add(fingerprint, source))
         self._record_change("model_version_loaded", caller, model, version=served.version)
         return fingerprint
@@ -394,9 +394,11 @@ class ModelAliases:
         if record is not None:
             return record
         champion = self._versions[model].route.champion
-        path = "" if self._load_version is None else self._load_version.path_of(champion)
         fingerprint = champion.fingerprint.hex()
-        return ModelRecord(fingerprint, {fingerprint: VersionSource(path)})
+        return ModelRecord(fingerprint, {fingerprint: VersionSource(self._path(champion))})
+
+    def _path(self, served: ServedModel) -> str:
+        return "" if self._load_version is None else self._load_version.path_of(served)
 
     async def _processes(self, model: str) -> list[ProcessReport]:
         """The reports of the processes that serve a model."""

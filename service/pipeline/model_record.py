@@ -53,12 +53,19 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         """Add a version, or replace where it is.
 
         Raises:
-            VersionRejected: another version has its label.
+            VersionRejected: another version has its label or its folder.
         """
         for other, known in self.versions.items():
-            if source.label is not None and known.label == source.label and other != fingerprint:
+            if other == fingerprint:
+                continue
+            if source.label is not None and known.label == source.label:
                 raise VersionRejected(
                     f"label: version {short(other)} has the label {source.label!r}; retire it first"
+                )
+            if known.path == source.path:
+                raise VersionRejected(
+                    f"path: version {short(other)} was loaded from {source.path!r}; each needs a "
+                    "folder of its own"
                 )
         return replace(self, versions={**self.versions, fingerprint: source})
 

@@ -219,7 +219,7 @@ ROUTES: Final = (
         versions.post_version,
         verbs=(Verb.MANAGE_MODELS,),
         replies={200: "Loaded by one process; the others load it."},
-        reply=reply_types.VersionList,
+        reply=reply_types.VersionInfo,
         body="VersionBody",
     ),
     Route(

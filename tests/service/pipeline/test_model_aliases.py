@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
 from models.spec.model import ModelSpec, parse_spec
 from service.access.caller import ANYONE
@@ -21,27 +20,9 @@ from service.core.errors import (
     VersionRejected,
 )
 from service.pipeline.pipeline import Pipeline
-from service.pipeline.served_model import ServedModel
-from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import SPEC, make_artifact, rows_of, send, worker
-
-
-class Files:
-    """Loads versions from a folder; as a process whose disk may lack some."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.missing: set[str] = set()
-
-    def path_of(self, served: ServedModel) -> str:
-        return served.artifact.path.name
-
-    def __call__(self, model: str, path: str) -> ServedModel:
-        if path in self.missing:
-            raise FileNotFoundError(path)
-        artifact = load_artifact(self.folder / path)
-        return ServedModel(artifact, NumpyRuntime(artifact))
+from tests.support.versions import Versions
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +34,11 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
 @asynccontextmanager
 async def processes(
     url: str, artifact: Artifact, count: int = 2
-) -> AsyncIterator[list[tuple[Pipeline, Files]]]:
+) -> AsyncIterator[list[tuple[Pipeline, Versions]]]:
     async with AsyncExitStack() as stack:
         made = []
         for _ in range(count):
-            files = Files(artifact.path.parent)
+            files = Versions(artifact.path.parent)
             started = worker(url, artifact, load_version=files)
             made.append((await stack.enter_async_context(started), files))
         yield made
@@ -136,7 +117,7 @@ async def test_process_starts_with_the_recorded_versions(
         await change(one, "canary", third.version, 0.5)
         async with processes(store_url, old, 1) as [(two, _)]:
             assert answers(two) == (new.version, third.version, 0.5)
-        files = Files(old.path.parent)
+        files = Versions(old.path.parent)
         files.missing.add(third.path.name)
         with pytest.raises(VersionRejected, match="canary"):
             async with worker(store_url, old, load_version=files):

@@ -27,8 +27,9 @@ async def post_version(call: Call) -> Response:
     then the others load it. Rejected with the reason if it cannot serve the model.
     """
     body = await call.read(call.codec.reader.version)
-    await call.api.pipeline.aliases.load(call.caller, call.served.name, body.path, body.label)
-    return await _reply(call)
+    aliases, model = call.api.pipeline.aliases, call.served.name
+    fingerprint = await aliases.load(call.caller, model, body.path, body.label)
+    return call.reply(_version(model, fingerprint, await aliases.describe(call.caller, model)))
 
 
 async def delete_version(call: Call) -> Response:

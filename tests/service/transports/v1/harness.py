@@ -23,6 +23,7 @@ from service.access.key_cache import AccessKeys
 from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
 from service.core.values import StreamKey
+from service.pipeline.model_aliases import VersionLoader
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Audit, no_audit
 from service.server.http_protocol import HttpProtocol
@@ -131,6 +132,7 @@ async def harness(
     requires_keys: bool | None = None,
     tracer: Tracer | None = None,
     audit: Audit = no_audit,
+    load_version: VersionLoader | None = None,
     extend: Callable[[FastAPI], None] = lambda app: None,
     **pipeline: Any,
 ) -> AsyncIterator[Harness]:
@@ -155,6 +157,7 @@ async def harness(
         now_ms=lambda: clock[0],
         audit=audit,
         tracer=tracer,
+        load_version=load_version,
     )
     await built.start()
     required = requires_keys or False

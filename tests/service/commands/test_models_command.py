@@ -1,0 +1,75 @@
+"""`carry models`: versions and aliases of a running service, by its HTTP API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from carry.cli import app
+from models.artifact.artifact import Artifact
+from tests.service.transports.v1.harness import Harness, harness
+from tests.service.transports.v1.raw_http import port_of, serving
+from tests.support.pipelines import make_artifact
+from tests.support.servers import RealServer
+from tests.support.versions import Versions
+
+
+@dataclass
+class Commands:
+    """`carry models` against one service, which starts with the first of these versions."""
+
+    api: Harness
+    url: str
+    artifacts: list[Artifact]
+
+    async def __call__(self, *words: str) -> Result:
+        return await asyncio.to_thread(
+            CliRunner().invoke, app, ["models", *words, "--url", self.url]
+        )
+
+
+@pytest.fixture
+async def carry(pipeline_server: RealServer, tmp_path: Path) -> AsyncIterator[Commands]:
+    artifacts = [make_artifact(tmp_path, seed) for seed in (1, 2)]
+    models = {"probe": artifacts[0]}
+    load = Versions(tmp_path)
+    async with harness(pipeline_server, models, load_version=load) as api, serving(api) as server:
+        yield Commands(api, f"http://127.0.0.1:{port_of(server)}", artifacts)
+
+
+async def test_version_is_loaded_promoted_rolled_back_and_retired(carry: Commands) -> None:
+    old, new = carry.artifacts
+    for words, expected in (
+        (("load", "probe", new.path.name, "--label", "nightly"), ["champion", "-"]),
+        (("shadow", "probe", "nightly"), ["champion", "challenger"]),
+        (("canary", "probe", new.version[:4], "0.25"), ["champion 0.75", "challenger 0.25"]),
+        (("promote", "probe", "nightly"), ["challenger", "champion"]),
+        (("rollback", "probe"), ["champion", "challenger"]),
+        (("list",), ["champion", "challenger"]),
+        (("retire", "probe", "nightly"), ["champion"]),
+    ):
+        result = await carry(*words)
+        assert result.exit_code == 0, result.output
+        lines = [line.split("  ") for line in result.stdout.splitlines()]
+        assert [line[3] for line in lines] == expected
+        assert lines[0][:2] == ["probe", old.version]
+        assert {line[4] for line in lines} == {"loaded by 1 of 1"}
+
+
+async def test_rejections_are_one_line(carry: Commands) -> None:
+    for words, reason in (
+        (("load", "probe", "missing"), "version_rejected"),
+        (("promote", "probe", "nightly"), "version_not_found"),
+        (("rollback", "probe"), "invalid_input"),
+        (("canary", "probe", carry.artifacts[0].version, "1.5"), "invalid_input"),
+        (("list", "other"), "model_not_found"),
+    ):
+        result = await carry(*words)
+        assert result.exit_code == 1
+        assert reason in result.output
+        assert len(result.output.splitlines()) == 1
