@@ -98,6 +98,8 @@ class Reply(Prediction):
         version: of the model that computed it.
         is_replayed: the chunk was applied before, and this is its stored reply.
         is_created: the chunk created the stream.
+        warm: after a change of the model's version, how many events that one had seen before the
+            chunk, and after how many its start is forgotten; None if it does not matter.
     """
 
     stream: str
@@ -105,6 +107,7 @@ class Reply(Prediction):
     version: str
     is_replayed: bool
     is_created: bool
+    warm: tuple[int, int] | None = None
 
     @property
     def position(self) -> int:
@@ -256,9 +259,14 @@ def read_reply(model: ModelDescription, document: Any, first_position: int) -> R
             version=str(document["version"]),
             is_replayed=bool(document["replayed"]),
             is_created=bool(document.get("created")),
+            warm=_read_warmth(document.get("warm")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise unreadable(error, document) from error
+
+
+def _read_warmth(warm: Any) -> tuple[int, int] | None:
+    return None if warm is None else (int(warm["events"]), int(warm["of"]))
 
 
 def read_forecast(document: Any) -> Forecast:

@@ -98,6 +98,16 @@ AttentionWeights = Annotated[
 
 
 @closed
+class Warmth(TypedDict):
+    """How far the version is from not depending on the start of its memory."""
+
+    events: int
+    """That the version had seen of the stream before the chunk."""
+    of: int
+    """After so many the start is forgotten."""
+
+
+@closed
 class ChunkReply(TypedDict):
     """The outputs of one chunk, and the state of its stream after it."""
 
@@ -119,6 +129,9 @@ class ChunkReply(TypedDict):
     """Nothing was applied: epoch, position and tag are those of the current stream head."""
     created: NotRequired[Literal[True]]
     """Present, and true, in the first reply of a stream."""
+    warm: NotRequired[Warmth]
+    """Present after a change of the model's version, while the outputs still depend on events that
+    the new version has not seen."""
     state: NotRequired[StateAfter]
     attention: NotRequired[AttentionWeights]
 
@@ -163,3 +176,5 @@ class ForecastReply(TypedDict):
     """Of the quantiles."""
     forecast: dict[str, TargetForecast]
     """By target."""
+    warm: NotRequired[Warmth]
+    """Present as in the reply to a chunk."""

@@ -107,6 +107,8 @@ class ReplyWriter:
             document["created"] = True
         if reply.output_position is not None:
             document["output_position"] = reply.output_position
+        if reply.warm is not None:
+            document["warm"] = {"events": reply.warm.events, "of": reply.warm.of}
         if options.return_state:
             document["state"] = self.state(reply.state, version)
         if options.return_attention:
@@ -192,6 +194,8 @@ class ReplyWriter:
         }
         if reply.times_ms is None:
             del document["times_ms"]
+        if reply.warm is not None:
+            document["warm"] = {"events": reply.warm.events, "of": reply.warm.of}
         return document
 
 

@@ -241,6 +241,18 @@ class AnsweringVersion(Protocol):
     def state(self) -> StateSpec: ...
 
 
+class UnknownVersion(NamedTuple):
+    """A version that answered a chunk, but is not loaded: the parts of its states are not known."""
+
+    fingerprint: bytes
+    state: StateSpec = StateSpec(())
+
+    @property
+    def version(self) -> str:
+        """The first 12 hex digits of its fingerprint."""
+        return self.fingerprint.hex()[:12]
+
+
 class Reply(msgspec.Struct, frozen=True, gc=False):
     """The reply to one chunk.
 
@@ -334,12 +346,14 @@ class ForecastReply(NamedTuple):
     Attributes:
         head: the stream head at the forecast origin; a forecast does not change it.
         times_ms: epoch milliseconds of the forecast steps; None if the events have no timestamp.
+        warm: as of `Reply`.
     """
 
     key: StreamKey
     head: StreamHead
     forecast: Forecast
     times_ms: tuple[int, ...] | None
+    warm: Warmth | None = None
 
 
 class StreamPage(NamedTuple):

@@ -39,6 +39,7 @@ from service.pipeline.chunk_load import ChunkLoader, StoreResponsiveness
 from service.pipeline.inference import Inference
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.recorder import Recorder
+from service.pipeline.rewarm import Rewarming
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.pipeline.shards import Shards
@@ -48,6 +49,7 @@ from service.store.codec import (
     EncodedStream,
     encode_replies,
     encode_states,
+    mark_inexact,
     pack_head,
     unpack_head,
 )
@@ -100,6 +102,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         cache: StateCache,
         compute: Compute,
         recorder: Recorder,
+        rewarming: Rewarming,
         *,
         settings: BatchingSettings,
         now_ms: Callable[[], int],
@@ -111,6 +114,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         self._store = store
         self._cache = cache
         self._recorder = recorder
+        self._rewarming = rewarming
         self._now_ms = now_ms
         self._settings = settings
         self._tracer = tracer
@@ -130,7 +134,8 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
                 self._shards,
                 self._recorder,
                 self._responsiveness,
-                resets_on_model_change=self._settings.on_model_change == "reset",
+                self._rewarming,
+                self._versions,
             )
             half = MIN_SPLIT_REQUESTS // 2
             # a call that is padded to a fixed shape costs about as much for half of the rows
@@ -249,7 +254,10 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         commits = self._encode(computed)
         for job, head, value in zip(jobs, computed.heads, commits.states, strict=True):
             job.is_committing = True
-            self._cache.put(job.payload.key, EncodedStream(head, job.payload.steps.feed, value))
+            if job.base is None or job.base.since is None:
+                self._cache.put(job.payload.key, EncodedStream(head, job.payload.steps.feed, value))
+            else:
+                self._cache.drop(job.payload.key)
         batch.release_streams(commits.keys)
         self._responsiveness.note_request()
         try:
@@ -295,6 +303,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             fingerprint=computed.served.fingerprint,
             updated_ms=self._now_ms(),
         )
+        for at, job in enumerate(jobs):
+            if job.base is not None and job.base.since is not None:
+                states[at] = _mark_inexact(computed.served, job, job.base, states[at])
         return CommitColumns(
             [job.payload.key for job in jobs],
             [job.expected for job in jobs],
@@ -343,17 +354,21 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     def _reply(self, computed: ComputedBatch, at: int, times: StageTimes, timing: Timing) -> Reply:
         """The reply to one job."""
         job, head, served = computed.jobs[at], computed.heads[at], computed.served
+        base, warm = job.base, None
+        if base is not None and base.since is not None:
+            warm = served.warmth(base.since, base.head.position)
         return Reply(
             job.payload.key,
             head,
             computed.outputs[at],
             computed.states,
             False,
-            job.base is None,
+            base is None,
             times.began_s - job.submitted_s,
             timing,
             None if served.blocks is None else served.output_position(job.payload, head),
             row=at,
+            warm=warm,
             version=served,
         )
 
@@ -424,3 +439,11 @@ def _reject_unknown_codes(served: ServedModel, jobs: list[ChunkJob]) -> list[Chu
         except CarryError as error:
             job.resolve(error)
     return accepted
+
+
+def _mark_inexact(served: ServedModel, job: ChunkJob, base: EncodedStream, state: bytes) -> bytes:
+    """Mark the state after a chunk, unless its start is forgotten or was a reset in the chunk."""
+    steps, position = job.payload.steps, base.head.position
+    if base.since is None or served.is_reset(steps, position):
+        return state
+    return mark_inexact(state, base.since) if served.warmth(base.since, position) else state

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from models.spec.state import State
-from service.core.values import Chunk, FloatRows, Reply, StreamHead
+from service.core.values import Chunk, FloatRows, Reply, StreamHead, StreamState
 from service.engine.fair_queue import Job
 from service.pipeline.served_model import ServedModel
 from service.store.codec import EncodedStream
@@ -20,10 +20,12 @@ class ChunkJob(Job[Chunk, Reply], eq=False):
         base: the stream that the chunk continues; None if it creates one.
         expected: the stream head that the commit expects, packed; empty if the stream must not
             exist.
+        rewarmed: the stream as the version has computed it, if another one wrote the stored state.
     """
 
     base: EncodedStream | None = None
     expected: bytes = b""
+    rewarmed: StreamState | None = None
 
 
 class ComputedBatch(msgspec.Struct, frozen=True):

@@ -36,11 +36,13 @@ from service.core.errors import (
     StateDamaged,
     StoreUnavailable,
 )
-from service.core.values import Chunk, Reply, StreamState, Tombstone
+from service.core.values import Reply, StreamState, Tombstone, UnknownVersion
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, StageTimes
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Recorder
+from service.pipeline.rewarm import Rewarming
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import RETRY_AFTER_S, SHARD_TIMEOUT_S, Shards
 from service.pipeline.state_cache import StateCache
@@ -49,6 +51,7 @@ from service.store.codec import (
     WRITER,
     EncodedStream,
     decode_stream,
+    encode_state,
     pack_head,
     read_packed_head,
     read_streams,
@@ -92,8 +95,8 @@ class ChunkLoader:
     """Loads and evaluates the chunks that one version of a model answers.
 
     Args:
-        resets_on_model_change: whether a stream whose state another version of the model wrote
-            starts over; otherwise its chunks are rejected.
+        rewarming: computes states of streams that another version wrote.
+        versions: the versions of the model.
     """
 
     def __init__(
@@ -104,10 +107,11 @@ class ChunkLoader:
         shards: Shards,
         recorder: Recorder,
         responsiveness: StoreResponsiveness,
-        *,
-        resets_on_model_change: bool,
+        rewarming: Rewarming,
+        versions: ModelVersions,
     ):
         self._served = served
+        self._versions = versions
         self._fingerprint = served.fingerprint
         self._store = store
         self._cache = cache
@@ -116,7 +120,7 @@ class ChunkLoader:
         self._responsiveness = responsiveness
         # when to register again under a key, after its count did not answer
         self._retry_s: defaultdict[str, float] = defaultdict(float)
-        self._resets_on_model_change = resets_on_model_change
+        self._rewarming = rewarming
         self._blocks = served.blocks
         self._starts_to_load = 0
 
@@ -147,6 +151,7 @@ class ChunkLoader:
         loaded = await self._shards.read(uncached, self._load, batch)
         times.load_s = time.monotonic() - times.began_s
         replays: list[ChunkJob] = []
+        to_rewarm: list[ChunkJob] = []
         created: dict[StreamQuota, list[ChunkJob]] = {}
         to_retry: list[ChunkJob] = []
         for (job, value), stream in zip(loaded, self._read_streams(loaded), strict=True):
@@ -163,22 +168,27 @@ class ChunkLoader:
                 stored = decode_value(job.payload.key, value)
                 if isinstance(stored, CarryError):
                     raise stored
-                current = self._usable(job.payload, stored)
+                current = self._usable(job, stored)
                 evaluation = evaluate_chunk(job.payload, current, closed=self._is_closed(current))
             except CarryError as error:
                 job.resolve(error)
                 continue
             if isinstance(evaluation, Replay):
                 replays.append(job)
+            elif evaluation.base and evaluation.base.fingerprint != self._fingerprint:
+                to_rewarm.append(job)
             else:
                 base = evaluation.base
                 if base and isinstance(value, bytes):
-                    job.base = EncodedStream(base.head, base.feed, value)
+                    state = encode_state(base) if base is job.rewarmed else value
+                    job.base = EncodedStream(base.head, base.feed, state, base.since)
                 job.expected = pack_head(stored.head) if stored else b""
                 ready.append(job)
                 quota = None if job.payload.dry_run else job.payload.quota
                 if isinstance(quota, StreamQuota) and not isinstance(stored, StreamState):
                     created.setdefault(quota, []).append(job)
+        if to_rewarm:
+            self._rewarming.detach(self._served, to_rewarm, batch)
         if created:
             parts = [self._register(quota, group, batch) for quota, group in created.items()]
             rejected = {job for part in await asyncio.gather(*parts) for job in part}
@@ -218,6 +228,8 @@ class ChunkLoader:
         chunk = job.payload
         try:
             state, kept = await self._store.load_with_reply(chunk.key, job.deadline_s)
+            if kept is not None and kept.outputs.shape[1] != self._served.outputs.size:
+                kept = None  # of a version with other outputs
             resolution = resolve_duplicate(
                 chunk, state, kept, own.head if own else None, closed=self._is_closed(state)
             )
@@ -225,6 +237,11 @@ class ChunkLoader:
                 return False
             if resolution is Resolution.STORED_REPLY and state is not None and kept is not None:
                 self._recorder.record_replay(self._served.name)
+                writer = self._versions.writer(state.fingerprint)
+                warm = None
+                if state.since is not None and state.last is not None:
+                    warm = writer.warmth(state.since, state.last.start)
+                is_known = writer.fingerprint == state.fingerprint
                 job.resolve(
                     Reply(
                         chunk.key,
@@ -233,9 +250,10 @@ class ChunkLoader:
                         state.state,
                         replayed=True,
                         created=state.last is not None and state.last.created,
-                        output_position=self._served.output_position(chunk, kept.head),
+                        output_position=writer.output_position(chunk, kept.head),
                         dry_run=chunk.dry_run,
-                        version=self._served,
+                        warm=warm,
+                        version=writer if is_known else UnknownVersion(state.fingerprint),
                     )
                 )
             elif own is not None:
@@ -345,8 +363,10 @@ class ChunkLoader:
             return None
         return copy
 
-    def _usable(self, chunk: Chunk, stored: StreamState | Tombstone | None) -> StreamState | None:
+    def _usable(self, job: ChunkJob, stored: StreamState | Tombstone | None) -> StreamState | None:
         """The stored stream if the chunk can continue it; None if the stream has to start over.
+
+        A stream that has to be rewarmed is evaluated with the state that another version wrote.
 
         Raises:
             StateIncompatible: another version of the model wrote its state.
@@ -354,11 +374,20 @@ class ChunkLoader:
         """
         if stored is None or isinstance(stored, Tombstone):
             return None
+        chunk, policy = job.payload, self._rewarming.policy
         if self._served.is_compatible(stored):
             self._check_waiting(stored)
             return stored
-        if self._resets_on_model_change or (chunk.starts_over and chunk.epoch is None):
+        if policy == "reset" or (chunk.starts_over and chunk.epoch is None):
             return None
+        keeps_more = self._served.history is not None or self._versions.route.challenger is not None
+        if policy == "rewarm" and keeps_more:
+            rewarmed = job.rewarmed
+            return rewarmed if rewarmed and rewarmed.head == stored.head else stored
+        if policy == "keep" and self._served.fits(stored):
+            kept = stored._replace(fingerprint=self._fingerprint)
+            self._check_waiting(kept)
+            return kept
         if chunk.epoch is not None and chunk.epoch != stored.head.epoch:
             return stored  # epoch_mismatch takes precedence
         raise self._served.incompatible(chunk.key.stream, stored)

@@ -59,6 +59,7 @@ from service.pipeline.predict import (
     SequenceStart,
 )
 from service.pipeline.recorder import Audit, Recorder, no_audit
+from service.pipeline.rewarm import Rewarming
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.pipeline.state_cache import StateCache
@@ -126,13 +127,20 @@ class Pipeline:
         self._drain_s = drain_s
         self._now_ms = now_ms
         self.cache = StateCache(settings.state_cache_bytes)
+        self._compute = Compute(settings.inference_timeout_s, threads=runtime_threads)
+        self._rewarming = Rewarming(
+            store,
+            self._compute,
+            recorder,
+            policy=settings.on_model_change,
+            max_waiting=settings.max_queue,
+        )
         self.streams = StreamAdministration(
-            self._versions, store, self.cache, now_ms=now_ms, audit=audit
+            self._versions, store, self.cache, self._rewarming, now_ms=now_ms, audit=audit
         )
         self.topics = TopicViews(store.topics)
         self.aliases = ModelAliases(self.versions, store.models, load_version, audit=audit)
         self._tokens = StateTokens(store.keys.token_key)
-        self._compute = Compute(settings.inference_timeout_s, threads=runtime_threads)
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""
@@ -151,6 +159,7 @@ class Pipeline:
                 self.cache,
                 self._compute,
                 recorder,
+                self._rewarming,
                 settings=settings,
                 now_ms=now_ms,
                 tracer=tracer,
@@ -470,10 +479,8 @@ class Pipeline:
             )
         if deadline_s <= time.monotonic():
             raise DeadlineExceeded("the deadline expired before it started")
-        stored = await self.streams.load(key, deadline_s, request.precondition)
+        stored = await self.streams.load_compatible(key, deadline_s, request.precondition)
         served = versions.writer(stored.fingerprint)
-        if not served.is_compatible(stored):
-            raise served.incompatible(key.stream, stored)
         check_position(key.stream, request.position, stored.head)
         covariates = served.encode_covariates(request, stored.state)
         origin = ForecastOrigin(
@@ -483,7 +490,8 @@ class Pipeline:
         [result] = await self._forecasts[key.model].submit(specs, deadline_s)
         if isinstance(result, CarryError):
             raise result
-        return ForecastReply(key, stored.head, result, covariates.times_ms)
+        warm = None if stored.since is None else served.warmth(stored.since, stored.head.position)
+        return ForecastReply(key, stored.head, result, covariates.times_ms, warm)
 
 
 def _model_not_found(name: str, models: Iterable[str]) -> ModelNotFound:

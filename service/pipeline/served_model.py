@@ -31,7 +31,15 @@ from service.core.errors import (
     StateDamaged,
     StateIncompatible,
 )
-from service.core.values import Chunk, FloatRows, ForecastRequest, Steps, StreamHead, StreamState
+from service.core.values import (
+    Chunk,
+    FloatRows,
+    ForecastRequest,
+    Steps,
+    StreamHead,
+    StreamState,
+    Warmth,
+)
 from service.engine.runtimes.base import Runtime
 from service.store.codec import HEADER_BYTES
 from service.store.history_codec import HistoryCodec
@@ -80,6 +88,8 @@ class ServedModel:
         history: what the store keeps of a stream besides its state; None for nothing.
         history_codec: encodes and decodes the entries of a history.
         is_warm: whether its runtimes are warm.
+        warm_events: after so many events a state that began as the initial one counts as exact: the
+            burn-in, or if that is not known the events of the history.
     """
 
     def __init__(
@@ -107,6 +117,7 @@ class ServedModel:
         self.runtime_state = artifact.runtime_state
         self.blocks = None if spec.blocks is None else BlockStateLayout(spec.blocks, layout)
         self.history = history
+        self.warm_events = artifact.burn_in or (history.events if history else 0)
         self.history_codec = HistoryCodec(spec.events, spec.input_features)
         if history is not None:
             self.state_bytes *= 1 + history.snapshots
@@ -215,22 +226,41 @@ class ServedModel:
 
     def is_compatible(self, stored: StreamState) -> bool:
         """Whether this version of the model wrote the stored state."""
-        state = stored.state
-        return (
-            stored.fingerprint == self.fingerprint
-            and state.floats.size == self.state.float_size
-            and state.ints.size == self.state.int_size
-        )
+        return stored.fingerprint == self.fingerprint and self.fits(stored)
 
-    def incompatible(self, stream: str, stored: StreamState) -> StateIncompatible:
-        """The error for a state that another version of the model wrote."""
+    def fits(self, stored: StreamState) -> bool:
+        """Whether the stored state has as many values as this version's."""
+        layout, (floats, ints) = self.state, stored.state
+        return (floats.size, ints.size) == (layout.float_size, layout.int_size)
+
+    def incompatible(self, stream: str, stored: StreamState, reason: str = "") -> StateIncompatible:
+        """The error for a state that another version of the model wrote.
+
+        Args:
+            reason: why it is of no use for this version; empty if that was not tried.
+        """
         return StateIncompatible(
             f"stream {stream!r} has a state of fingerprint {stored.fingerprint.hex()}, expected "
-            f"{self.fingerprint.hex()} of the served version {self.version}",
+            f"{self.fingerprint.hex()} of the served version {self.version}"
+            + (f"; {reason}" if reason else ""),
             expected=self.fingerprint.hex(),
             got=stored.fingerprint.hex(),
             **stream_facts(stream, stored.head),
         )
+
+    def warmth(self, since: int, position: int) -> Warmth | None:
+        """How warm a state is that is computed since a position; None if its start is forgotten."""
+        events = position - since
+        return Warmth(events, self.warm_events) if events < self.warm_events else None
+
+    def is_reset(self, steps: Steps, position: int) -> bool:
+        """Whether the state is certainly reset within a chunk: by the client or by `reset_every`.
+
+        A session gap does not count: a clock that has not seen the start of the stream may take
+        for one what is none.
+        """
+        every = self.spec.resets.every
+        return bool(steps.resets) or (every is not None and -position % every < steps.length)
 
     def output_position(self, chunk: Chunk, after: StreamHead) -> int | None:
         """Index of the event of a chunk's first output, for a model with blocks; else None.

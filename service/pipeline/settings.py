@@ -111,10 +111,13 @@ class BatchingSettings:
     another chunk of the stream was applied, so about as many attempts are enough as chunks of one
     stream are in flight."""
 
-    on_model_change: Literal["refuse", "reset"] = "refuse"
-    """What to do with a stream whose state another version of its model wrote: reject it with
-    `state_incompatible`, or reset it to position 0 (`reset`). Not `reset` while two versions are
-    served at once: they would reset each other's streams."""
+    on_model_change: Literal["rewarm", "keep", "reset", "refuse"] = "rewarm"
+    """What to do with a stream whose state another version of its model wrote: compute its state
+    from the recent events that the store keeps (`rewarm`; without `CARRY_HISTORY_EVENTS` as
+    `refuse`), take the state as it is (`keep`, for new weights of the same network and the same
+    encoding only), reset the stream to position 0 (`reset`), or reject its chunks with
+    `state_incompatible` (`refuse`). Not `reset` while two versions are served at once: they would
+    reset each other's streams."""
 
     state_cache_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
     """Size of each worker's cache of recent states, which saves their load; 0 disables it. About

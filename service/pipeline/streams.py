@@ -31,6 +31,7 @@ from service.core.values import (
 )
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Audit, no_audit
+from service.pipeline.rewarm import Rewarming
 from service.pipeline.state_cache import StateCache
 from service.store.base import (
     CommitColumns,
@@ -75,6 +76,7 @@ class StreamAdministration:
         versions: Callable[[str], ModelVersions],
         store: Store,
         cache: StateCache,
+        rewarming: Rewarming,
         *,
         now_ms: Callable[[], int],
         audit: Audit = no_audit,
@@ -83,6 +85,7 @@ class StreamAdministration:
         self._versions = versions
         self._store = store
         self._cache = cache
+        self._rewarming = rewarming
         self._now_ms = now_ms
 
     @contextmanager
@@ -137,16 +140,30 @@ class StreamAdministration:
             StateIncompatible: another version of the model wrote the state.
         """
         with self._use(caller, (Verb.READ_STATE,), key.model, key.stream):
-            return await self._load_compatible(key, precondition)
+            return await self.load_compatible(key, precondition=precondition)
 
-    async def _load_compatible(
-        self, key: StreamKey, precondition: Precondition | None = None
+    async def load_compatible(
+        self,
+        key: StreamKey,
+        deadline_s: float = math.inf,
+        precondition: Precondition | None = None,
     ) -> StreamState:
-        record = await self.load(key, precondition=precondition)
+        """Read a stream whose state a loaded version wrote, or has taken up by the policy for
+        changes of models; as `load`.
+
+        Raises:
+            StateIncompatible: another version of the model wrote the state.
+        """
+        record = await self.load(key, deadline_s, precondition)
         served = self._versions(key.model).writer(record.fingerprint)
-        if not served.is_compatible(record):
-            raise served.incompatible(key.stream, record)
-        return record
+        if served.is_compatible(record):
+            return record
+        taken_up = await self._rewarming.take_up(served, key, record, deadline_s)
+        if taken_up is None:
+            raise _not_found(key)
+        if precondition is not None:
+            _check_precondition(key, taken_up, precondition)
+        return taken_up
 
     async def page(
         self, caller: Caller, model: str, prefix: str, cursor: str | None, limit: int
@@ -293,7 +310,7 @@ class StreamAdministration:
         """Read a stream and the history that leads to its state, empty if chunks that come all the
         time keep it from being read; None if the model keeps none."""
         for _ in range(CREATE_ATTEMPTS):
-            source = await self._load_compatible(key)
+            source = await self.load_compatible(key)
             if not self._keeps_history(key.model):
                 return source, None
             ((value, history),) = await self._store.histories.copy([key])

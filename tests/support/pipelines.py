@@ -146,7 +146,7 @@ async def worker(
     in_flight: int = 3,
     queue: int = 4096,
     drain_s: float = 30.0,
-    on_model_change: Literal["refuse", "reset"] = "refuse",
+    on_model_change: Literal["rewarm", "keep", "reset", "refuse"] = "rewarm",
     history: HistorySpec | None = None,
     load_version: VersionLoader | None = None,
 ) -> AsyncIterator[Pipeline]:

@@ -152,7 +152,8 @@ class FastInferPath(FastChunkRoute):
         call: InferCall = request.details
         template, head = self._templates[call.signature], reply.head
         has_binary = call.signature.has_binary
-        if template is None or reply.version not in (call.signature.codec.served, None):
+        is_other = reply.version not in (call.signature.codec.served, None)
+        if template is None or is_other or reply.warm is not None:
             body, json_bytes = encode_reply(reply_to_chunk(call, reply))
         else:
             text = template % (

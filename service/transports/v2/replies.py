@@ -92,6 +92,8 @@ def reply_to_chunk(call: InferCall, reply: Reply, *, is_deleted: bool = False) -
         parameters["created"] = True
     if reply.output_position is not None:
         parameters["output_position"] = reply.output_position
+    if reply.warm is not None:
+        parameters["carry_warm"] = f"{reply.warm.events}/{reply.warm.of}"
     if is_deleted:
         parameters["deleted"] = True
     version = reply.version

@@ -54,7 +54,8 @@ class ReplyEncoder:
         """The bytes of the response to a chunk; of a stream of requests with `in_stream`."""
         constants = self._constants[call.signature]
         is_other = reply.version not in (call.signature.codec.served, None)
-        if constants is None or is_other or reply.output_position is not None:
+        is_usual = reply.output_position is None and reply.warm is None and not is_other
+        if constants is None or not is_usual:
             response = encode_reply(reply_to_chunk(call, reply), pb.ModelInferResponse())
             data = response.SerializeToString()
         else:

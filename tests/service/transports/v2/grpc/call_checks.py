@@ -26,7 +26,7 @@ from service.core.errors import (
     ShuttingDown,
     leaf_errors,
 )
-from service.core.values import StreamHead
+from service.core.values import StreamHead, Warmth
 from service.transports.v2.grpc import messages
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.admission import MessageRoom
@@ -476,6 +476,7 @@ def test_reply_written_without_protobuf_is_the_same_message(at: int, position: i
             head=head, outputs=values, created=created, replayed=replayed,
             dry_run=False, output_position=5 if position == 1 else None,
             version=SimpleNamespace(version="0123456789ab") if position == 1 else None,
+            warm=Warmth(7, 64) if position == 127 else None,
         )  # fmt: skip
         expected = encode_reply(reply_to_chunk(call, reply), pb.ModelInferResponse())
         data = ReplyEncoder().encode(call, reply, in_stream=False)
