@@ -52,8 +52,13 @@ ENTERING: Final = np.random.default_rng(11).integers(1, 4, (FEATURES, UNITS)) * 
 """W, [F, H]: small whole numbers, no column like another, each cycle fed by each value."""
 
 
-def write(folder: Path) -> Path:
-    """The artifact below a folder of models; returns that folder."""
+def write(folder: Path, name: str = MODEL, gain: int = 1) -> Path:
+    """The artifact below a folder of models; returns that folder.
+
+    Args:
+        name: of the artifact's folder.
+        gain: a version whose outputs and states are this many times those of the first.
+    """
     layer = {
         "kind": "lstm",
         "name": "cell",
@@ -67,13 +72,13 @@ def write(folder: Path) -> Path:
     kernel, recurrent = np.zeros((4, FEATURES, UNITS)), np.zeros((4, UNITS, UNITS))
     bias = np.full((4, UNITS), _OPEN)
     # the open forget gate adds the cell's own state
-    kernel[2], recurrent[2], bias[2] = ENTERING, TURN - np.eye(UNITS), 0
+    kernel[2], recurrent[2], bias[2] = gain * ENTERING, TURN - np.eye(UNITS), 0
     weights = {
         "cell.kernel": np.hstack(kernel).astype(np.float32),
         "cell.recurrent_kernel": np.hstack(recurrent).astype(np.float32),
         "cell.bias": bias.reshape(-1).astype(np.float32),
     }
-    write_artifact(folder / MODEL, spec, weights)
+    write_artifact(folder / name, spec, weights)
     return folder
 
 
