@@ -34,6 +34,7 @@ def capacity(
     """Print the memory, the workers and the servers that a number of streams needs."""
     from service.commands import capacity_formula as formula
     from service.settings import Settings
+    from service.store.history_codec import HistoryCodec
 
     settings = Settings.load({})
     artifact = _find(model, settings.models.models_dir)
@@ -49,6 +50,16 @@ def capacity(
         "raw state": f"{state_bytes:,} bytes",
         "stored replies": f"{replies:,} of {reply_bytes:,} bytes",
     }
+    history, entries, entry_bytes = settings.models.history_of(artifact.spec), 0, 0
+    if history is not None:
+        codec = HistoryCodec(artifact.spec.events, artifact.spec.input_features)
+        entries = -(-history.events // chunk) + 1
+        # with the tag before it
+        entry_bytes = 8 + codec.estimate_bytes(min(chunk, history.events), chunk)
+        rows["history"] = (
+            f"{history.events:,} events, {entry_bytes:,} bytes a chunk; "
+            f"{history.snapshots} snapshots"
+        )
     for server in ("valkey", "redis"):
         data_bytes = formula.stored_bytes(
             server,
@@ -59,6 +70,15 @@ def capacity(
             reply_bytes=reply_bytes,
             idle_ttl=settings.store.idle_ttl_s > 0,
         )
+        if history is not None:
+            data_bytes += streams * formula.history_bytes(
+                server,
+                key_bytes=len(prefix) + name_chars,
+                entries=entries,
+                entry_bytes=entry_bytes,
+                snapshots=history.snapshots,
+                state_bytes=state_bytes,
+            )
         servers = formula.primaries(data_bytes, node_gib * GIB, chunks_per_s)
         rows |= {
             f"{server}: data": f"{_size(data_bytes)}, {data_bytes / streams:,.0f} bytes a stream",

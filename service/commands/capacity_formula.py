@@ -7,6 +7,8 @@ The memory of a key is computed from the servers' own data structures, so it hol
 - Redis with jemalloc: an object, an entry of the hash table, the key and the value, each rounded up
   to jemalloc's size classes, which are up to a quarter apart.
 
+- A history on both: a list in blocks of 8 KiB, and a hash whose values are allocated one by one.
+
 Memory of the server itself, of its clients and of its replication buffer is not included.
 """
 
@@ -26,6 +28,15 @@ STORE_CHUNKS_PER_S: Final = 35_000
 
 UTILIZATION: Final = 0.5
 """Planned utilization of a process: the rest is headroom for bursts and failures."""
+
+BLOCK_BYTES: Final = 8192
+"""Most bytes of a block of a list, by the default of `list-max-listpack-size`."""
+
+FIELD_BYTES: Final = 32
+"""What a server has for each key and each field beside its bytes: the entry and its slot."""
+
+REDIS_HASH_BYTES: Final = 160
+"""What Redis has for a hash of few fields beside these: its table and its objects."""
 
 COPY_FACTOR: Final = 2.0
 """Memory of a server, as a multiple of its data: copy-on-write during a rewrite of its file."""
@@ -84,6 +95,32 @@ def stored_bytes(
     state = measure(key_bytes, HEADER_BYTES + state_bytes, expires=idle_ttl)
     reply = measure(key_bytes, REPLY_HEADER_BYTES + reply_bytes, expires=True)
     return streams * state + replies * reply
+
+
+def history_bytes(
+    server: str,
+    *,
+    key_bytes: int,
+    entries: int,
+    entry_bytes: int,
+    snapshots: int,
+    state_bytes: int,
+) -> int:
+    """Memory of the history of a stream in a server.
+
+    Args:
+        entries: chunks whose events are kept, of `entry_bytes` each as a list has them.
+        snapshots: states that are kept, of `state_bytes` raw values each.
+    """
+    allocate, table = (_malloc, 0) if server == "valkey" else (_jemalloc, REDIS_HASH_BYTES)
+    size = entry_bytes + (2 if entry_bytes < 64 else 4)
+    in_block = max(1, BLOCK_BYTES // size)
+    blocks = [in_block] * (entries // in_block) + [entries % in_block] * (entries % in_block > 0)
+    events = sum(allocate(32) + allocate(count * size + 7) for count in blocks)
+    snapshot = allocate(9 + 4) + allocate(_string(HEADER_BYTES + state_bytes)) + FIELD_BYTES
+    head = allocate(_string(24 + 16 * snapshots)) + allocate(8) + FIELD_BYTES
+    key = allocate(16 + key_bytes + 3) + FIELD_BYTES
+    return events + snapshots * snapshot + head + 2 * key + table
 
 
 def cache_bytes(streams: int, state_bytes: int) -> int:

@@ -23,7 +23,7 @@ from tests.bench.curves import CURVE, CURVES, measure_curve
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
 from tests.bench.peer import measure_peer
 from tests.bench.results import MIB
-from tests.bench.run import CONNECTIONS, Bench, Row, Server, helper_process
+from tests.bench.run import CONNECTIONS, WARM_S, Bench, Row, Server, helper_process
 from tests.bench.traffic import Traffic, read_positions, write_request
 from tests.bench.workloads import PLAIN, STEPS, Bodies, make_traffic
 from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
@@ -52,6 +52,10 @@ FIRST_REPLY_WITHIN_S = 180.0
 DETECTION_SEASON, DETECTION_CALLS = 96, 400  # events, calls of each shape
 WORKER_CONNECTIONS = (8, 32, 128)
 """One of two workers gets all of the first two; of the last each gets half."""
+
+HISTORY_EVENTS = (0, 64, 256)
+HISTORY_FIELDS = {**BESIDE_FIELDS, "CPU of the store": "store_cpu_us_per_chunk"}
+HISTORIES_READ = 8  # streams whose bytes are read
 
 RACERS, RACES = 16, 20
 LENGTHS = (1, 16, 128)
@@ -345,6 +349,50 @@ def measure_events(bench: Bench, kind: str) -> None:
     bench.results.ratio(f"events/{kind} events over inputs", *measured, "chunks_per_s")
 
 
+def measure_history(bench: Bench, kind: str) -> None:
+    """Streams with a history beside those without one, on one store, by the events of a chunk, and
+    what a full history takes in the store."""
+    results, servers = bench.results, []
+    for events in HISTORY_EVENTS:
+        environment = {"CARRY_HISTORY_EVENTS": str(events)}
+        servers.append(bench.start_server(kind, environment=environment, name=f"{events}"))
+    for steps in (1, STEPS):
+        rows = []
+        for server in servers:
+            bench.prepare(server, key := f"history-{steps}-{server.name}", Bodies.random(steps))
+            rows.append(Row(f"history/{steps}/{server.name} events", server, key))
+        without, *others = bench.measure_rounds(rows)
+        for server, samples in zip(servers[1:], others, strict=True):
+            name = f"history/{server.name} events over none, {steps} a chunk"
+            pairs = [*zip(samples, without, strict=True)]
+            for shown, of in HISTORY_FIELDS.items():
+                middle, error = geometric_mean([getattr(a, of) / getattr(b, of) for a, b in pairs])
+                spread = [middle / (1 + error), middle, middle * (1 + error)]
+                results.figure(f"{name}: {shown}", spread)
+        for server in servers[1:]:
+            used = _measure_history_bytes(bench, server, steps)
+            results.figure(f"history/bytes of {server.name} events, {steps} a chunk", used)
+
+
+def _measure_history_bytes(bench: Bench, server: Server, steps: int) -> list[float]:
+    """The bytes in the store of the histories of a few streams, which are full."""
+    key = f"full-{steps}-{server.name}"
+    bench.prepare(server, key, Bodies.random(steps), streams=HISTORIES_READ)
+    used: list[float] = []
+    with bench.store.client() as client:
+        events = [*client.scan_iter(f"carry{{p*}}:h:bench:{key}*")]
+
+        def are_full() -> bool:
+            bench.run(run_closed, key, server.port, HISTORIES_READ, WARM_S)
+            return all(client.llen(each) * steps >= int(server.name) for each in events)
+
+        until(are_full, "full histories")
+        for each in events:
+            names = each, each.replace(b":h:", b":v:", 1)
+            used.append(sum(client.memory_usage(name, samples=0) for name in names))
+    return used
+
+
 def measure_kinds(bench: Bench, kind: str) -> None:
     """Every kind of network in turns with the plain stacked LSTM of the same size, in one server;
     then each at one connection. `imported` is the plain one's graph, imported again."""
@@ -418,6 +466,7 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "cold": measure_cold_start,
     "workers": measure_workers,
     "events": measure_events,
+    "history": measure_history,
     "kinds": measure_kinds,
     "overload": measure_overload,
     "consume": measure_consume,
@@ -426,7 +475,18 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     BESIDE: measure_beside,
 }
 """In the order in which they are run."""
-ONCE = ("cost", "peak", "single", "threads", "detection", "overload", "consume", "peer", BESIDE)
+ONCE = (
+    "cost",
+    "peak",
+    "single",
+    "threads",
+    "detection",
+    "overload",
+    "consume",
+    "history",
+    "peer",
+    BESIDE,
+)
 """The sections, beside the curves, that are not run for each runtime."""
 
 

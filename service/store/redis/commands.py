@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 Command = tuple[str | bytes | int, ...]
 
+CALL: Final = b"*%d\r\n%b$%d\r\n%b\r\n"
+"""The beginning of a call of a script: how many parts it has, `Script.by_hash`, and the number of
+its keys, with its length before it."""
+
+CACHED_NAMES: Final = 4096
+"""Most streams whose packed names are cached, for their next commands."""
+
 _SHARED: Final = {
     "commit": ("compare_and_set",),
     **dict.fromkeys(

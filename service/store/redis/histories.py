@@ -5,17 +5,25 @@ The keys of a history are in the slot of the stream's state, so that one script 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from service.core.errors import StoreRefused, StoreUnavailable
+from service.core.memo import Memo
 from service.core.values import StreamHead, StreamKey
 from service.store.base import CommitColumns, CommitResult
 from service.store.codec import COMPARED, EPOCH, StateHeader, pack_head
 from service.store.history import Histories, HistoryColumns, HistoryCopy, StoredHistory
-from service.store.redis.commands import PendingCommand, Script
+from service.store.redis.commands import (
+    CACHED_NAMES,
+    CALL,
+    PendingCommand,
+    Script,
+    pack_arguments,
+)
 from service.store.redis.outcomes import Outcome, ServerReply, read_value
 from service.store.redis.router import Router
 
@@ -41,6 +49,8 @@ class RedisHistories(Histories):
         self._results = results
         settings = router.settings
         self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
+        self._packed_ttls = pack_arguments(*self._ttls)
+        self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._max_reply_bytes = settings.reply_max_bytes
         self._commit_script = Script.load("commit_with_history")
         self._read_script = Script.load("history_read")
@@ -51,17 +61,24 @@ class RedisHistories(Histories):
         self, commits: CommitColumns, histories: HistoryColumns, slot: int
     ) -> PendingCommand:
         """The call of the script that commits streams of one slot with their histories."""
-        names = [name for key in commits.keys for name in self._keys.all_of(key)]
-        arguments: list[str | bytes | int] = [
-            *self._ttls, histories.events, histories.snapshots
-        ]  # fmt: skip
+        keys, script, packed_names = commits.keys, self._commit_script, self._packed_names
+        numkeys = b"%d" % (4 * len(keys))
+        packed = [
+            CALL % (7 + 8 * len(keys), script.by_hash, len(numkeys), numkeys),
+            *[packed_names[key] for key in keys],
+            self._packed_ttls,
+            pack_arguments(histories.events, histories.snapshots),
+        ]
         for expected, state, reply, entry in zip(
             commits.expected, commits.states, commits.replies, histories.entries, strict=True
         ):
             reply = reply if len(reply) <= self._max_reply_bytes else b""
-            arguments += (expected[COMPARED], state, reply, entry)
-        script = self._commit_script
-        return PendingCommand.for_script(script, names, arguments, slot, commits.keys)
+            packed.append(pack_arguments(expected[COMPARED], state, reply, entry))
+        future = asyncio.get_running_loop().create_future()
+        return PendingCommand(b"".join(packed), future, script, keys, slot)
+
+    def _pack_names(self, key: StreamKey) -> bytes:
+        return pack_arguments(*self._keys.all_of(key))
 
     async def read(
         self,

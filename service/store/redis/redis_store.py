@@ -70,7 +70,13 @@ from service.store.redis.capabilities import (
     RedisStreamUsage,
 )
 from service.store.redis.cluster_router import ClusterRouter
-from service.store.redis.commands import PendingCommand, Script, pack_arguments
+from service.store.redis.commands import (
+    CACHED_NAMES,
+    CALL,
+    PendingCommand,
+    Script,
+    pack_arguments,
+)
 from service.store.redis.histories import RedisHistories
 from service.store.redis.monitor import RedisMonitor
 from service.store.redis.outcomes import (
@@ -93,14 +99,9 @@ from service.store.redis.server_checks import check_servers
 from service.store.redis.topics import RedisTopics
 from service.store.settings import Durability, StoreSettings
 
-CACHED_NAMES: Final = 4096
-"""Most streams whose packed names are cached, for their next commands."""
-
 DELETE_ATTEMPTS: Final = 6
 
 T = TypeVar("T")
-
-_CALL: Final = b"*%d\r\n%b$%d\r\n%b\r\n"
 
 log = structlog.get_logger(__name__)
 
@@ -279,7 +280,7 @@ class RedisStore(Store):
         script, max_bytes = self._commit_script, self._max_reply_bytes
         lengths = self._packed_lengths
         packed = [
-            _CALL % (5 + 5 * len(keys), script.by_hash, len(numkeys), numkeys),
+            CALL % (5 + 5 * len(keys), script.by_hash, len(numkeys), numkeys),
             *[packed_names[key][1] for key in keys],
             self._ttls,
         ]

@@ -7,9 +7,15 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from carry.cli import app
-from service.commands.capacity_formula import cache_bytes, primaries, stored_bytes, workers
+from service.commands.capacity_formula import (
+    cache_bytes,
+    history_bytes,
+    primaries,
+    stored_bytes,
+    workers,
+)
 from service.pipeline.state_cache import StateCache
-from service.store.codec import encode_state
+from service.store.codec import HEADER_BYTES, encode_state
 from service.store.settings import StoreSettings
 from tests.support.servers import KINDS, real_server
 from tests.support.streams import Streams, cached, encode_reply, key
@@ -48,6 +54,40 @@ def test_formula_is_within_its_error_of_the_memory_of_a_server(kind: str) -> Non
                 idle_ttl=idle_ttl_ms is not None,
             )
             assert computed == pytest.approx(used, rel=ERROR)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula_of_a_history_is_within_its_error_of_the_memory_of_a_server(kind: str) -> None:
+    with real_server(kind, "--appendonly", "no") as server, server.client() as client:
+        keys, count = StoreSettings(server.url).keys, 300
+        for entries, entry_bytes, snapshots, floats in (
+            (65, 93, 8, 256),
+            (257, 93, 8, 256),
+            (17, 1053, 8, 256),
+            (33, 60, 4, 50),
+            (9, 2_000, 2, 700),
+        ):
+            client.execute_command("FLUSHALL", "SYNC")
+            before = client.info("memory")["used_memory"]
+            pipeline = client.pipeline(transaction=False)
+            for number in range(count):
+                *_, events, states = keys.all_of(key(f"device{number:08}"))
+                pipeline.rpush(events, *[b"e%0*d" % (entry_bytes - 1, at) for at in range(entries)])
+                state = bytes(HEADER_BYTES + 4 * floats)
+                for position in range(snapshots):
+                    pipeline.hset(states, b"s" + position.to_bytes(8, "little"), state)
+                pipeline.hset(states, "head", bytes(24 + 16 * snapshots))
+            pipeline.execute()
+            used = client.info("memory")["used_memory"] - before
+            computed = history_bytes(
+                kind,
+                key_bytes=len(events),
+                entries=entries,
+                entry_bytes=entry_bytes,
+                snapshots=snapshots,
+                state_bytes=4 * floats,
+            )
+            assert count * computed == pytest.approx(used, rel=ERROR)
 
 
 def test_a_cache_of_the_computed_size_holds_every_state() -> None:
