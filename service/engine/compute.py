@@ -78,6 +78,11 @@ class TimeSlicer:
         await asyncio.sleep(pause_s if with_others else 0)
         self._began_s = time.monotonic()
 
+    async def yield_if_long(self) -> None:
+        """Pause if the event loop has been blocked for about as long as an inline call may."""
+        if time.monotonic() - self._began_s > MAX_INLINE_S:
+            await self.yield_to_others()
+
 
 class Compute:
     """Runs the runtime calls of a worker, one at a time.

@@ -9,7 +9,7 @@ other batches run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -21,17 +21,18 @@ from service.core.values import Steps
 from service.engine.compute import Compute, OnCall, TimeSlicer
 from service.pipeline.inference import infer_batch
 from service.pipeline.served_model import Segment, ServedModel
+from service.store.codec import CodecError
 from service.store.history_codec import HistoryEntry
 
-PIECE_STEPS: Final = 128
-"""Steps of one call, for each of its streams."""
+PIECE_STEPS: Final = 64
+"""Most steps of one call, for each of its streams."""
 
 PIECE_ROWS: Final = 16
 """Most streams in one call."""
 
 
 class HistoryGap(Exception):
-    """Entries do not lead from one position to the other; the message gives the reason."""
+    """The history does not lead from one position to the other; the message gives the reason."""
 
 
 class HistoryRun(NamedTuple):
@@ -39,13 +40,14 @@ class HistoryRun(NamedTuple):
 
     Attributes:
         position: of the stream in this state.
-        entries: consecutive; what is before `position` or after `until` is left out.
+        entries: consecutive, each of them used once; what is before `position` or after `until` is
+            left out.
         until: the position to advance to.
     """
 
     state: State
     position: int
-    entries: Sequence[HistoryEntry]
+    entries: Iterable[HistoryEntry]
     until: int
 
 
@@ -118,7 +120,11 @@ class _Group:
         """Compute all pieces, those of a stream one after another."""
         active = list(range(len(self._pieces)))
         while True:
-            encoded = {at: part for at in active if (part := self._encode_next(at))}
+            encoded: dict[int, list[Segment]] = {}
+            for at in active:
+                if part := self._encode_next(at):
+                    encoded[at] = part
+                await self._slicer.yield_if_long()
             if not encoded:
                 return self._results
             await self._compute_parts(encoded)
@@ -137,6 +143,9 @@ class _Group:
             segments = served.encode_segments(steps, result.state, resets)
         except (CarryError, HistoryGap) as error:
             self._results[at] = error
+            return []
+        except CodecError as error:
+            self._results[at] = HistoryGap(str(error))
             return []
         if served.is_reset(steps, piece.start):
             self._results[at] = result._replace(was_reset=True)

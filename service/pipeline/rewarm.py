@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -204,15 +204,14 @@ def _find_start(
         raise HistoryGap("the store keeps no recent events of streams of this model")
     else:
         start, state, since = first, served.initial, first
-    entries: list[HistoryEntry] = []
+    decode = served.history_codec.decode
+    entries: Iterable[HistoryEntry] = ()
     if own is None or own.head != head:
-        entries = [
-            served.history_codec.decode(value)
-            for value, events in zip(history.entries, ranges, strict=True)
-            if events.stop >= start
-        ]
+        # decoded in slices, as they are computed
+        pairs = zip(history.entries, ranges, strict=True)
+        entries = (decode(value) for value, events in pairs if events.stop >= start)
     if state is served.initial:
-        if entries and entries[0].starts:
+        if ranges and decode(history.entries[0]).starts:
             since = None
         elif served.blocks is not None:
             start = since = _first_block(served.blocks.blocks, first, head.position)

@@ -31,7 +31,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from models.events.columns import BoolArray, EventColumns, block_of, canonical_bytes
+from models.events.columns import BoolArray, EventColumns, canonical_bytes
 from models.events.schema import EventField, EventSchema
 from service.core.values import Feed, Steps
 from service.store.codec import CodecError
@@ -224,8 +224,7 @@ def _read_columns(schema: EventSchema, count: int, value: bytes, at: int) -> Eve
         values[field.name], at = _read_values(field, count, value, at + count)
     if at != len(value):
         raise CodecError(f"expected {at} bytes in an entry of the history, got {len(value)}")
-    columns = EventColumns(count, present, values)
-    return EventColumns.of_block(block_of(schema, columns))
+    return EventColumns(count, present, values)
 
 
 def _read_values(field: EventField, count: int, value: bytes, at: int) -> tuple[NDArray[Any], int]:

@@ -45,7 +45,7 @@ from tests.support.servers import RealServer
 from tests.support.strict_events import columns_from_events
 
 START_MS = 1_700_000_000_000
-LENGTH = 3 * PIECE_STEPS
+LENGTH = 6 * PIECE_STEPS
 DENSE: list[dict[str, Any]] = [{"kind": "dense", "name": "out", "units": 2}]
 PER_CHUNK = [{"kind": "lstm", "units": 3}, {"kind": "attention", "over": "chunk", "units": 3}]
 BOTH_WAYS = [{"kind": "bidirectional", "cell": "lstm", "units": 3}]
