@@ -11,7 +11,7 @@ from typing import Any
 
 from service.core.errors import CarryError, StoreUnavailable
 from tests.protocol.model import Model
-from tests.protocol.state import NOTHING, STREAMS, Command, Request, SystemState, Worker
+from tests.protocol.state import NO_HISTORY, NOTHING, STREAMS, Command, Request, SystemState, Worker
 from tests.protocol.system import System, replace_at
 
 Action = tuple[Callable[..., None], tuple[Any, ...]]
@@ -20,13 +20,15 @@ Action = tuple[Callable[..., None], tuple[Any, ...]]
 
 def possible_actions(state: SystemState, model: Model) -> Iterator[Action]:
     """Everything that may happen next."""
-    workers, faults = state.workers, state.faults
+    workers, faults, routes = state.workers, state.faults, model.scenario.routes
     for client in range(len(state.clients)):
         for index in _sendable_operations(state, model, client):
             yield send, (client, index, 0)
             if workers[0] != workers[1]:
                 yield send, (client, index, 1)
-    for worker, (_, connection, _) in enumerate(workers):
+    for worker, (_, connection, _, route) in enumerate(workers):
+        if route + 1 < len(routes):
+            yield notice, (worker,)
         if not connection:
             continue
         yield execute, (worker,)
@@ -50,6 +52,9 @@ def possible_actions(state: SystemState, model: Model) -> Iterator[Action]:
             yield expire, (stream, "state")
         if stored.reply and faults.replies_expired:
             yield expire, (stream, "reply")
+        if stored.history.head and faults.histories_expired:
+            yield evict, (stream, "entries")
+            yield evict, (stream, "states")
 
 
 def _sendable_operations(state: SystemState, model: Model, number: int) -> Iterator[int]:
@@ -84,9 +89,16 @@ def send(system: System, client: int, index: int, worker: int) -> None:
         system.start_chunks(system.workers[worker], operation.stream)
         return
     # The service drops its cached state before it writes; only this worker's.
-    system.workers[worker].cache[operation.stream] = NOTHING
-    reads_first = operation.kind == "copy" or operation.guard
+    if operation.kind != "shadow":
+        system.workers[worker].cache[operation.stream] = NOTHING
+    reads_first = operation.kind != "delete" or operation.guard
     connection.append(Command("read" if reads_first else "delete", Request(operation, number)))
+
+
+def notice(system: System, number: int) -> None:
+    """A worker notices that another model answers; it takes effect between two batches."""
+    worker = system.workers[number]
+    system.workers[number] = worker._replace(route=worker.route + 1)
 
 
 def execute(system: System, number: int) -> None:
@@ -115,7 +127,7 @@ def crash(system: System, number: int, executed: int, delayed: int) -> None:
     """A worker dies after some of its commands were executed."""
     _spend(system, "crashes")
     _break_connection(system, number, executed, delayed)
-    system.workers[number] = Worker()
+    system.workers[number] = Worker(*map(list, Worker()[:3]), route=system.workers[number].route)
 
 
 def time_out(system: System, number: int) -> None:
@@ -156,6 +168,16 @@ def expire(system: System, stream: int, key: str) -> None:
     """A stream was idle for too long, or a stored reply is too old."""
     _spend(system, "streams_expired" if key == "state" else "replies_expired")
     system.store[stream] = system.store[stream]._replace(**{key: NOTHING})
+
+
+def evict(system: System, stream: int, key: str) -> None:
+    """The store evicts one of the two keys of a history."""
+    _spend(system, "histories_expired")
+    keys = system.store[stream]
+    history = keys.history._replace(entries=())
+    if key == "states":
+        history = NO_HISTORY._replace(entries=keys.history.entries)
+    system.store[stream] = keys._replace(history=history)
 
 
 def _spend(system: System, fault: str) -> None:

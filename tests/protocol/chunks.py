@@ -40,7 +40,14 @@ class ChunkSpace:
         lines = [f"in transit: {'; '.join(map(str, late))}" for late in state.in_transit]
         for name, stored in zip(STREAMS, state.store, strict=True):
             lines.append(f"store {name}: {stored.state}, reply: {stored.reply}")
-        for number, (cache, connection, queue) in enumerate(state.workers):
+            _, entries, *states = stored.history
+            events = (f"{start}: {events}" for start, events, _ in entries)
+            for what, values in zip(
+                ("events", "snapshots", "states"), (events, *states), strict=True
+            ):
+                lines.append(f"store {name}, {what}: {'; '.join(map(str, values))}")
+        for number, (cache, connection, queue, route) in enumerate(state.workers):
+            lines.append(f"worker {number} has noticed {route} changes of the model")
             for what, values in (("cache", cache), ("connection", connection), ("queue", queue)):
                 lines.append(f"worker {number} {what}: {'; '.join(map(str, values))}")
         return lines

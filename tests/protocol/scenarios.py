@@ -12,8 +12,9 @@ import msgspec
 from service.core.delivery import Process, Replay, Resolution, evaluate_chunk, resolve_duplicate
 from service.core.errors import StoreUnavailable
 from service.store.base import CommitResult
+from tests.protocol import histories
 from tests.protocol.model import Effect, Rules, ScriptCall, compare_and_set, reject, write
-from tests.protocol.state import ClientScript, Faults, Keys, Operation, Scenario
+from tests.protocol.state import ClientScript, Faults, Keys, Operation, Route, Scenario
 
 
 def _client(name: str, *operations: Operation, guard: Any = "", **options: Any) -> ClientScript:
@@ -22,7 +23,13 @@ def _client(name: str, *operations: Operation, guard: Any = "", **options: Any) 
 
 
 def _scenario(
-    name: str, *clients: ClientScript, depth: int, replies: bool = True, **faults: int
+    name: str,
+    *clients: ClientScript,
+    depth: int,
+    replies: bool = True,
+    routes: tuple[Route, ...] = (Route(),),
+    max_events: int = 1,
+    **faults: int,
 ) -> Scenario:
     """A scenario whose operations know their client and place."""
     numbered = []
@@ -30,7 +37,15 @@ def _scenario(
         operations = enumerate(client.operations)
         operations = tuple(replace(each, client=number, index=index) for index, each in operations)
         numbered.append(replace(client, operations=operations))
-    return Scenario(name, tuple(numbered), Faults(**faults), depth, replies)
+    return Scenario(
+        name,
+        tuple(numbered),
+        Faults(**faults),
+        depth,
+        replies,
+        routes=routes,
+        max_events=max_events,
+    )
 
 
 def _chunk(name: str, position: int | None, *events: int, **options: Any) -> Operation:
@@ -40,6 +55,7 @@ def _chunk(name: str, position: int | None, *events: int, **options: Any) -> Ope
 A0, A1, A2 = _chunk("a0", 0, 1), _chunk("a1", 1, 2), _chunk("a2", 2, 3)
 # Two appends of the very same bytes.
 B0, B1 = _chunk("b0", None, 4), _chunk("b1", None, 4)
+APPENDS = tuple(_chunk(f"append {event}", None, event) for event in (2, 3, 4, 5))
 # Another client's chunks, where a0 and a1 belong.
 C0, C1 = _chunk("c0", 0, 5), _chunk("c1", 1, 5)
 T0, T1 = _chunk("t0", 0, 7, stream=1), _chunk("t1", 1, 6, stream=1)
@@ -50,7 +66,15 @@ DELETION = Operation("delete", "the deletion of S")
 FIRST_DELETION = replace(DELETION, name="the first deletion")
 DELETION_OF_T = Operation("delete", "the deletion of T", stream=1)
 RESTORE = Operation("copy", "the restore of S")
+REWIND = Operation("rewind", "the rewind of S", position=1)
+REWIND_TO_START = replace(REWIND, name="the rewind of S to its start", position=0)
+SHADOW = Operation("shadow", "the shadow of S")
 FORK = Operation("copy", "the fork to T", stream=1)
+# Model 1 is promoted, and rolled back.
+PROMOTION = Route(0, has_history=True), Route(1, has_history=True)
+ROLLBACK = (*PROMOTION, PROMOTION[0])
+# Histories are maintained no more.
+WITHOUT = Route(0, has_history=True), Route(0, has_history=False)
 
 # fmt: off
 SCENARIOS = (
@@ -132,6 +156,27 @@ SCENARIOS = (
         "late copies: restores and forks arrive late, and deletions of what they created",
         _client("A", A0, DELETION), _client("F", FORK), _client("R", RESTORE, DELETION_OF_T),
         replies_lost=1, bytes_delayed=1, depth=12),
+    PROMOTED := _scenario(
+        "promoted: the workers notice a promotion and its rollback at different times",
+        _client("A", A0, A1, A2, resends=1, alone=True),
+        routes=ROLLBACK, replies_lost=1, depth=13),
+    SHADOWED := _scenario(
+        "shadowed: version states are written late, while the store is rolled back",
+        _client("A", A0, *APPENDS), _client("V", SHADOW),
+        routes=PROMOTION, max_events=2, rollbacks=1, depth=14),
+    REWOUND := _scenario(
+        "rewound: a rewind races chunks, retries and lost replies",
+        _client("A", A0, A1, A2, guard="epoch", resends=1), _client("R", REWIND),
+        _client("B", B0),
+        routes=PROMOTION[:1], max_events=2, replies_lost=1, timeouts=1, depth=9),
+    REWOUND_MODELS := _scenario(
+        "rewound models: a rewind races the shadow and the promotion of its model",
+        _client("A", *APPENDS[:3]), _client("R", REWIND_TO_START), _client("V", SHADOW),
+        routes=PROMOTION, max_events=2, replies_lost=1, depth=10),
+    UNMAINTAINED := _scenario(
+        "unmaintained: keys of the history are evicted, or a worker maintains none",
+        _client("A", A0, A1, A2), _client("R", REWIND),
+        routes=WITHOUT, max_events=2, histories_expired=1, depth=25),
 )
 # fmt: on
 
@@ -146,27 +191,29 @@ class PlantedBug(NamedTuple):
     lua: tuple[str, str, str] | None = None  # script, old and new text
 
 
-def _compare_positions(call: ScriptCall) -> Effect:
+def _compare_positions(scenario: Scenario, call: ScriptCall) -> Effect:
     stored, expected = call.stored.state.stored, call.expected.stored
     is_equal = (stored and stored.head.position) == (expected and expected.head.position)
-    return write(call) if is_equal else reject(call)
+    return write(scenario, call) if is_equal else reject(scenario, call)
 
 
-def _create_always(call: ScriptCall) -> Effect:
-    return compare_and_set(call) if call.stored.state else write(call)
+def _create_always(scenario: Scenario, call: ScriptCall) -> Effect:
+    return compare_and_set(scenario, call) if call.stored.state else write(scenario, call)
 
 
-def _write_reply_always(call: ScriptCall) -> Effect:
-    after, done = compare_and_set(call)
+def _write_reply_always(scenario: Scenario, call: ScriptCall) -> Effect:
+    after, done = compare_and_set(scenario, call)
     return Effect(after._replace(reply=call.new.reply), done)
 
 
-def _delete_anything(call: ScriptCall) -> Effect:
-    return write(call) if call.stored.state or not call.expected else reject(call)
+def _delete_anything(scenario: Scenario, call: ScriptCall) -> Effect:
+    return (
+        write(scenario, call) if call.stored.state or not call.expected else reject(scenario, call)
+    )
 
 
-def _leave_nothing(call: ScriptCall) -> Effect:
-    return compare_and_set(call._replace(new=Keys()))
+def _leave_nothing(scenario: Scenario, call: ScriptCall) -> Effect:
+    return compare_and_set(scenario, call._replace(new=Keys()))
 
 
 def _answer_any_reply(chunk: Any, state: Any, reply: Any, own: Any) -> Resolution:
@@ -193,6 +240,36 @@ def _ignore_epoch(chunk: Any, stored: Any) -> Process | Replay:
 
 def _start_always(chunk: Any, stored: Any) -> Process | Replay:
     return Process(None) if chunk.starts_over else evaluate_chunk(chunk, stored)
+
+
+def _put_any_state(scenario: Scenario, call: ScriptCall) -> Effect:
+    new, stored = call.new.state, call.stored
+    history = histories.put_state(stored, new) if histories.is_in_epoch(stored, new) else None
+    if history is None:
+        return reject(scenario, call)
+    return Effect(stored._replace(history=history), True)
+
+
+def _continue_any_history(scenario: Scenario, call: ScriptCall) -> Effect:
+    stored, head = call.stored, call.stored.history.head
+    if call.entry is not None and head:
+        head = stored.state.compared
+        call = call._replace(stored=stored._replace(history=stored.history._replace(head=head)))
+    effect = compare_and_set(scenario, call)
+    return effect if effect.done else Effect(stored, False)
+
+
+def _add_entry_always(scenario: Scenario, call: ScriptCall) -> Effect:
+    after, done = compare_and_set(scenario, call)
+    if call.entry is not None and not done:
+        entries = (*after.history.entries, call.entry)
+        after = after._replace(history=after.history._replace(entries=entries))
+    return Effect(after, done)
+
+
+def _use_state_behind(stored: histories.HistoryRead, artifact: int) -> histories.Computed:
+    state = stored.version_state
+    return (float(state.value), state.since) if state else histories.state_of(stored, artifact)
 
 
 # fmt: off
@@ -247,11 +324,11 @@ PLANTED_BUGS = (
         ("delete", "if head ~= '' and (", "if false and (")),
     PlantedBug(
         "a deletion without a tombstone", LATE,
-        Rules(delete_effect=_leave_nothing), "was deleted after",
+        Rules(delete_effect=_leave_nothing), "deleted or rewound after",
         ("delete", "redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])", "")),
     PlantedBug(
         "two deletions leave the same tombstone", LATE,
-        Rules(tombstone_epoch=lambda request: b"deletion"), "was deleted after"),
+        Rules(tombstone_epoch=lambda request: b"deletion"), "deleted or rewound after"),
     PlantedBug(
         "a start over that ignores the epoch it ends", STARTED,
         Rules(evaluate_chunk=_ignore_epoch), "twice"),
@@ -264,5 +341,24 @@ PLANTED_BUGS = (
     PlantedBug(
         "a commit repeated without the abandoned one before it", LATE_BEHIND,
         Rules(forget_abandoned=True), "was answered as not applied"),
+    PlantedBug(
+        "a version state of a branch that a failover lost", replace(SHADOWED, depth=19),
+        Rules(shadow_effect=_put_any_state), "its events lead to"),
+    PlantedBug(
+        "a version state used although its head is behind", PROMOTED,
+        Rules(state_of=_use_state_behind), "its events lead to"),
+    PlantedBug(
+        "a cached state of the other model continued", PROMOTED,
+        Rules(continue_any_model=True), "its events lead to"),
+    PlantedBug(
+        "a rewind that keeps the epoch", replace(REWOUND, faults=Faults(), depth=13),
+        Rules(keep_epoch=True), "is not noticed"),
+    PlantedBug(
+        "the loser of a race adds its events", REWOUND,
+        Rules(commit_effect=_add_entry_always), "has a gap"),
+    PlantedBug(
+        "a history continued that a commit did not maintain", UNMAINTAINED,
+        Rules(commit_effect=_continue_any_history), "has a gap",
+        ("commit_with_history", "and head and string.sub(head, 1, 24) == before", "and head")),
 )
 # fmt: on

@@ -1,28 +1,36 @@
 """Compare the model's script calls with the shipped scripts on a real server, key by key.
 
 Every script call of an exploration is made once more by the service's own `RedisStore` with its
-codec, on two keys of its own, which hold before it what the model says. Afterwards its outcome and
-the bytes of both keys must be the model's, and what the call wrote must expire. Of a deletion,
-which the store tries several times, a call is one try.
+codec, on keys of its own, which hold before it what the model says. Afterwards its outcome and the
+contents of all keys must be the model's, and what the call wrote must expire. Of a deletion, which
+the store tries several times, a call is one try.
 """
 
 import math
+import struct
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import redis
+from msgspec.structs import replace
 
-from service.core.values import StreamKey, Tombstone
+from service.core.values import Feed, Steps, StreamKey, Tombstone
 from service.store.base import Committed, Conflicted
 from service.store.codec import HEADER_BYTES, encode_state, encode_tombstone
+from service.store.history import HistoryColumns, HistoryCopy, StoredHistory
+from service.store.history_codec import HistoryCodec
 from service.store.redis import redis_store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
+from tests.protocol import histories
 from tests.protocol.model import MODEL, Effect, Model, ScriptCall
-from tests.protocol.state import Keys
+from tests.protocol.state import FINGERPRINTS, Entry, Keys, Scenario
 from tests.support.streams import columns, encode_reply
 
 STATE_TTL_MS, REPLY_TTL_MS, TOMBSTONE_TTL_MS = 3_600_000, 600_000, 300_000
+CODEC = HistoryCodec(None, 1)
+TAG_BYTES = 8  # of the tag before a chunk that an entry begins with
 
 
 class ScriptMismatch(Exception):
@@ -42,41 +50,81 @@ async def compare_script_calls(model: Model, url: str, client: redis.Redis) -> i
     try:
         for number, (call, effect) in enumerate(model.calls.items()):
             key = StreamKey(MODEL, f"s{number}")
-            names = settings.keys.pair(key)
-            stored = zip(names, _encode(call.stored), strict=True)
-            client.mset({"other": b"", **{name: value for name, value in stored if value}})
-            outcome = await _make_call(call, key, store)
-            pipe = client.pipeline(transaction=False).mget(names)
+            names = settings.keys.all_of(key)
+            _write_keys(client, names, call.stored)
+            outcome = await _make_call(model.scenario, call, key, store)
+            pipe = client.pipeline(transaction=False).mget(names[:2])
+            pipe.lrange(names[2], 0, -1).hgetall(names[3])
             for name in names:
                 pipe.pttl(name)
-            read, *ttls_ms = pipe.execute()
-            _check_call(call, effect, outcome, tuple(read), ttls_ms)
+            *stored, ttl_ms, reply_ttl_ms, _, history_ttl_ms = pipe.execute()
+            _check_call(call, effect, outcome, stored, [ttl_ms, reply_ttl_ms, history_ttl_ms])
     finally:
         await store.close()
     return len(model.calls)
 
 
-async def _make_call(call: ScriptCall, key: StreamKey, store: RedisStore) -> Any:
+def _write_keys(client: redis.Redis, names: list[str], stored: Keys) -> None:
+    """Let the keys of a stream hold what the model says."""
+    values, entries, fields = _encode(stored)
+    pipe = client.pipeline(transaction=False).set("other", b"")
+    for name, value in zip(names, values, strict=False):
+        if value:
+            pipe.set(name, value)
+    if entries:
+        pipe.rpush(names[2], *entries)
+    if fields:
+        pipe.hset(names[3], mapping=fields)
+    pipe.execute()
+
+
+async def _make_call(
+    scenario: Scenario, call: ScriptCall, key: StreamKey, store: RedisStore
+) -> Any:
+    new, history = call.new.state, call.new.history
     if call.script == "read":
         return tuple(value and value.head for value in await store.load_with_reply(key))
-    if call.script == "commit":
-        return (await store.commit(columns(call.commit(key))))[0]
-    with patch.object(redis_store, "new_epoch", return_value=call.new.state.stored.head.epoch):
-        return (await store._write_tombstones({key: call.condition}, math.inf))[key].value
+    if call.script == "read history":
+        fingerprint = FINGERPRINTS[call.artifact]
+        return await store.histories.read(key, fingerprint, call.position)
+    if call.script == "shadow":
+        return await store.histories.commit_versions([key], [encode_state(new.stored)])
+    if call.script.startswith("delete"):
+        with patch.object(redis_store, "new_epoch", return_value=new.stored.head.epoch):
+            return (await store._write_tombstones({key: call.condition}, math.inf))[key].value
+    entries = [_encode_entry(entry) for entry in history.entries]
+    if call.script == "rewind":
+        expected, state = call.expected.stored.head, encode_state(new.stored)
+        return await store.histories.rewind(key, expected, state, entries)
+    commits = columns(call.commit(key))
+    if call.script == "copy" and history.head:
+        snapshots = [encode_state(each.stored) for each in history.snapshots]
+        copy = HistoryCopy(entries, snapshots)
+        [expected], [state] = commits.expected, commits.states
+        return await store.histories.write(key, expected, state, copy)
+    if call.entry is not None:
+        most = scenario.max_events, scenario.max_snapshots
+        kept = HistoryColumns([_encode_entry(call.entry)], *most)
+        commits = replace(commits, histories=kept)
+    return (await store.commit(commits))[0]
 
 
 def _check_call(
-    call: ScriptCall, effect: Effect, outcome: Any, stored: tuple[Any, ...], ttls_ms: list[Any]
+    call: ScriptCall, effect: Effect, outcome: Any, stored: list[Any], ttls_ms: list[Any]
 ) -> None:
     """Compare one call's outcome, keys and lifetimes."""
     shown = f"{call.script} of {call.new.state} at {call.stored.state}, expected {call.expected}"
-    if stored != _encode(effect.after):
-        raise ScriptMismatch(f"{shown}: other bytes than the model's")
+    expected = _encode(effect.after)
+    if (tuple(stored[0]), *stored[1:]) != expected:
+        raise ScriptMismatch(f"{shown}: {stored}, not the model's {expected}")
     if outcome != _expected_outcome(call, effect.done):
         raise ScriptMismatch(f"{shown}: {outcome}, not {_expected_outcome(call, effect.done)}")
-    if call.script != "read" and effect.done:
-        limits_ms = STATE_TTL_MS if call.script == "commit" else TOMBSTONE_TTL_MS, REPLY_TTL_MS
-        for value, ttl_ms, limit_ms in zip(stored, ttls_ms, limits_ms, strict=True):
+    if not call.script.startswith("read") and call.script != "shadow" and effect.done:
+        has_history = histories.is_valid(effect.after)
+        limit_ms = TOMBSTONE_TTL_MS if call.script.startswith("delete") else STATE_TTL_MS
+        limits_ms = limit_ms, REPLY_TTL_MS, STATE_TTL_MS
+        values = (*stored[0], has_history or None)
+        for value, ttl_ms, limit_ms in zip(values, ttls_ms, limits_ms, strict=True):
             if value is not None and not 0 < ttl_ms <= limit_ms:
                 raise ScriptMismatch(f"{shown}: expires after {ttl_ms} ms")
 
@@ -85,13 +133,54 @@ def _expected_outcome(call: ScriptCall, done: bool) -> Any:
     head, reply = call.stored.state.head, call.stored.reply.reply
     if call.script == "read":
         return head, head and reply and reply.head
-    if call.script == "commit":
+    if call.script == "read history":
+        return _encode_read(call)
+    if call.script == "shadow":
+        return [done]
+    if call.script in ("commit", "copy", "rewind"):
         return Committed() if done else Conflicted(head)
-    state, _ = _encode(call.stored)
+    [state, _], *_ = _encode(call.stored)
     return [1] if done else [0, *([state[:HEADER_BYTES]] if state else [])]
 
 
-def _encode(keys: Keys) -> tuple[bytes | None, bytes | None]:
+def _encode_read(call: ScriptCall) -> StoredHistory:
+    stored = histories.read(call.stored, call.artifact, call.position)
+    [record, _], *_ = _encode(call.stored)
+    if not stored.is_valid:
+        return StoredHistory(record)
+    snapshot, state = (
+        encode_state(each.stored) if each else None
+        for each in (stored.snapshot, stored.version_state)
+    )
+    snapshots = [each for each in call.stored.history.snapshots if each.artifact == call.artifact]
+    return StoredHistory(
+        record,
+        True,
+        [_encode_entry(entry) for entry in stored.entries],
+        snapshot,
+        [each.head.position for each in snapshots],
+        state,
+    )
+
+
+def _encode_entry(entry: Entry) -> bytes:
+    rows = np.array(entry.events, np.float32)[:, np.newaxis]
+    return CODEC.encode(entry.start, Steps(Feed.INPUTS, len(rows), rows=rows))
+
+
+def _encode(keys: Keys) -> tuple[tuple[bytes | None, ...], list[bytes], dict[bytes, bytes]]:
+    """The strings, the list and the hash that the keys of a stream hold."""
     stored, reply = keys.state.stored, keys.reply.reply
     encode = encode_tombstone if isinstance(stored, Tombstone) else encode_state
-    return stored and encode(stored), reply and encode_reply(reply)
+    head, entries, snapshots, states = keys.history
+    fields, index = {}, b""
+    for snapshot in snapshots:
+        position = struct.pack("<Q", snapshot.head.position)
+        index += position + FINGERPRINTS[snapshot.artifact][:8]
+        fields[b"s" + position] = encode_state(snapshot.stored)
+    for state in states:
+        fields[b"v" + FINGERPRINTS[state.artifact]] = encode_state(state.stored)
+    if head:
+        fields[b"head"] = head + index
+    values = stored and encode(stored), reply and encode_reply(reply)
+    return values, [entry.tag[:TAG_BYTES] + _encode_entry(entry) for entry in entries], fields

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from service.core.values import StoredReply, StreamState, Tombstone
+from service.core.values import StoredReply, StreamHead, StreamState, Tombstone
 from service.store.codec import COMPARED, pack_head
 
 STREAMS = ("S", "T")
+FINGERPRINTS = (b"\x0f" * 16, b"\x1f" * 16)
+"""Of the models, by number."""
 
 
 class Version(int):
@@ -33,16 +35,32 @@ class Version(int):
         version.head = version.stream and version.stream.head
         # what a script compares
         version.compared = b"" if stored is None else pack_head(stored.head)[COMPARED]
-        # every chunk since the stream began, with the version that its commit wrote
-        version.history: dict[ChunkId, Version] = {}
+        # number of the model that computed the state
+        version.artifact = FINGERPRINTS.index(version.stream.fingerprint) if version.stream else 0
+        # the position since which the state is computed; None if it is exact
+        version.since = version.stream and version.stream.since
+        # every chunk since the stream began, with the head that its commit wrote
+        version.chunks: dict[ChunkId, StreamHead] = {}
         return version
+
+    @property
+    def value(self) -> int:
+        """The one float of the state."""
+        return int(self.stream.state.floats[0])
+
+    @property
+    def events(self) -> tuple[int, ...]:
+        """Every event since the stream began."""
+        return tuple(digit for chunk, _ in self.chunks for digit in chunk.events)
 
     def __str__(self) -> str:
         if self.head is None:
             return "a tombstone" if self else "nothing"
-        events = "".join(str(digit) for chunk, _ in self.history for digit in chunk.events)
+        events = "".join(map(str, self.events))
         epoch, tag = self.head.epoch[:4].hex(), self.head.tag[:2].hex()
-        return f"[{events} @{self.head.position}, epoch {epoch}, tag {tag}]"
+        model = f", model {self.artifact}" if self.artifact else ""
+        inexact = "" if self.since is None else f", since {self.since}"
+        return f"[{events} @{self.head.position}, epoch {epoch}, tag {tag}{model}{inexact}]"
 
 
 NOTHING = Version(0, None)
@@ -53,10 +71,12 @@ class Operation:
     """What a client wants; compared by identity.
 
     A copy writes the state of `source` as a new epoch of `stream`: a restore where they are the
-    same (under the If-Match of what was read), else a fork.
+    same (under the If-Match of what was read), else a fork. A rewind writes the state that the
+    stream had at `position` as a new epoch. A shadow computes the state of the model that does not
+    answer.
     """
 
-    kind: Literal["chunk", "delete", "copy"]
+    kind: Literal["chunk", "delete", "copy", "rewind", "shadow"]
     name: str
     stream: int = 0
     events: tuple[int, ...] = ()  # digits 1 to 7
@@ -97,6 +117,26 @@ class Request(NamedTuple):
         return f"{self.operation}{' again' if self.number else ''}"
 
 
+class Entry(NamedTuple):
+    """The events of one chunk in a history."""
+
+    start: int
+    events: tuple[int, ...]
+    tag: bytes  # of the head before them
+
+
+class History(NamedTuple):
+    """A stream's history: valid while its head is that of the stored state."""
+
+    head: bytes = b""  # what a script compares of the last commit that maintained it
+    entries: tuple[Entry, ...] = ()
+    snapshots: tuple[Version, ...] = ()
+    states: tuple[Version, ...] = ()  # the version states: one for each model at most
+
+
+NO_HISTORY = History()
+
+
 class Command(NamedTuple):
     """One command on a worker's pipelined connection.
 
@@ -104,10 +144,14 @@ class Command(NamedTuple):
     or a deletion that was answered before something else was written.
     """
 
-    kind: Literal["load", "reread", "read", "commit", "copy", "delete"]
+    kind: Literal[
+        "load", "load history", "reread", "read", "commit", "copy", "delete", "rewind", "shadow"
+    ]
     request: Request
     base: Version = NOTHING  # expected, or loaded first (reread)
     new: Version = NOTHING  # to write, or computed (reread)
+    entry: Entry | None = None  # that a commit adds to the history
+    history: History = NO_HISTORY  # that a copy or a rewind writes
     repeated: bool = False  # an earlier try may have been executed
     # What the sender of an abandoned command was answered; empty if it still waits.
     outcome: Literal["", "unknown", "not applied", "applied"] = ""
@@ -121,12 +165,13 @@ class Command(NamedTuple):
     @property
     def writes(self) -> bool:
         """Whether it runs a script."""
-        return self.kind in ("commit", "copy", "delete")
+        return self.kind in ("commit", "copy", "delete", "rewind", "shadow")
 
     @property
     def blocks_stream(self) -> bool:
         """Whether the worker starts no other chunk of the stream meanwhile."""
-        return self.kind == "load" or (self.kind == "reread" and not self.new)
+        is_load = self.kind in ("load", "load history")
+        return is_load or (self.kind == "reread" and not self.new)
 
     def __str__(self) -> str:
         abandoned = " abandoned" if self.outcome else ""
@@ -134,10 +179,11 @@ class Command(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A stream's two keys: its state, and the version whose commit wrote the stored reply."""
+    """A stream's keys: its state, the version whose commit wrote the stored reply, its history."""
 
     state: Version = NOTHING
     reply: Version = NOTHING
+    history: History = NO_HISTORY
 
 
 class Worker(NamedTuple):
@@ -146,6 +192,7 @@ class Worker(NamedTuple):
     cache: tuple[Version, ...] = (NOTHING,) * len(STREAMS)
     connection: tuple[Command, ...] = ()
     queue: tuple[Request, ...] = ()
+    route: int = 0  # the one of the scenario that it has noticed
 
 
 class Client(NamedTuple):
@@ -168,6 +215,14 @@ class Faults(NamedTuple):
     replies_expired: int = 0
     streams_expired: int = 0
     bytes_delayed: int = 0
+    histories_expired: int = 0
+
+
+class Route(NamedTuple):
+    """Which model answers, and whether commits maintain histories."""
+
+    artifact: int = 0
+    has_history: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +238,7 @@ class ClientScript:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Who does what, and which faults may occur."""
+    """Who does what, which faults may occur, and which model answers."""
 
     name: str
     clients: tuple[ClientScript, ...]
@@ -191,6 +246,10 @@ class Scenario:
     depth: int  # steps that the tests explore; `make model` goes on to the end
     replies: bool = True  # whether the store keeps replies at all (they may be too large)
     attempts: int = 3  # of a chunk, against a stream that others change
+    # Each worker notices one after the other, at any time.
+    routes: tuple[Route, ...] = (Route(),)
+    max_events: int = 1  # of a history
+    max_snapshots: int = 1
 
 
 class SystemState(NamedTuple):

@@ -10,15 +10,20 @@ from typing import Any
 
 from service.core.delivery import Process, Replay, Resolution
 from service.core.errors import CarryError, Conflict, StateChanged
+from service.core.values import FIRST_TAG
 from service.store.base import Committed, Conflicted
-from tests.protocol import invariants
+from tests.protocol import histories, invariants
 from tests.protocol.model import Model, ScriptCall, stream_key
 from tests.protocol.state import (
+    NO_HISTORY,
     NOTHING,
     STREAMS,
     Command,
+    Entry,
+    History,
     Keys,
     Request,
+    Route,
     SystemState,
     Version,
     Worker,
@@ -36,7 +41,9 @@ class System:
         self.model, self.scenario, self.rules = model, model.scenario, model.rules
         self.before, self.older, self.faults = state.store, state.older, state.faults
         self.store = list(state.store)
-        self.workers: list[Any] = [Worker(*map(list, worker)) for worker in state.workers]
+        self.workers: list[Any] = [
+            Worker(*map(list, worker[:3]), route=worker.route) for worker in state.workers
+        ]
         self.clients, self.in_transit = list(state.clients), list(map(list, state.in_transit))
         # to clients: versions or error codes, for traces
         self.answers: list[tuple[Request, Version | str]] = []
@@ -50,7 +57,7 @@ class System:
             self.older = ()
         elif store != self.before and store not in self.older:
             self.older = (*self.older, store)
-        workers = tuple(Worker(*map(tuple, worker)) for worker in self.workers)
+        workers = tuple(Worker(*map(tuple, worker[:3]), worker.route) for worker in self.workers)
         in_transit = tuple(sorted(map(tuple, self.in_transit)))
         return SystemState(store, self.older, workers, tuple(self.clients), self.faults, in_transit)
 
@@ -68,9 +75,17 @@ class System:
             except CarryError as error:
                 self.fail(request, error)
 
-    def _continues(self, request: Request, copy: Any) -> bool:
-        chunk = self.model.chunk(request)
-        return self.rules.is_continuation(chunk, copy.head, copy.feed)
+    def route_of(self, worker: Any) -> Route:
+        """Which model answers at a worker."""
+        return self.scenario.routes[worker.route]
+
+    def _continues(self, worker: Any, request: Request, cached: Version) -> bool:
+        if not cached.stream:
+            return False
+        is_own = cached.artifact == self.route_of(worker).artifact
+        chunk, copy = self.model.chunk(request), cached.stream
+        is_usable = is_own or self.rules.continue_any_model
+        return is_usable and self.rules.is_continuation(chunk, copy.head, copy.feed)
 
     def start_chunk(self, worker: Any, request: Request, cached: Version) -> None:
         """Compute a chunk that continues the cached state or starts over in any case, or load."""
@@ -78,7 +93,7 @@ class System:
         if is_first_attempt and self.rules.always_starts(self.model.chunk(request)):
             self.compute(worker, request, cached)
             return
-        if cached and self._continues(request, cached.stream):
+        if self._continues(worker, request, cached):
             self.compute(worker, request, cached)
             if self.rules.answer_early:
                 self.acknowledge(request, worker.cache[request.operation.stream])
@@ -89,9 +104,13 @@ class System:
 
     def compute(self, worker: Any, request: Request, base: Version) -> None:
         """Compute a chunk, cache the new version and send its commit."""
-        new = self.model.advance(request, base)
-        worker.cache[request.operation.stream] = new
-        worker.connection.append(Command("commit", request, base, new))
+        route, operation = self.route_of(worker), request.operation
+        new = self.model.advance(request, base, route.artifact)
+        worker.cache[operation.stream] = new
+        events = operation.events if route.has_history else ()
+        start, tag = new.head.position - len(events), base.head.tag if base.head else FIRST_TAG
+        entry = Entry(start, events, tag) if events else None
+        worker.connection.append(Command("commit", request, base, new, entry))
 
     def evaluate(self, request: Request, stored: Version) -> Process | Replay:
         return self.rules.evaluate_chunk(self.model.chunk(request), stored.stream)
@@ -101,14 +120,16 @@ class System:
         request, stored = command.request, self.store[command.stream]
         if command.kind == "load":
             self.model.record_read(command.stream, stored)
-            if isinstance(self.evaluate(request, stored.state), Process):
-                self.compute(worker, request, stored.state)
-            else:
-                worker.connection.append(Command("reread", request, stored.state))
+            self.continue_stored(worker, request, stored.state)
+        elif command.kind == "load history":
+            artifact = self.route_of(worker).artifact
+            read = self.model.read_history(command.stream, stored, artifact)
+            switched = self.model.switch(read, artifact) if read.record.stream else read.record
+            self.continue_stored(worker, request, switched)
         elif command.kind == "reread":
             self.model.record_read(command.stream, stored)
-            read = stored.state.stream, stored.reply.reply, command.new.head
-            answer = self.rules.resolve_duplicate(self.model.chunk(request), *read)
+            values = stored.state.stream, stored.reply.reply, command.new.head
+            answer = self.rules.resolve_duplicate(self.model.chunk(request), *values)
             self.resolve(worker, command, answer, stored.reply)
         elif command.kind == "read":
             self.receive_source(worker, command)
@@ -116,10 +137,22 @@ class System:
             self.acknowledge(request, command.new)
         elif command.kind == "delete":
             self.receive_rejected_deletion(worker, command, stored.state)
+        elif command.kind == "shadow":
+            self.answers.append((request, "outdated"))
         elif command.kind == "commit":
             self.receive_rejected_commit(worker, command, stored.state)
         else:
             self.receive_rejected_copy(worker, command, stored.state)
+
+    def continue_stored(self, worker: Any, request: Request, stored: Version) -> None:
+        """Compute a loaded chunk, read the history for the state of the worker's model, or read
+        the reply."""
+        if not isinstance(evaluation := self.evaluate(request, stored), Process):
+            worker.connection.append(Command("reread", request, stored))
+        elif evaluation.base and stored.artifact != self.route_of(worker).artifact:
+            worker.connection.append(Command("load history", request))
+        else:
+            self.compute(worker, request, stored)
 
     def resolve(self, worker: Any, command: Command, answer: Any, reply: Version) -> None:
         """Answer a chunk with a reply, or let it wait again, before those that were never tried."""
@@ -134,21 +167,40 @@ class System:
             worker.queue.insert(sum(1 for other in worker.queue if other.attempts), request)
 
     def receive_source(self, worker: Any, command: Command) -> None:
-        """The state was read for a guarded deletion, a restore or a fork."""
+        """The state was read for a guarded deletion, a restore, a fork, a rewind or a shadow."""
         request, operation = command.request, command.request.operation
-        deletes = operation.kind == "delete"
-        source = operation.stream if deletes else operation.source
-        self.model.record_read(source, self.store[source])
-        base, read = self.store[operation.stream].state, self.store[source].state
+        source = operation.source if operation.kind == "copy" else operation.stream
+        stored, artifact = self.store[source], self.route_of(worker).artifact
+        self.model.record_read(source, stored)
+        base, read = self.store[operation.stream].state, stored.state
         if not read.stream:
             self.answers.append((request, "not_found"))
-        elif deletes:
+        elif operation.kind == "delete":
             worker.connection.append(Command("delete", request, read))
+        elif operation.kind == "shadow":
+            history = self.model.read_history(source, stored, 1 - artifact)
+            new = self.model.switch(history, 1 - artifact)
+            worker.connection.append(Command("shadow", request, read, new))
+        elif operation.kind == "rewind":
+            history = self.model.read_history(source, stored, artifact, operation.position)
+            new = self.model.rewind(request, history, artifact)
+            if new is None:
+                self.answers.append((request, "not available"))
+            else:
+                entries = histories.cut(history.entries, new.head.position)
+                command = Command("rewind", request, read, new, history=History(entries=entries))
+                worker.connection.append(command)
         else:
             if source != operation.stream and base.stream:
                 base = NOTHING  # the service reports this before its commit; here it conflicts
             new = self.model.copy(request, read)
-            worker.connection.append(Command("copy", request, base, new))
+            kept = NO_HISTORY
+            if self.route_of(worker).has_history and source == operation.stream:
+                kept = History(new.compared)
+            elif self.route_of(worker).has_history and histories.is_valid(stored):
+                _, entries, snapshots, _ = stored.history
+                kept = History(new.compared, entries, snapshots)
+            worker.connection.append(Command("copy", request, base, new, history=kept))
 
     def receive_rejected_commit(self, worker: Any, command: Command, stored: Version) -> None:
         """Re-evaluate a chunk or read its reply, unless an earlier try of the commit wrote it."""
@@ -166,16 +218,23 @@ class System:
             self.resolve(worker, command, answer, NOTHING)
 
     def receive_rejected_copy(self, worker: Any, command: Command, stored: Version) -> None:
-        """A restore is bound to what it read; a fork is retried where there is no stream."""
+        """A restore or a rewind is bound to what it read; a fork is retried where there is no
+        stream."""
         request, operation = command.request, command.request.operation
         if self.was_written(command, stored):
             self.acknowledge(request, command.new)
-        elif operation.source == operation.stream or stored.stream or request.attempts:
+        elif (
+            operation.kind == "rewind"
+            or operation.source == operation.stream
+            or stored.stream
+            or request.attempts
+        ):
             raise StateChanged("not the state that was named")
         else:
             request = request._replace(attempts=1)
             new = self.model.copy(request, command.new)
-            worker.connection.append(Command("copy", request, stored, new))
+            again = Command("copy", request, stored, new, history=command.history)
+            worker.connection.append(again)
 
     def receive_rejected_deletion(self, worker: Any, command: Command, stored: Version) -> None:
         """Without a guard a deletion is tried again with what is stored."""
@@ -215,18 +274,23 @@ class System:
             return False
         stream, new, stored = command.stream, command.new, self.store[command.stream]
         has_reply = self.scenario.replies and new.reply
-        call = ScriptCall(
-            "commit", stream, stored, command.base, Keys(new, new if has_reply else NOTHING)
-        )
+        keys = Keys(new, new if has_reply else NOTHING, command.history)
+        call = ScriptCall("commit", stream, stored, command.base, keys, command.entry)
         if command.kind == "delete":
             by_epoch = command.request.attempts >= DELETE_ATTEMPTS - 1
             tombstone = Keys(self.model.tombstone(command.request))
             call = call._replace(script="delete by epoch" if by_epoch else "delete", new=tombstone)
+        elif command.kind != "commit":
+            call = call._replace(script=command.kind)
         self.store[stream], done = self.model.run_script(call)
         if done:
             invariants.check_write(command, stored.state)
             self.mark(lambda other: outdates(command, other), outdated=True)
         invariants.check_stored_reply(self.store[stream])
+        invariants.check_history(self.store[stream])
+        if done and command.kind != "shadow":
+            # a version state may be out of date when it is written; nothing may follow from it then
+            invariants.check_state(new)
         return done
 
     def mark(self, chosen: Callable[[Command], Any], **changes: Any) -> None:
@@ -290,7 +354,11 @@ class System:
 def outdates(written: Command, other: Command) -> bool:
     """Whether a sent write must not be applied after this one."""
     deletes = written.kind == "delete"
-    if not other.writes or written.stream != other.stream or deletes == (other.kind == "delete"):
+    if not other.writes or written.stream != other.stream or "shadow" in (written.kind, other.kind):
+        return False
+    if written.kind == "rewind":
+        return other.kind in ("commit", "rewind")
+    if deletes == (other.kind == "delete"):
         return False
     if deletes or other.outcome in ("not applied", "applied"):
         return True

@@ -26,13 +26,13 @@ def check_store(store: Store) -> None:
 
 def _check_outputs(store: Store, stream: int) -> None:
     state, value, expected = store.states[stream], 0, []
-    for position, chunk_id in enumerate(state.history):
+    for position, chunk_id in enumerate(state.chunks):
         value = value * 8 + chunk_id[0].events[0]
         if chunk_id[0].client != HTTP_CLIENT:
             expected.append((chunk_id, position, value))
     outputs = [output for output in store.outputs if output.entry.stream == stream]
     actual = [(output.entry.chunk_id, output.position, output.value) for output in outputs]
-    if len(state.history) > len(set(state.history)):
+    if len(state.chunks) > len(set(state.chunks)):
         raise Violation(f"{state} holds an event twice")
     if actual != expected:
         raise Violation(f"the outputs {_names(actual)} are not those of {state}")
@@ -45,8 +45,8 @@ def _check_outputs(store: Store, stream: int) -> None:
 
 
 def _check_acknowledged(entry: Entry, state: Version) -> None:
-    position, history = entry.operation.position, list(state.history)
-    if entry.chunk_id in state.history:
+    position, history = entry.operation.position, list(state.chunks)
+    if entry.chunk_id in state.chunks:
         return
     is_taken = position is not None and position < len(history)
     if not is_taken or history[position][0].client != HTTP_CLIENT:

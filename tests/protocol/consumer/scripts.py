@@ -96,10 +96,10 @@ class ConsumerModel:
             numbers = (fence, *_numbers(entries[0]))
             epoch = bytes(number + 1 for number in numbers).ljust(values.EPOCH_BYTES, b"\x01")
             new = new._replace(head=replace(new.head, epoch=epoch))
-        history = (*base.history, *(entry.chunk_id for entry in entries))
+        history = (*base.chunks, *(entry.chunk_id for entry in entries))
         number = len(self._versions) + 1
         version = self._versions.setdefault((new.head, history), Version(number, new))
-        version.history = dict.fromkeys(history, version)
+        version.chunks = dict.fromkeys(history, version.head)
         is_http = entries[0].operation.client
         return Item("chunk", entries, base, version, () if is_http else tuple(outputs))
 
