@@ -87,7 +87,10 @@ def open_models(settings: ModelSettings, only: str | None = None) -> list[Served
     rates = settings.alarm_rates()
     if only is not None:
         rates = {name: rate for name, rate in rates.items() if name == only}
-    return _open(settings, with_alarm_rates(load_models(settings.models_dir, only), rates))
+    artifacts = load_models(settings.models_dir, only)
+    if only is None:
+        settings.check_history_models([artifact.spec.name for artifact in artifacts])
+    return _open(settings, with_alarm_rates(artifacts, rates))
 
 
 def _open(settings: ModelSettings, artifacts: list[Artifact]) -> list[ServedModel]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 import models
+from models.errors import ArtifactError
 from models.spec.detection import parse_alarm_rates
 from models.spec.history import (
     DEFAULT_SNAPSHOTS,
@@ -63,6 +65,18 @@ class ModelSettings:
     def alarm_rates(self) -> dict[str, float]:
         """By model, the expected number of false alarms of one stream in a day."""
         return parse_alarm_rates(self.false_alarms_per_day)
+
+    def check_history_models(self, names: Sequence[str]) -> None:
+        """Check that the models whose numbers of events are given are among these.
+
+        Raises:
+            ArtifactError
+        """
+        for name in parse_history_events(self.history_events):
+            if name is not None and name not in names:
+                raise ArtifactError(
+                    f"CARRY_HISTORY_EVENTS: expected models among {[*names]}, got {name!r}"
+                )
 
     def history_of(self, spec: ModelSpec) -> HistorySpec | None:
         """What is kept of the history of a model's streams; None for nothing."""

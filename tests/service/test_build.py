@@ -55,11 +55,13 @@ async def test_a_store_that_does_not_answer_fails_the_start(
             raise AssertionError("expected an error")
 
 
-def test_models_and_their_alarm_rates_are_checked_before_anything_starts(
+def test_models_and_what_settings_name_of_them_are_checked_before_anything_starts(
     artifact: Artifact,
 ) -> None:
     with pytest.raises(ArtifactError, match="CARRY_FALSE_ALARMS_PER_DAY"):
         build("unix:///none.sock", artifact, false_alarms_per_day="other=1")
+    with pytest.raises(ArtifactError, match="CARRY_HISTORY_EVENTS"):
+        build("unix:///none.sock", artifact, history_events="other=1")
 
 
 def test_one_model_of_a_directory_is_loaded_whatever_the_others_are(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from models.spec.model import parse_spec
 from service.settings import GROUP_OF, Settings, SettingsError, service_links
 from service.store.redis.address import check_address
+from tests.support.models import SMALL
 
 Environment = dict[str, str]
 
@@ -222,3 +224,26 @@ def test_workers_get_the_settings_through_the_environment(monkeypatch: pytest.Mo
     set_all(monkeypatch, settings.environment())
     assert values(Settings.load()) == values(settings)
     assert Settings.load().store.url == "redis://:a@b"
+
+
+def test_histories_of_the_settings_take_precedence_over_the_specification() -> None:
+    own = parse_spec({**SMALL, "history": {"events": 64, "snapshots": 4}})
+    none = parse_spec({**SMALL, "name": "other"})
+
+    def histories(**flags: object) -> list[tuple[int, int] | None]:
+        models = Settings.load(flags).models
+        found = map(models.history_of, (own, none))
+        return [each and (each.events, each.snapshots) for each in found]
+
+    assert histories() == [(64, 4), None]
+    assert histories(history_events="16") == [(16, 4), (16, 8)]
+    assert histories(history_events="0", history_snapshots=3) == [None, None]
+    assert histories(history_events=f"other=5,{own.name}=6", history_snapshots=2) == [
+        (6, 2),
+        (5, 2),
+    ]
+    assert histories(history_events="other=5") == [(64, 4), (5, 8)]
+    with pytest.raises(SettingsError, match="history-events"):
+        histories(history_events="many")
+    with pytest.raises(SettingsError, match="history-snapshots"):
+        histories(history_snapshots=1)

@@ -99,6 +99,7 @@ class FaultyStore:
         self.usage = store.usage
         self.rates = store.rates
         self.models = store.models
+        self.histories = FaultyPart(store.histories, self._fail)
         self.topics = FaultyPart(store.topics, self._fail)
 
     async def start(self) -> None:
