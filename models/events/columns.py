@@ -364,6 +364,16 @@ class EventColumns:
             {name: array[cut] for name, array in self.values.items()},
         )
 
+    def to_events(self) -> list[dict[str, Any]]:
+        """The events as JSON values, without absent fields; timestamps are epoch milliseconds."""
+        events: list[dict[str, Any]] = [{} for _ in range(self.steps)]
+        for name in self.values:
+            present, values = self.present[name].tolist(), self.values[name].tolist()
+            for event, is_present, value in zip(events, present, values, strict=True):
+                if is_present:
+                    event[name] = value
+        return events
+
     def take(self, rows: Sequence[int] | IntArray) -> EventColumns:
         """The events of some rows, in their order, as copies."""
         return EventColumns(

@@ -260,6 +260,14 @@ class ForkBody(Body):
     ]
 
 
+class RewindBody(Body):
+    """The position to rewind to."""
+
+    position: Annotated[
+        NonNegativeInt, Meta(description="Events that stay consumed.", examples=[24])
+    ]
+
+
 class VersionBody(Body):
     """The version to load."""
 

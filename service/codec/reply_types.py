@@ -39,7 +39,7 @@ EpochText = Annotated[
     str,
     Field(
         pattern=f"^{EPOCH}$",
-        description="Random; new whenever the stream is created, restored or forked.",
+        description="Random; new whenever the stream is created, restored, forked or rewound.",
         examples=[EXAMPLE_EPOCH],
     ),
 ]

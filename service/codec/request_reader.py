@@ -22,6 +22,7 @@ from service.codec.body_types import (
     ForkBody,
     FrameBody,
     ItemBody,
+    RewindBody,
     SequenceBody,
     StateBody,
     VersionBody,
@@ -357,6 +358,14 @@ class RequestReader:
             MalformedBody, InvalidInput
         """
         return decode(media, body, ForkBody)
+
+    def rewind(self, body: bytes, media: Media) -> RewindBody:
+        """The position that a stream is rewound to.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return decode(media, body, RewindBody)
 
     def version(self, body: bytes, media: Media) -> VersionBody:
         """The version to load.

@@ -274,7 +274,8 @@ class EpochMismatch(StreamRejection):
     code = "epoch_mismatch"
     title = "The stream is in another epoch"
     remedy = (
-        "Read the stream: it was deleted, restored, overwritten by a fork, or expired. Start over."
+        "Read the stream: it was deleted, restored, rewound, overwritten by a fork, or expired. "
+        "Start over."
     )
 
 
@@ -327,6 +328,15 @@ class StateIncompatible(StreamRejection):
     remedy = (
         "Serve the version that wrote it, or delete the stream and send it from the start; "
         "CARRY_ON_MODEL_CHANGE=reset resets such streams automatically."
+    )
+
+
+class PositionUnavailable(StreamRejection):
+    code = "position_unavailable"
+    title = "No exact state of that position is kept"
+    remedy = (
+        "Rewind to a position of `available`, or restore a saved state; `history` of the model "
+        "decides how many events and snapshots are kept."
     )
 
 

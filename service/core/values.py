@@ -58,7 +58,7 @@ class StreamHead(msgspec.Struct, frozen=True, gc=False):
     """The version of a stream: epoch and tag identify one state, which a position alone does not.
 
     Attributes:
-        epoch: 8 random bytes, new when the stream is created, restored or forked.
+        epoch: 8 random bytes, new when the stream is created, restored, forked or rewound.
         tag: 16 bytes, the hash chain over the commits of the epoch.
         position: number of events consumed.
     """

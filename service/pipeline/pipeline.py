@@ -136,7 +136,13 @@ class Pipeline:
             max_waiting=settings.max_queue,
         )
         self.streams = StreamAdministration(
-            self._versions, store, self.cache, self._rewarming, now_ms=now_ms, audit=audit
+            self._versions,
+            store,
+            self.cache,
+            self._rewarming,
+            self._compute,
+            now_ms=now_ms,
+            audit=audit,
         )
         self.topics = TopicViews(store.topics)
         self.aliases = ModelAliases(self.versions, store.models, load_version, audit=audit)

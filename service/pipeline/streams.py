@@ -1,4 +1,4 @@
-"""Stream administration: read, list, delete, restore and fork streams.
+"""Stream administration: read, list, delete, restore, fork and rewind streams.
 
 Reads go to the store, never to the cache; writes invalidate the cached state first. Each call is
 independent of the chunks in flight: the store decides which of two writes comes first.
@@ -29,9 +29,11 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.engine.compute import Compute
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Audit, no_audit
 from service.pipeline.rewarm import Rewarming
+from service.pipeline.rewind import History, choose_history
 from service.pipeline.state_cache import StateCache
 from service.store.base import (
     CommitColumns,
@@ -64,6 +66,7 @@ class StreamAdministration:
     Args:
         versions: returns the versions of a model; raises ModelNotFound.
         cache: the state cache of the chunk batches; writes invalidate its entries.
+        compute: runs the networks over the events of a history.
         now_ms: wall clock in epoch milliseconds, for the time of commits.
         audit: records what was changed.
 
@@ -77,11 +80,13 @@ class StreamAdministration:
         store: Store,
         cache: StateCache,
         rewarming: Rewarming,
+        compute: Compute,
         *,
         now_ms: Callable[[], int],
         audit: Audit = no_audit,
     ):
         self._audit = audit
+        self._compute = compute
         self._versions = versions
         self._store = store
         self._cache = cache
@@ -346,10 +351,71 @@ class StreamAdministration:
                 raise result
             if isinstance(result, Committed):
                 return new
-        raise Conflict(
-            f"other writers replaced stream {key.stream!r} {CREATE_ATTEMPTS} times in a row",
-            stream=key.stream,
-        )
+        raise _conflict(key)
+
+    async def histories(
+        self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
+    ) -> list[History]:
+        """Read what is kept of a stream's past, whose events are to be shown.
+
+        Returns:
+            The history as each loaded version of the model reads it, the one that answers first.
+
+        Raises:
+            StreamNotFound, StateDamaged, StoreUnavailable, StateChanged: as `read`.
+        """
+        with self._use(caller, (Verb.READ_STATE,), key.model, key.stream):
+            return await self._load_histories(key, None, precondition)
+
+    async def rewind(
+        self, caller: Caller, key: StreamKey, position: int, precondition: Precondition | None
+    ) -> StreamState:
+        """Take a stream back to the exact state of an earlier position, in a new epoch.
+
+        Raises:
+            StreamNotFound, StateDamaged, StoreUnavailable, StateChanged: as `read`.
+            PositionUnavailable: what is kept does not lead to that position.
+            Conflict: the stream kept changing.
+        """
+        with self._use(caller, (Verb.WRITE_STATE,), key.model, key.stream):
+            for _ in range(CREATE_ATTEMPTS):
+                histories = await self._load_histories(key, position, precondition)
+                chosen = choose_history(histories, position)
+                new = start_epoch(
+                    await chosen.stream_at(position, self._compute),
+                    fingerprint=chosen.served.fingerprint,
+                    now_ms=self._now_ms(),
+                    position=position,
+                )
+                self._cache.drop(key)
+                result = await self._store.histories.rewind(
+                    key, chosen.stream.head, encode_state(new), chosen.entries_until(position)
+                )
+                self._record("stream_rewound", key, result, position=position)
+                if isinstance(result, CarryError):
+                    raise result
+                if isinstance(result, Committed):
+                    # an output of a new epoch follows only with the next chunk
+                    self._store.outputs.publish(key, 0, b"")
+                    return new
+            raise _conflict(key)
+
+    async def _load_histories(
+        self, key: StreamKey, position: int | None, precondition: Precondition | None
+    ) -> list[History]:
+        versions, histories = self._versions(key.model), list[History]()
+        answering = versions.route.answering(key.stream)
+        for served in sorted(versions.loaded.values(), key=lambda each: each is not answering):
+            stored = await self._store.histories.read(key, served.fingerprint, position)
+            stream = decode_value(key, stored.record)
+            if isinstance(stream, CarryError):
+                raise stream
+            if precondition is not None:
+                _check_precondition(key, stream, precondition)
+            if not isinstance(stream, StreamState):
+                raise _not_found(key)
+            histories.append(History.read(key, served, stream, stored))
+        return histories
 
     def _record(self, change: str, key: StreamKey, result: CommitResult, **facts: int) -> None:
         """Report a change that was made, or may have been made."""
@@ -398,6 +464,13 @@ class StreamAdministration:
 def _not_found(key: StreamKey) -> StreamNotFound:
     return StreamNotFound(
         f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
+    )
+
+
+def _conflict(key: StreamKey) -> Conflict:
+    return Conflict(
+        f"other writers changed stream {key.stream!r} {CREATE_ATTEMPTS} times in a row",
+        stream=key.stream,
     )
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 from models.artifact.artifact import Artifact
+from models.spec.history import HistorySpec
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths
 from service.pipeline.served_model import ServedModel
 from tests.support.oracle import oracle_step
 
 
-def numpy_served(artifact: Artifact) -> ServedModel:
+def numpy_served(artifact: Artifact, history: HistorySpec | None = None) -> ServedModel:
     """A model on the oracle, its decoder too where it has one."""
-    decoder = artifact.decoder
-    return ServedModel(
-        artifact, NumpyRuntime(artifact), None if decoder is None else NumpyRuntime(decoder)
-    )
+    decoder = None if artifact.decoder is None else NumpyRuntime(artifact.decoder)
+    return ServedModel(artifact, NumpyRuntime(artifact), decoder, history)
 
 
 class NumpyRuntime:

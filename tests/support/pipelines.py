@@ -23,6 +23,7 @@ from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import CarryError
 from service.core.values import Chunk, Feed, Reply, SequenceInput, Steps, StreamKey, Timing
+from service.engine.runtimes.base import Runtime
 from service.pipeline.model_aliases import VersionLoader
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import ShadowBatch, ShadowReport
@@ -142,7 +143,7 @@ async def worker(
     reply_max_bytes: int = 65_536,
     idle_ttl_s: int = 0,
     store: RedisStore | None = None,
-    runtime: NumpyRuntime | None = None,
+    runtime: Runtime | None = None,
     in_flight: int = 3,
     queue: int = 4096,
     drain_s: float = 30.0,

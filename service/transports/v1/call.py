@@ -294,13 +294,15 @@ def reply_options(parameters: dict[str, str], writer: ReplyWriter) -> ReplyOptio
     return options
 
 
-def count(parameters: dict[str, str], name: str, *, default: int, maximum: int) -> int:
-    """A parameter that is a whole number from 1 to `maximum`."""
+def count(
+    parameters: dict[str, str], name: str, *, default: int, maximum: int, minimum: int = 1
+) -> int:
+    """A parameter that is a whole number from `minimum` to `maximum`."""
     text = parameters.get(name)
     if text is None:
         return min(default, maximum)
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= maximum:
-        raise invalid_value(f"?{name}", f"a whole number from 1 to {maximum}", text)
+    if not re.fullmatch(r"[0-9]{1,19}", text, re.ASCII) or not minimum <= int(text) <= maximum:
+        raise invalid_value(f"?{name}", f"a whole number from {minimum} to {maximum}", text)
     return int(text)
 
 

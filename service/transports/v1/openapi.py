@@ -20,6 +20,7 @@ from models.events.parse import event_json_schema, example_event
 from service.codec.body_types import (
     AliasBody,
     ForkBody,
+    RewindBody,
     StateBody,
     VersionBody,
     known_future_schema,
@@ -48,7 +49,7 @@ RETRY_AFTER = {
 
 TAGS = [
     {"name": "chunks", "description": "Send events, get outputs."},
-    {"name": "streams", "description": "Look at, forget, restore and fork streams."},
+    {"name": "streams", "description": "Look at, forget, restore, fork and rewind streams."},
     {"name": "models", "description": "What is served."},
     {"name": "versions", "description": "Load versions of a model, and say which answers."},
     {"name": "health", "description": "For load balancers and monitoring."},
@@ -85,7 +86,7 @@ def openapi_document(
         ref_template=f"{SCHEMAS}{{model}}",
     )
     components: dict[str, Any] = replies["$defs"]
-    components |= _schemas([AliasBody, ForkBody, StateBody, VersionBody], "")
+    components |= _schemas([AliasBody, ForkBody, RewindBody, StateBody, VersionBody], "")
     for name in sorted(models):
         components |= _model_schemas(api, models[name])
     for body in ("Chunk", "Many", "Predict", "Forecast"):

@@ -19,6 +19,7 @@ from service.codec.reply_types import (
     ModelName,
     PositionNumber,
     PredictionOfOne,
+    Rows,
     StateValues,
     StreamName,
     TagText,
@@ -121,6 +122,41 @@ class StateReply(StreamRecord):
     """A stream's state, complete: `PUT` takes this document as it is."""
 
     state: StateValues
+
+
+@closed
+class KeptChunk(TypedDict):
+    """Events of one chunk as they came; in JSON a body of `POST .../chunks`."""
+
+    position: Annotated[int, Field(description="Of its first event.", examples=[24])]
+    events: NotRequired[list[dict[str, Any]]]
+    """Of a stream of events, without absent fields; timestamps are epoch milliseconds."""
+    inputs: NotRequired[Rows]
+    """Of a stream of inputs."""
+    resets: NotRequired[list[int]]
+    """Indexes of the events before which the client reset the state."""
+    final: NotRequired[Literal[True]]
+    false_alarms_per_day: NotRequired[float]
+
+
+PositionRange = Annotated[list[int], Field(min_length=2, max_length=2, examples=[[24, 48]])]
+"""The first and the last position of a range."""
+
+
+@closed
+class HistoryReply(StreamRecord):
+    """What is kept of a stream's past."""
+
+    available: list[PositionRange]
+    """Ranges of the positions to which the stream can be rewound, each with its last position."""
+    snapshots: list[int]
+    """Positions whose state is kept."""
+    start: int
+    """Position of the oldest event that is kept; that of the stream if none is."""
+    chunks: list[KeptChunk]
+    """The events from `?from` on, oldest first."""
+    next: int | None
+    """Ask for the next events with it as `?from`; null after the last."""
 
 
 @closed

@@ -37,6 +37,8 @@ NEEDED: Mapping[tuple[str, str], set[Verb]] = {
     ("GET", f"{STREAM}/state"): {Verb.READ_STATE},
     ("PUT", f"{STREAM}/state"): {Verb.WRITE_STATE},
     ("POST", f"{STREAM}/fork"): {Verb.FORK},
+    ("GET", f"{STREAM}/history"): {Verb.READ_STATE},
+    ("POST", f"{STREAM}/rewind"): {Verb.WRITE_STATE},
     ("GET", f"{STREAM}/outputs"): {Verb.WATCH},
     ("GET", f"{STREAM}/live"): set(Verb),
     ("GET", "/v1/models/{model}/live"): set(Verb),

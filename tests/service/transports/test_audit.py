@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from models.artifact.artifact import Artifact
+from models.spec.history import HistorySpec
 from service.access.caller import Verb
 from service.access.keys import parse_key
 from service.access.tokens import TokenClaims, sign_token
@@ -22,6 +23,7 @@ from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
 
 STREAMS = "/v1/models/probe/streams"
+HISTORY = HistorySpec(events=8)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
 async def api(
     request: pytest.FixtureRequest, pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> AsyncIterator[Harness]:
-    running = harness(pipeline_server, models, requires_keys=request.param, audit=audit)
+    running = harness(
+        pipeline_server, models, requires_keys=request.param, audit=audit, history=HISTORY
+    )
     async with running as up:
         yield up
 
@@ -74,6 +78,9 @@ async def test_every_change_of_a_stream_except_by_chunks_is_audited(
     await ask("POST", "/a/fork", 201, json={"to": "b"})
     await ask("POST", "/a/fork", 409, json={"to": "b"})
     await ask("PUT", "/c/state", 201, json=state)
+    await ask("POST", "/a/rewind", 200, json={"position": 1})
+    await ask("POST", "/a/rewind", 409, json={"position": 9})
+    await ask("GET", "/a/history", 200)
     await ask("DELETE", "/a", 204)
     await ask("DELETE", "/a", 404)
     await ask("DELETE", "?prefix=", 200)
@@ -89,6 +96,7 @@ async def test_every_change_of_a_stream_except_by_chunks_is_audited(
     assert written == [
         {"message": "stream_forked", "stream": "b", "position": 2},
         {"message": "state_written", "stream": "c", "position": 2},
+        {"message": "stream_rewound", "stream": "a", "position": 1},
         {"message": "stream_deleted", "stream": "a"},
         {"message": "streams_deleted", "stream": "", "deleted": 2},
     ]

@@ -1,4 +1,4 @@
-"""Streams: read, list, delete, restore, fork and forecast.
+"""Streams: read, list, delete, restore, fork, rewind and forecast.
 
 All is answered from the store. A request that overwrites a stream needs an If-Match header
 with that stream's ETag.
@@ -15,15 +15,19 @@ from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
 from service.codec.decoding import invalid
-from service.codec.field_rules import stream_name, stream_prefix
+from service.codec.field_rules import MAX_POSITION, stream_name, stream_prefix
 from service.codec.media import Media
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, StreamKey, StreamState
+from service.pipeline.rewind import available_positions
 from service.pipeline.served_model import ServedModel
+from service.store.history_codec import HistoryEntry
 from service.transports.v1.call import Call, count
 from service.transports.v1.replies import etag
 from service.transports.v1.reply_types import (
     Deleted,
+    HistoryReply,
+    KeptChunk,
     StateReply,
     StreamInfo,
     StreamList,
@@ -31,6 +35,7 @@ from service.transports.v1.reply_types import (
 )
 
 PAGE_STREAMS = 100
+PAGE_EVENTS = 1000
 MAX_DELETED = 100_000
 VERSION_DIGITS = 12
 
@@ -105,6 +110,47 @@ async def post_fork(call: Call) -> Response:
     streams = call.api.pipeline.streams
     record = await streams.fork(call.caller, call.key, to.stream, call.precondition)
     return _created_or_overwritten(call, to, record)
+
+
+async def get_history(call: Call) -> Response:
+    """What is kept of a stream's past.
+
+    Its recent events as they came, the positions of the snapshots of its state, and the positions
+    to which it can be rewound. A model keeps a history if its `history` says so.
+    """
+    limits, parameters = call.api.limits, call.parameters
+    start = count(parameters, "from", default=0, minimum=0, maximum=MAX_POSITION)
+    limit = count(parameters, "limit", default=PAGE_EVENTS, maximum=limits.max_chunk_steps)
+    streams = call.api.pipeline.streams
+    histories = await streams.histories(call.caller, call.key, call.precondition)
+    history = histories[0]
+    chunks, next_position = history.cut(start, limit)
+    document: HistoryReply = {
+        **_stream_record(call.key, history.stream),
+        "available": [[*each] for each in available_positions(histories)],
+        "snapshots": sorted({at for each in histories for at in each.positions}),
+        "start": history.start,
+        "chunks": [_kept_chunk(each) for each in chunks],
+        "next": next_position,
+    }
+    return call.reply(document, headers=[etag(history.stream.head)])
+
+
+async def post_rewind(call: Call) -> Response:
+    """Take a stream back to an earlier position.
+
+    The stream gets the state that it had after `position` events, and a new epoch; later events
+    and snapshots are dropped. The state is exact: rejected (`position_unavailable`, with the
+    positions that are `available`) if it cannot be computed from what is kept.
+
+    With `If-Match` only if the stream is in the state that it names, so that a repeated request is
+    not applied to what came after it.
+    """
+    body = await call.read(call.codec.reader.rewind)
+    record = await call.api.pipeline.streams.rewind(
+        call.caller, call.key, body.position, call.precondition
+    )
+    return call.reply(_info(call, call.key, record), headers=[etag(record.head)])
 
 
 async def post_forecast(call: Call) -> Response:
@@ -190,6 +236,22 @@ def _info(call: Call, key: StreamKey, record: StreamState) -> StreamInfo:
         "age_s": age_ms / 1000,
         "state_bytes": record.state.floats.nbytes + record.state.ints.nbytes,
     }
+
+
+def _kept_chunk(chunk: HistoryEntry) -> KeptChunk:
+    steps = chunk.steps
+    kept: KeptChunk = {"position": chunk.start}
+    if steps.columns is not None:
+        kept["events"] = steps.columns.to_events()
+    elif steps.rows is not None:
+        kept["inputs"] = steps.rows.tolist()
+    if steps.resets:
+        kept["resets"] = [*steps.resets]
+    if chunk.final:
+        kept["final"] = True
+    if steps.false_alarms_per_day is not None:
+        kept["false_alarms_per_day"] = steps.false_alarms_per_day
+    return kept
 
 
 def _created_or_overwritten(call: Call, key: StreamKey, record: StreamState) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ import orjson
 import pytest
 from msgspec.structs import replace
 
+from models.artifact.artifact import Artifact
+from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamKey
@@ -20,6 +22,7 @@ from service.pipeline import watching
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.live import watching as sse
+from tests.service.transports.live.sockets import live_application
 from tests.service.transports.v1.harness import Harness, problem, rows
 from tests.service.transports.v1.raw_http import HOST, port_of, serving
 from tests.support.servers import RealServer, becomes
@@ -193,6 +196,27 @@ async def test_a_stream_that_is_replaced_is_watched_in_its_new_epoch(api: Harnes
         assert after["epoch"] != before["epoch"]
         assert await events.expect("gap") == {"from": 0, "to": 3}
         assert (await events.expect("outputs"))["outputs"] == reply["outputs"]
+
+
+async def test_a_watcher_is_told_of_a_rewind(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> None:
+    history = HistorySpec(events=8)
+    async with live_application(pipeline_server, models, history=history) as api:
+        await send(api, 3)
+        await send(api, 2)
+        async with watched(api) as events:
+            before = await events.expect("stream")
+            rewound = await api.client.post(
+                "/v1/models/probe/streams/s/rewind", json={"position": 4}
+            )
+            assert rewound.status_code == 200
+            after = await events.expect("stream")
+            assert before["epoch"] != after["epoch"] == rewound.json()["epoch"]
+            assert await events.expect("gap") == {"from": 0, "to": 4}
+            reply = await send(api, 2, position=4)
+            outputs = await events.expect("outputs")
+    assert outputs["outputs"] == reply["outputs"]
 
 
 async def test_a_slow_watcher_gets_a_gap_and_continues(

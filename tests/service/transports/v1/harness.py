@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from uvicorn.server import ServerState
 
 from models.artifact.artifact import Artifact
+from models.spec.history import HistorySpec
 from service.access.key_cache import AccessKeys
 from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
@@ -134,6 +135,7 @@ async def harness(
     audit: Audit = no_audit,
     load_version: VersionLoader | None = None,
     extend: Callable[[FastAPI], None] = lambda app: None,
+    history: HistorySpec | None = None,
     **pipeline: Any,
 ) -> AsyncIterator[Harness]:
     """An application of its own, on a server that is emptied first.
@@ -142,6 +144,7 @@ async def harness(
         requires_keys: whether requests need an access key before there is one; None for a service
             that has no keys at all.
         extend: adds routes to the application.
+        history: what is kept of the streams of every model.
     """
     settings = StoreSettings(server.url, store_wait_s=60)
     peek = server.client()
@@ -150,7 +153,7 @@ async def harness(
     counts, clock = Counts(), [NOW_MS]
     await store.start()
     built = Pipeline(
-        [numpy_served(artifact) for artifact in models.values()],
+        [numpy_served(artifact, history) for artifact in models.values()],
         store,
         counts,
         settings=replace(UNBOUNDED, **pipeline),

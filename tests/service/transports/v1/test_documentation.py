@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from models.artifact.writing import write_artifact
 from models.events.columns import canonical_bytes
 from models.events.schema import EventSchema
+from models.spec.history import HistorySpec
 from models.spec.model import ModelSpec, parse_spec
 from service.core.delivery import chunk_digest, next_tag
 from service.core.values import FIRST_TAG, Check, Feed, ServerStatus, Steps
@@ -161,7 +162,8 @@ async def test_every_exchange_of_the_api_page_is_current(
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     actual_of: dict[str, str] = {}
     state_body = ""
-    async with harness(pipeline_server, {"flights": artifact}) as api:
+    history = HistorySpec(events=64)
+    async with harness(pipeline_server, {"flights": artifact}, history=history) as api:
         address = "unix:///run/carry/valkey.sock"
         detail, servers = f"{address} accepts commits", (ServerStatus(address, "up"),)
         api.store.check = Check("store", True, detail, servers=servers)

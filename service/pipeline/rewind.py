@@ -1,0 +1,245 @@
+"""The past of a stream: what is kept of it, and the exact states that follow from that.
+
+The state of an earlier position is exact if it is kept, or if a kept state at or before it and
+every event in between are. Nothing else is a state that the stream ever had, so nothing else is
+offered: a recurrent state has no inverse.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import structlog
+
+from service.core.delivery import stream_facts
+from service.core.errors import CarryError, PositionUnavailable, StateDamaged
+from service.core.values import StreamKey, StreamState
+from service.engine.compute import Compute
+from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many
+from service.pipeline.served_model import ServedModel
+from service.store.base import state_damaged_error
+from service.store.codec import CodecError, decode_stream
+from service.store.history import StoredHistory
+from service.store.history_codec import HistoryEntry, read_range
+
+log = structlog.get_logger(__name__)
+
+
+class Past(NamedTuple):
+    """What is kept of a stream's past, as positions.
+
+    Attributes:
+        states: positions of the states that are kept, ascending, with that of the stream itself,
+            and 0 if the events reach back to the stream's beginning.
+        start, end: positions of the first event that is kept, and after the last one.
+        cuts: the ends of the kept chunks, ascending, of a model that sees each chunk as a whole:
+            it has no state within one; None for any other model.
+    """
+
+    states: Sequence[int]
+    start: int
+    end: int
+    cuts: Sequence[int] | None = None
+
+    def find_base(self, position: int) -> int | None:
+        """The position of the state from which the events lead to `position`; None if no state
+        does."""
+        at = bisect_right(self.states, position) - 1
+        if at < 0 or (self.states[at] < position and not self._has_events(position)):
+            return None
+        base = self.states[at]
+        return base if base == position or base >= self.start else None
+
+    def _has_events(self, position: int) -> bool:
+        """Whether a state could be computed at this position from an earlier one."""
+        if not self.start <= position <= self.end:
+            return False
+        return self.cuts is None or position in self.cuts
+
+    def available(self) -> list[tuple[int, int]]:
+        """The positions that have a base, as ascending ranges of first and last position."""
+        ranges = [(position, position) for position in self.states]
+        at = bisect_left(self.states, self.start)
+        if at < len(self.states) and self.states[at] <= self.end:
+            first = self.states[at]
+            if self.cuts is None:
+                ranges.append((first, self.end))
+            else:
+                ranges += [(cut, cut) for cut in self.cuts if cut >= first]
+        return _merge(ranges)
+
+
+class History(NamedTuple):
+    """A stream with what is kept of its past.
+
+    Attributes:
+        served: the version of the model that reads it, and wrote the snapshots.
+        entries: its recent events, encoded, without gaps up to its position.
+        positions: of the snapshots, ascending.
+        snapshot: the newest one at or before the position that was asked for, if there is one.
+    """
+
+    key: StreamKey
+    served: ServedModel
+    stream: StreamState
+    entries: Sequence[bytes] = ()
+    positions: Sequence[int] = ()
+    snapshot: StreamState | None = None
+    starts: bool = False
+
+    @classmethod
+    def read(
+        cls, key: StreamKey, served: ServedModel, stream: StreamState, stored: StoredHistory
+    ) -> History:
+        """What a store keeps of a stream; without the events if the version cannot read them.
+
+        Raises:
+            StateDamaged: the snapshot is invalid.
+        """
+        entries, starts, snapshot = stored.entries, False, None
+        try:
+            starts = bool(entries) and served.history_codec.decode(entries[0]).starts
+        except CodecError as error:
+            log.warning("history_unreadable", model=key.model, stream=key.stream, reason=str(error))
+            entries = ()
+        if stored.snapshot is not None:
+            try:
+                snapshot = decode_stream(stored.snapshot)
+            except CodecError as error:
+                raise state_damaged_error(key, error, stored.snapshot) from error
+        return cls(key, served, stream, entries, stored.positions, snapshot, starts)
+
+    @property
+    def start(self) -> int:
+        """The position of the oldest event; that of the stream if there is none."""
+        return read_range(self.entries[0]).start if self.entries else self.stream.head.position
+
+    @property
+    def past(self) -> Past:
+        """What is kept, as positions."""
+        head = self.stream.head.position
+        if self.served.history is None:
+            return Past((), head, head)
+        states = {*self.positions}
+        if self.served.is_compatible(self.stream):
+            states.add(head)
+        if self.starts:
+            states.add(self.start)
+        cuts = None
+        if self.served.chunk_limit is not None:
+            cuts = [read_range(entry).stop for entry in self.entries]
+        return Past(sorted(states), self.start, head, cuts)
+
+    def cut(self, start: int, limit: int) -> tuple[list[HistoryEntry], int | None]:
+        """Decode the events from a position on, at most so many, by the chunks that they came in;
+        and the position to continue from, None after the last.
+
+        Raises:
+            StateDamaged
+        """
+        parts: list[HistoryEntry] = []
+        for value in self.entries:
+            first, stop = max(start, read_range(value).start), read_range(value).stop
+            if stop < start or stop == start > read_range(value).start:
+                continue
+            if stop > first and not limit:
+                return parts, first
+            part = self._decode(value)
+            until = min(stop, first + limit)
+            parts.append(part if until - first == part.steps.length else part.cut(first, until))
+            limit -= until - first
+            if until < stop:
+                return parts, until
+        return parts, None
+
+    async def stream_at(self, position: int, compute: Compute) -> StreamState:
+        """The stream with its exact state at a position that has a base; the head is unchanged.
+
+        Raises:
+            StateDamaged: what is kept is invalid.
+            CarryError: the state cannot be computed.
+        """
+        base, served, since = self.past.find_base(position), self.served, None
+        if base is None:
+            raise ValueError(f"expected a position with a base, got {position}")
+        if base == self.stream.head.position:
+            return self.stream
+        state = served.initial
+        if self.snapshot is not None and self.snapshot.head.position == base:
+            state, since = self.snapshot.state, self.snapshot.since
+        entries, _ = self.cut(base, position - base)
+        run = HistoryRun(state, base, entries, position)
+        [advanced] = await advance_many(served, compute, [run])
+        if isinstance(advanced, CarryError):
+            raise advanced
+        if isinstance(advanced, HistoryGap):
+            raise self._damaged(advanced) from advanced
+        if advanced.was_reset or (since is not None and served.warmth(since, position) is None):
+            since = None
+        return self.stream._replace(state=advanced.state, since=since)
+
+    def entries_until(self, position: int) -> list[bytes]:
+        """The encoded events up to a position.
+
+        Raises:
+            StateDamaged
+        """
+        try:
+            return self.served.history_codec.keep_until(self.entries, position)
+        except CodecError as error:
+            raise self._damaged(error) from error
+
+    def _decode(self, value: bytes) -> HistoryEntry:
+        try:
+            return self.served.history_codec.decode(value)
+        except CodecError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> StateDamaged:
+        stream = self.key.stream
+        return StateDamaged(f"the history of stream {stream!r} is invalid: {error}", stream=stream)
+
+
+def choose_history(histories: Sequence[History], position: int) -> History:
+    """The first history of a stream that leads to a position.
+
+    Args:
+        histories: as each version of the model reads it; that which answers first.
+
+    Raises:
+        PositionUnavailable: with the positions to which one leads.
+    """
+    for history in histories:
+        if history.past.find_base(position) is not None:
+            return history
+    key, available = histories[0].key, available_positions(histories)
+    ranges = ", ".join(f"{first} to {last}" for first, last in available[-8:]) or "there is none"
+    raise PositionUnavailable(
+        f"expected a position of stream {key.stream!r} whose exact state is kept ({ranges}), got "
+        f"{position}",
+        available=[[*each] for each in available],
+        got=position,
+        **stream_facts(key.stream, histories[0].stream.head),
+    )
+
+
+def available_positions(histories: Iterable[History]) -> list[tuple[int, int]]:
+    """The positions to which a stream can be rewound, as ascending ranges, first and last of each.
+
+    Args:
+        histories: as for `choose_history`.
+    """
+    return _merge([each for history in histories for each in history.past.available()])
+
+
+def _merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending ranges of whole numbers, of which no two touch."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        else:
+            merged.append((first, last))
+    return merged
