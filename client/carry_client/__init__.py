@@ -16,10 +16,12 @@ from carry_client.errors import (
 from carry_client.producer import Producer
 from carry_client.replies import (
     Forecast,
+    KeptChunk,
     Prediction,
     Reply,
     Series,
     ServedModel,
+    StreamHistory,
     StreamInfo,
     StreamState,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "Forecast",
     "Head",
     "Json",
+    "KeptChunk",
     "Model",
     "ModelDescription",
     "NoAnswer",
@@ -69,6 +72,7 @@ __all__ = [
     "Source",
     "Stream",
     "StreamDiverged",
+    "StreamHistory",
     "StreamInfo",
     "StreamMoved",
     "StreamRolledBack",

@@ -17,10 +17,18 @@ from carry_client.errors import CarryError
 from carry_client.heads import Save, open_save
 from carry_client.many_streams import send_many
 from carry_client.models import ModelCore, list_models
-from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
+from carry_client.replies import (
+    Forecast,
+    Prediction,
+    Reply,
+    ServedModel,
+    StreamHistory,
+    StreamInfo,
+    StreamState,
+)
 from carry_client.steps import sort_frame
-from carry_client.streams import AsyncReplayFrom, StreamCore
-from carry_client.types import AsyncSource, Encoding, Events, Head, Json, Progress
+from carry_client.streams import StreamCore
+from carry_client.types import AsyncReplayFrom, AsyncSource, Encoding, Events, Head, Json, Progress
 from carry_client.wire import Addresses, authorization, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:
@@ -481,6 +489,24 @@ class AsyncStream:
             StreamNotFound, Problem
         """
         await self._driver.run(self._core.fork(to._core, overwrite=overwrite))
+
+    async def history(self, start: int = 0, limit: int | None = None) -> StreamHistory:
+        """What the service keeps of the stream's past: its events from `start` on, at most `limit`.
+
+        Raises:
+            StreamNotFound, Problem
+        """
+        return await self._driver.run(self._core.history(start, limit))
+
+    async def rewind(self, position: int) -> Head:
+        """Take the stream back to an earlier position, in a new epoch, and continue from there.
+
+        Raises:
+            PositionUnavailable: no exact state is kept; `document["available"]` has the positions.
+            StateChanged: the stream is elsewhere than this client left it.
+            StreamNotFound, StreamDiverged, Problem
+        """
+        return await self._driver.run(self._core.rewind(position))
 
     async def delete(self) -> bool:
         """Delete the stream, its state and its stored reply; returns whether it existed.

@@ -10,8 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from carry_client.calls import END, LATE, Call, Open, Read
+from carry_client.errors import StreamRolledBack
 from carry_client.steps import Steps, cut, is_sliceable, length, to_steps
-from carry_client.types import AsyncSource
+from carry_client.types import AsyncReplayFrom, AsyncSource, Events, Head
 
 _BLOCK_EVENTS: Final = 1024
 
@@ -155,3 +156,15 @@ def _as_block(item: Any) -> Any:
         return item[None]
     is_event = hasattr(item, "keys") and not hasattr(item, "iloc")
     return [item] if is_event else item
+
+
+def replay_source(source: Events, first: int, name: str) -> AsyncReplayFrom:
+    """The function that reads a source again, which can be read from any place."""
+
+    def replay_from(position: int) -> Events:
+        if position < first:
+            detail = f"is at an earlier position than the source, which begins at {first}"
+            raise StreamRolledBack(detail, name, Head(first), Head(position))
+        return cut(source, position - first, length(source))
+
+    return replay_from

@@ -383,6 +383,10 @@ class StateIncompatible(StreamRejection, code="state_incompatible"):
     """The state belongs to another version of the model."""
 
 
+class PositionUnavailable(StreamRejection, code="position_unavailable"):
+    """No exact state of that position is kept."""
+
+
 class PreviousFailed(StreamRejection, code="previous_failed"):
     """An earlier item of this stream failed."""
 

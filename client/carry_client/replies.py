@@ -199,6 +199,45 @@ class StreamInfo:
     state_bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class KeptChunk:
+    """Events of one chunk as they were sent.
+
+    Attributes:
+        position: of the first event.
+        events: a list of events, or float32 rows [T, F].
+        resets: indexes of the events before which the client reset the state.
+        is_final: whether it ended the stream.
+    """
+
+    position: int
+    events: list[dict[str, Any]] | FloatArray
+    resets: tuple[int, ...]
+    is_final: bool
+
+
+@dataclass(frozen=True, eq=False)
+class StreamHistory:
+    """What the service keeps of a stream's past.
+
+    Attributes:
+        available: ranges of the positions to which it can be rewound, first and last of each.
+        snapshots: positions whose state is kept.
+        start: position of the oldest event that is kept.
+        chunks: the events that were asked for, oldest first.
+        next: the position of the next events; None after the last.
+    """
+
+    model: str
+    stream: str
+    head: Head
+    available: tuple[tuple[int, int], ...]
+    snapshots: tuple[int, ...]
+    start: int
+    chunks: tuple[KeptChunk, ...]
+    next: int | None
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model in the list of served models.
@@ -323,6 +362,23 @@ def read_info(document: Any) -> StreamInfo:
         raise unreadable(error, document) from error
 
 
+def read_history(document: Any) -> StreamHistory:
+    """A history out of its document; Problem if it cannot be read."""
+    try:
+        return StreamHistory(
+            model=str(document["model"]),
+            stream=str(document["stream"]),
+            head=_head(document),
+            available=tuple((int(first), int(last)) for first, last in document["available"]),
+            snapshots=tuple(map(int, document["snapshots"])),
+            start=int(document["start"]),
+            chunks=tuple(map(_read_kept_chunk, document["chunks"])),
+            next=None if document["next"] is None else int(document["next"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable(error, document) from error
+
+
 def read_head(document: Any) -> Head:
     """The stream head in a document; Problem if it cannot be read."""
     try:
@@ -373,3 +429,15 @@ def _exact(array: Column) -> Column:
     with np.errstate(over="ignore"):
         narrow = array.astype(np.float32)
     return narrow if np.array_equal(narrow, array) else array
+
+
+def _read_kept_chunk(document: Mapping[str, Any]) -> KeptChunk:
+    events = document.get("events")
+    if events is None:
+        events = np.asarray(document["inputs"], np.float32)
+    return KeptChunk(
+        int(document["position"]),
+        events,
+        tuple(map(int, document.get("resets", ()))),
+        bool(document.get("final", False)),
+    )

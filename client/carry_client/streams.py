@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any, Final
 
 from carry_client.calls import LOG, Attempts, Call, Emit, Session
-from carry_client.chunks import Chunk, ChunkReader
+from carry_client.chunks import Chunk, ChunkReader, replay_source
 from carry_client.errors import (
     AlreadyApplied,
     EpochMismatch,
@@ -35,22 +35,21 @@ from carry_client.models import ModelCore
 from carry_client.replies import (
     Forecast,
     Reply,
+    StreamHistory,
     StreamInfo,
     StreamState,
     read_forecast,
     read_head,
+    read_history,
     read_info,
     read_reply,
     read_state,
 )
-from carry_client.steps import body_member, cut, is_sliceable, length, to_steps
-from carry_client.types import AsyncSource, Events, Head, Json, Progress, Source
+from carry_client.steps import body_member, is_sliceable, length, to_steps
+from carry_client.types import AsyncReplayFrom, AsyncSource, Events, Head, Json, Progress
 from carry_client.wire import stream_path
 
 REMEMBERED_HEADS: Final = 4096
-ReplayFrom = Callable[[int], Source]
-AsyncReplayFrom = Callable[[int], AsyncSource]
-"""Given a position, the stream's events from there on."""
 
 OTHER_HEAD: Final = (StateChanged, PositionAhead, PositionBehind, EpochMismatch)
 """Rejections of a chunk because the stream is not where this client left it."""
@@ -355,7 +354,7 @@ class StreamCore:
         total = first + length(source) if is_sliceable(source) else None
         own_replay, rollbacks, retries = self._replay_from, self.rollbacks, self.retries
         if own_replay is None and is_sliceable(source):
-            self._replay_from = _rewind(source, first, self.name)
+            self._replay_from = replay_source(source, first, self.name)
         self._chunk_events = chunk_events
         self._resets = sorted(first + reset for reset in resets)
         try:
@@ -451,26 +450,45 @@ class StreamCore:
     def create(
         self, method: str, path: str, body: Any, position: int, *, overwrite: bool
     ) -> Call[None]:
-        """Create this stream at a position.
+        """Create this stream at a position."""
+        before = (yield from self.refresh()) if overwrite else Head()
+        yield from self._replace(method, path, body, position, before)
+
+    def _replace(
+        self, method: str, path: str, body: Any, position: int, before: Head
+    ) -> Call[Head]:
+        """Replace this stream, which is at `before`, by one of a new epoch; returns its head.
 
         After a lost reply, a stream of a new epoch at that position without any commit is the one
         that was asked for.
         """
-        before = (yield from self.refresh()) if overwrite else Head()
         attempts = Attempts(self.session)
+        if_match = before.etag if before.epoch else None
         try:
-            yield from self.session.request(
-                method,
-                path,
-                body,
-                if_match=before.etag if before.epoch else None,
-                attempts=attempts,
+            document = yield from self.session.request(
+                method, path, body, if_match=if_match, attempts=attempts
             )
+            return read_head(document)
         except (StreamExists, StateChanged) as problem:
             head = problem.head
             is_ours = head.position == position and not head.tag.strip("0")
             if not attempts.retries or not is_ours or head.epoch == before.epoch:
                 raise
+            return head
+
+    def history(self, start: int, limit: int | None) -> Call[StreamHistory]:
+        params = {"from": start} if limit is None else {"from": start, "limit": limit}
+        document = yield from self.session.request("GET", f"{self.path}/history", params=params)
+        return read_history(document)
+
+    def rewind(self, position: int) -> Call[Head]:
+        """Take the stream back to a position, and continue from there."""
+        with self.in_use():
+            head = yield from self.known_head(needs_history=False)
+            body, path = {"position": position}, f"{self.path}/rewind"
+            rewound = yield from self._replace("POST", path, body, position, head)
+            self._start_at(rewound)
+            return rewound
 
     def delete(self) -> Call[bool]:
         """Delete the stream; whether it existed."""
@@ -483,15 +501,3 @@ class StreamCore:
             existed = attempts.retries > 0
         self._start_at(Head())
         return existed
-
-
-def _rewind(source: Events, first: int, name: str) -> AsyncReplayFrom:
-    """Reads a source again that can be read from any place."""
-
-    def replay_from(position: int) -> Events:
-        if position < first:
-            detail = f"is at an earlier position than the source, which begins at {first}"
-            raise StreamRolledBack(detail, name, Head(first), Head(position))
-        return cut(source, position - first, length(source))
-
-    return replay_from

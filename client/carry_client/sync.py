@@ -17,11 +17,19 @@ from carry_client.errors import CarryError
 from carry_client.heads import Save, open_save
 from carry_client.many_streams import send_many
 from carry_client.models import ModelCore, list_models
-from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
+from carry_client.replies import (
+    Forecast,
+    Prediction,
+    Reply,
+    ServedModel,
+    StreamHistory,
+    StreamInfo,
+    StreamState,
+)
 from carry_client.steps import sort_frame
-from carry_client.streams import ReplayFrom, StreamCore
+from carry_client.streams import StreamCore
 from carry_client.sync_driver import Driver
-from carry_client.types import Encoding, Events, Head, Json, Progress, Source
+from carry_client.types import Encoding, Events, Head, Json, Progress, ReplayFrom, Source
 from carry_client.wire import Addresses, authorization, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:
@@ -478,6 +486,24 @@ class Stream:
             StreamNotFound, Problem
         """
         self._driver.run(self._core.fork(to._core, overwrite=overwrite))
+
+    def history(self, start: int = 0, limit: int | None = None) -> StreamHistory:
+        """What the service keeps of the stream's past: its events from `start` on, at most `limit`.
+
+        Raises:
+            StreamNotFound, Problem
+        """
+        return self._driver.run(self._core.history(start, limit))
+
+    def rewind(self, position: int) -> Head:
+        """Take the stream back to an earlier position, in a new epoch, and continue from there.
+
+        Raises:
+            PositionUnavailable: no exact state is kept; `document["available"]` has the positions.
+            StateChanged: the stream is elsewhere than this client left it.
+            StreamNotFound, StreamDiverged, Problem
+        """
+        return self._driver.run(self._core.rewind(position))
 
     def delete(self) -> bool:
         """Delete the stream, its state and its stored reply; returns whether it existed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -54,6 +54,10 @@ Source: TypeAlias = Events | Iterable[Event] | Iterable[Events]
 
 AsyncSource: TypeAlias = Source | AsyncIterable[Event] | AsyncIterable[Events]
 """The same, or an asynchronous iterable."""
+
+ReplayFrom: TypeAlias = Callable[[int], Source]
+AsyncReplayFrom: TypeAlias = Callable[[int], AsyncSource]
+"""Given a position, the stream's events from there on."""
 
 
 class Head(NamedTuple):

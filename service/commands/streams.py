@@ -1,4 +1,4 @@
-"""`carry streams list|show|delete|reset`: manages streams of a running service.
+"""`carry streams list|show|history|rewind|delete|reset`: manages streams of a running service.
 
 The commands are a client of the HTTP API: they hold no state and connect to no store.
 """
@@ -26,10 +26,11 @@ PAGE_STREAMS = 1000
 """Streams that are submitted together: it bounds the memory of their requests."""
 
 streams_app = typer.Typer(
-    help="List, show, delete and reset streams of a running service.", no_args_is_help=True
+    help="List, show, rewind, delete and reset streams of a running service.", no_args_is_help=True
 )
 
 Model = Annotated[str, typer.Argument(help="The model's name.")]
+StreamArgument = Annotated[str, typer.Argument(help="The stream's name.")]
 Stream = Annotated[str | None, typer.Argument(help="The stream's name.")]
 Prefix = Annotated[
     str | None, typer.Option(help="All streams whose names begin with this; '' for all.")
@@ -55,7 +56,7 @@ def list_streams(
 @streams_app.command("show")
 def show_stream(
     model: Model,
-    stream: Annotated[str, typer.Argument(help="The stream's name.")],
+    stream: StreamArgument,
     state: Annotated[bool, typer.Option("--state", help="Include every state part.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -65,6 +66,46 @@ def show_stream(
     with open_service(url) as client:
         path = stream_path(model, stream) + ("/state" if state else "")
         typer.echo(json.dumps(client.request("GET", path), indent=2))
+
+
+@streams_app.command("history")
+def show_history(
+    model: Model,
+    stream: StreamArgument,
+    start: Annotated[int, typer.Option("--from", min=0, help="Position of the first event.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many events.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Print what is kept of a stream's past, and where it can be rewound to, as JSON."""
+    from carry_client import stream_path
+
+    params = {"from": start} if limit is None else {"from": start, "limit": limit}
+    with open_service(url) as client:
+        path = stream_path(model, stream) + "/history"
+        typer.echo(json.dumps(client.request("GET", path, params=params), indent=2))
+
+
+@streams_app.command("rewind")
+def rewind_stream(
+    model: Model,
+    stream: StreamArgument,
+    position: Annotated[int, typer.Argument(min=0, help="Events that stay consumed.")],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Take a stream back to an earlier position; its later events are dropped.
+
+    Nothing happens if the stream changes between the question and the answer.
+    """
+    with open_service(url) as client:
+        handle = client.model(model).stream(stream)
+        head = handle.refresh()
+        if not yes:
+            which = f"stream {stream} of model {model}"
+            question = f"Take {which} from position {head.position} to {position}?"
+            typer.confirm(question, abort=True)
+        head = handle.rewind(position)
+        typer.echo(f"rewound {stream} to position {head.position}, epoch {head.epoch}")
 
 
 @streams_app.command("delete")

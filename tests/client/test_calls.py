@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from carry_client.calls import GRACE_S, Call, Emit, Session, Sleep
-from carry_client.errors import NoAnswer, Problem, StreamExists
+from carry_client.errors import NoAnswer, Problem, StateChanged, StreamExists
 from carry_client.many_streams import send_many
 from carry_client.models import ModelCore
 from carry_client.replies import StreamState
@@ -171,6 +171,43 @@ def test_stream_of_others_is_not_taken_for_a_restored_one(
     driver = Driver(*outcomes)
     with pytest.raises(StreamExists):
         driver.run(stream_of(driver).restore(STATE, overwrite=False))
+
+
+READ = response(200, b'{"epoch": "e1", "position": 9, "tag": "ab"}')
+
+
+def changed(epoch: str, position: int, tag: str) -> Response:
+    head = f'"epoch": "{epoch}", "position": {position}, "tag": "{tag}"'
+    return response(412, f'{{"code": "state_changed", "retryable": false, {head}}}'.encode())
+
+
+def test_rewind_whose_reply_was_lost_is_recognised() -> None:
+    driver = Driver(READ, REFUSED, changed("e2", 7, "00"))
+    stream = stream_of(driver)
+    assert driver.run(stream.rewind(7)) == stream.head == Head(7, "e2", "00")
+    rewinds = driver.sent[1:]
+    assert [request.path for request in rewinds] == ["/v1/models/m/streams/s/rewind"] * 2
+    assert {request.headers["if-match"] for request in rewinds} == {'"e1-ab"'}
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        (changed("e2", 7, "00"),),
+        (REFUSED, changed("e2", 7, "cd")),
+        (REFUSED, changed("e2", 8, "00")),
+        (REFUSED, changed("e1", 7, "00")),
+    ],
+    ids=["at the first attempt", "with events", "elsewhere", "in the same epoch"],
+)
+def test_stream_that_others_changed_is_not_taken_for_a_rewound_one(
+    outcomes: tuple[Response | NoAnswer, ...],
+) -> None:
+    driver = Driver(READ, *outcomes)
+    stream = stream_of(driver)
+    with pytest.raises(StateChanged):
+        driver.run(stream.rewind(7))
+    assert stream.head == Head(9, "e1", "ab")
 
 
 def test_deletion_whose_reply_was_lost_counts_as_done() -> None:

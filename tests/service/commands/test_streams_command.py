@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from typer.testing import CliRunner, Result
 
 from carry.cli import app
 from models.artifact.artifact import Artifact
+from models.spec.history import HistorySpec
 from service.access.caller import ANYONE, Caller
-from service.core.values import StreamKey
+from service.core.values import StreamKey, StreamState
 from service.pipeline.streams import StreamAdministration
 from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import port_of, serving
@@ -53,7 +55,9 @@ class Commands:
 
 @pytest.fixture
 async def carry(pipeline_server: RealServer, artifact: Artifact) -> AsyncIterator[Commands]:
-    async with harness(pipeline_server, {"probe": artifact}) as api, serving(api) as server:
+    history = HistorySpec(events=8)
+    models = {"probe": artifact}
+    async with harness(pipeline_server, models, history=history) as api, serving(api) as server:
         yield Commands(api, f"http://127.0.0.1:{port_of(server)}")
 
 
@@ -92,6 +96,43 @@ async def test_delete_one_or_all_with_a_prefix(
     assert carry.streams() == []
     for words in ((), ("one", "--prefix", "two")):
         assert (await carry("delete", "probe", *words, "--yes")).exit_code == 2
+
+
+async def test_history_and_rewind(carry: Commands) -> None:
+    await carry.fill("s")
+    kept = json.loads((await carry("history", "probe", "s", "--from", "1", "--limit", "1")).stdout)
+    assert (kept["available"], kept["next"]) == ([[0, 3]], 2)
+    assert [len(chunk["inputs"]) for chunk in kept["chunks"]] == [1]
+    no = await carry("rewind", "probe", "s", "1", answer="n\n")
+    assert no.exit_code == 1
+    assert "Take stream s of model probe from position 3 to 1? [y/N]" in no.output
+    assert carry.api.position() == 3
+    done = await carry("rewind", "probe", "s", "1", answer="y\n")
+    assert done.exit_code == 0
+    assert "rewound s to position 1, epoch " in done.stdout
+    assert carry.api.position() == 1
+    gone = await carry("rewind", "probe", "s", "3", "--yes")
+    assert gone.exit_code == 1
+    assert gone.stderr.startswith("carry: position_unavailable: ")
+    assert (await carry("history", "probe", "none")).exit_code == 1
+
+
+async def test_rewind_keeps_a_stream_that_changed_meanwhile(
+    carry: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await carry.fill("s")
+    rewind = StreamAdministration.rewind
+
+    async def late(streams: StreamAdministration, *arguments: Any) -> StreamState:
+        chunk = chunk_of("s", rows_of(np.random.default_rng(61), 2), 3)
+        await carry.api.pipeline.process(ANYONE, chunk)
+        return await rewind(streams, *arguments)
+
+    monkeypatch.setattr(StreamAdministration, "rewind", late)
+    done = await carry("rewind", "probe", "s", "1", "--yes")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("carry: state_changed: ")
+    assert carry.api.position() == 5
 
 
 async def test_reset_deletes_only_states_of_other_versions(carry: Commands) -> None:
