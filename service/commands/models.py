@@ -5,6 +5,7 @@ The commands are a client of the HTTP API; they connect to no store.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,6 +112,52 @@ def retire_version(model: Model, version: Version, url: Url = DEFAULT_URL) -> No
     with open_service(url) as client:
         client.request("DELETE", _path(model, f"versions/{version}"))
         _print(_versions(client, model))
+
+
+@models_app.command("report")
+def print_report(
+    model: Model,
+    version: Annotated[
+        str | None, typer.Argument(help="Of a version; default: the challenger.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Compare a challenger with the champion: outputs, losses, calibration, time."""
+    with open_service(url) as client:
+        if version is None:
+            listed = _versions(client, model)["versions"]
+            version = next((v["version"] for v in listed if v["alias"] == "challenger"), None)
+        if version is None:
+            raise OperatorError(f"model {model} has no challenger; name a version")
+        report = client.request("GET", _path(model, f"versions/{version}/report"))
+    typer.echo(json.dumps(report, indent=2) if as_json else _report_text(report))
+
+
+def _report_text(report: Any) -> str:
+    """A report as text: a line of totals, and a line for each output, loss and calibration."""
+    counts = "  ".join(f"{outcome} {count:,}" for outcome, count in report["chunks"].items())
+    lines = [f"challenger {report['challenger']}", f"chunks      {counts or 'none'}"]
+    lines.append(
+        f"events      compared {report['events']:,}  from history {report['caught_up_events']:,}"
+    )
+    times = "  ".join(f"{side} {us:.1f} us" for side, us in report["us_per_event"].items())
+    lag_s = "-" if report["lag_s"] is None else f"{report['lag_s']:.3f} s"
+    lines.append(f"time/event  {times or '-'}  lag {lag_s}")
+    for output, each in report["differences"].items():
+        sizes = "  ".join(f"{name} {value:.3g}" for name, value in each.items())
+        lines.append(f"difference  {output}  {sizes}")
+    for head, losses in report["losses"].items():
+        for loss, each in losses.items():
+            change = each["challenger"] - each["champion"]
+            lines.append(
+                f"loss        {head} {loss}  champion {each['champion']:.4g}  challenger "
+                f"{each['challenger']:.4g} ({change:+.2g})  of {each['events']:,} events"
+            )
+    for head, sides in report["calibration"].items():
+        errors = "  ".join(f"{side} {own['error']:.4f}" for side, own in sides.items())
+        lines.append(f"calibration {head}  error {errors}")
+    return "\n".join(lines)
 
 
 def _change(url: str, model: str, change: dict[str, Any]) -> None:

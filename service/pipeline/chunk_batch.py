@@ -42,6 +42,7 @@ from service.pipeline.recorder import Recorder
 from service.pipeline.rewarm import Rewarming
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
+from service.pipeline.shadow import Shadow
 from service.pipeline.shards import Shards
 from service.pipeline.state_cache import StateCache
 from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
@@ -90,6 +91,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         settings: of batches; as many chunks as half a queue may wait outside of batches for
             unresponsive shards.
         now_ms: wall clock in epoch milliseconds.
+        shadow: is offered what was committed while there is a challenger.
         tracer: records the batches of traced requests; None records none.
     """
 
@@ -106,9 +108,11 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         *,
         settings: BatchingSettings,
         now_ms: Callable[[], int],
+        shadow: Shadow,
         tracer: Tracer | None = None,
     ):
         self._versions = versions
+        self._shadow = shadow
         self._name = versions.name
         self._compute = compute
         self._store = store
@@ -288,6 +292,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             self._responsiveness.note_response()
             version = computed.served.version
             self._recorder.record_chunks(self._name, version, steps, queue_s, timing)
+            if self._versions.route.challenger is not None:
+                committed = [at for at, result in enumerate(results) if result is COMMITTED]
+                self._shadow.offer(computed, committed, times.infer_s)
         return to_retry
 
     def _encode(self, computed: ComputedBatch) -> CommitColumns:

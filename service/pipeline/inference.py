@@ -46,12 +46,22 @@ log = structlog.get_logger(__name__)
 
 
 class Inference:
-    """Encodes and computes the chunks of one model."""
+    """Encodes and computes the chunks of one model.
 
-    def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):
+    Args:
+        on_call: called with each runtime call, instead of the recorder.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        compute: Compute,
+        recorder: Recorder,
+        on_call: OnCall | None = None,
+    ):
         self._served = served
         self._compute = compute
-        self._on_call = partial(recorder.record_runtime_call, served.name)
+        self._on_call = on_call or partial(recorder.record_runtime_call, served.name)
         initial, layout = served.initial, served.state
         self._initial = bytes(HEADER_BYTES) + initial.ints.tobytes() + initial.floats.tobytes()
         self._sizes = layout.int_size, layout.float_size

@@ -62,6 +62,7 @@ from service.pipeline.recorder import Audit, Recorder, no_audit
 from service.pipeline.rewarm import Rewarming
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
+from service.pipeline.shadow import Shadow
 from service.pipeline.state_cache import StateCache
 from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import StreamAdministration
@@ -152,6 +153,7 @@ class Pipeline:
         self._stopping = ""
         self._aging: asyncio.Task[None] | None = None
         self._tracer = tracer
+        self._shadows: dict[str, Shadow] = {}
         self._chunks: dict[str, Batcher[Chunk, Reply]] = {}
         self._sequences: dict[str, Batcher[SequenceStart, Prediction]] = {}
         self._forecasts: dict[str, Batcher[ForecastOrigin, Forecast]] = {}
@@ -159,6 +161,14 @@ class Pipeline:
             served = versions.route.champion
             rows, steps = self.max_batch_rows(served), settings.max_batch_steps
             limits = BatchLimits(rows, steps, served.runtime.max_steps)
+            shadow = self._shadows[name] = Shadow(
+                versions,
+                store,
+                recorder,
+                settings=settings,
+                now_ms=now_ms,
+                is_busy=self._has_waiting_chunks,
+            )
             run = ChunkBatchRunner(
                 versions,
                 store,
@@ -168,6 +178,7 @@ class Pipeline:
                 self._rewarming,
                 settings=settings,
                 now_ms=now_ms,
+                shadow=shadow,
                 tracer=tracer,
             )
             predict = PredictRunner(name, self._compute, recorder)
@@ -225,7 +236,11 @@ class Pipeline:
             *(each.drain(self._drain_s) for group in batchers for each in group.values())
         )
         await self.aliases.close()
+        await asyncio.gather(*(shadow.close() for shadow in self._shadows.values()))
         self._compute.close()
+
+    def _has_waiting_chunks(self) -> bool:
+        return any(batcher.waiting for batcher in self._chunks.values())
 
     def queue_depths(self) -> dict[str, int]:
         """Number of chunks that wait for a batch, by model."""

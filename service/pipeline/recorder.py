@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from service.core.errors import CarryError
@@ -13,6 +14,10 @@ from service.core.values import Timing
 
 if TYPE_CHECKING:
     from service.pipeline.comparison import Comparison
+
+
+_closed = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
+"""For types that the API document describes."""
 
 
 class ModelStatistics(NamedTuple):
@@ -53,6 +58,7 @@ class ShadowBatch(NamedTuple):
     comparison: Comparison | None = None
 
 
+@_closed
 class DifferenceReport(TypedDict):
     """Absolute differences of an output; quantiles to within a factor of 1.5."""
 
@@ -62,6 +68,7 @@ class DifferenceReport(TypedDict):
     p99: float
 
 
+@_closed
 class LossReport(TypedDict):
     """Mean losses of both versions on the same events."""
 
@@ -70,6 +77,7 @@ class LossReport(TypedDict):
     events: int
 
 
+@_closed
 class BinReport(TypedDict):
     """The mean of the predicted probabilities of one bin, and the share that came true."""
 
@@ -78,6 +86,7 @@ class BinReport(TypedDict):
     true: float
 
 
+@_closed
 class CalibrationReport(TypedDict):
     """The expected calibration error of a head, and its bins by their lower bounds, or by the
     quantiles of a forecast."""
@@ -86,6 +95,7 @@ class CalibrationReport(TypedDict):
     bins: dict[str, BinReport]
 
 
+@_closed
 class ShadowReport(TypedDict):
     """What is known of a challenger beside the champion, of all workers since they started."""
 

@@ -44,7 +44,7 @@ from service.store.history_codec import HistoryEntry, read_range
 RETRY_AFTER_S: Final = 1.0
 
 
-class _Start(NamedTuple):
+class RewarmStart(NamedTuple):
     """Where a version takes up a stream.
 
     Attributes:
@@ -158,17 +158,17 @@ class Rewarming:
     ) -> list[StreamState | CarryError | None]:
         """The states of streams, each with a deadline, for a version."""
         starts = await asyncio.gather(*(self._start(served, *each) for each in requests))
-        runs = [start.run for start in starts if isinstance(start, _Start)]
+        runs = [start.run for start in starts if isinstance(start, RewarmStart)]
         on_call = partial(self._recorder.record_runtime_call, served.name)
         results = iter(await advance_many(served, self._compute, runs, on_call))
         return [
-            _end(served, start, next(results)) if isinstance(start, _Start) else start
+            end_rewarming(served, start, next(results)) if isinstance(start, RewarmStart) else start
             for start in starts
         ]
 
     async def _start(
         self, served: ServedModel, key: StreamKey, deadline_s: float
-    ) -> _Start | CarryError | None:
+    ) -> RewarmStart | CarryError | None:
         """Where a version takes a stream up; None if there is no stream."""
         try:
             history = await self._store.histories.read(
@@ -180,14 +180,14 @@ class Rewarming:
         if not isinstance(record, StreamState):
             return record if isinstance(record, CarryError) else None
         try:
-            return _find_start(served, key, record, history)
+            return find_rewarm_start(served, key, record, history)
         except (CodecError, HistoryGap) as error:
             return served.incompatible(key.stream, record, str(error))
 
 
-def _find_start(
+def find_rewarm_start(
     served: ServedModel, key: StreamKey, record: StreamState, history: StoredHistory
-) -> _Start:
+) -> RewarmStart:
     """The nearest state that a version can start from, and the events since then.
 
     Raises:
@@ -215,7 +215,7 @@ def _find_start(
             since = None
         elif served.blocks is not None:
             start = since = _first_block(served.blocks.blocks, first, head.position)
-    return _Start(key, record, HistoryRun(state, start, entries, head.position), since)
+    return RewarmStart(key, record, HistoryRun(state, start, entries, head.position), since)
 
 
 def _own_state(served: ServedModel, key: StreamKey, history: StoredHistory) -> StreamState | None:
@@ -235,8 +235,8 @@ def _first_block(blocks: BlockSpec, first: int, position: int) -> int:
     return start
 
 
-def _end(
-    served: ServedModel, start: _Start, result: Advanced | CarryError | HistoryGap
+def end_rewarming(
+    served: ServedModel, start: RewarmStart, result: Advanced | CarryError | HistoryGap
 ) -> StreamState | CarryError:
     """The stream with the state at the end of a run."""
     record, since = start.record, start.since

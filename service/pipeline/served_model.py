@@ -249,9 +249,12 @@ class ServedModel:
         )
 
     def warmth(self, since: int, position: int) -> Warmth | None:
-        """How warm a state is that is computed since a position; None if its start is forgotten."""
-        events = position - since
-        return Warmth(events, self.warm_events) if events < self.warm_events else None
+        """How warm a state is that is computed since a position; None if its start is forgotten.
+
+        If it is not known after how many events that is, it never counts as forgotten.
+        """
+        events, enough = position - since, self.warm_events
+        return None if enough and events >= enough else Warmth(events, enough)
 
     def is_reset(self, steps: Steps, position: int) -> bool:
         """Whether the state is certainly reset within a chunk: by the client or by `reset_every`.

@@ -133,6 +133,12 @@ class BatchingSettings:
     `state_incompatible` (`refuse`). Not `reset` while two versions are served at once: they would
     reset each other's streams."""
 
+    shadow_budget: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """Time that a challenger may compute beside the champion, as a share of the time that the
+    champion computes and that the worker is idle; 0 computes nothing. It waits for chunks of the
+    champion in any case, and chunks beyond are dropped: their streams catch up from their
+    history."""
+
     state_cache_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
     """Size of each worker's cache of recent states, which saves their load; 0 disables it. About
     the number of live streams times the size of a state."""

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
@@ -31,6 +32,7 @@ from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
+from service.telemetry.shadow_metrics import ShadowMetrics, read_report
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_step
 
@@ -105,7 +107,9 @@ class Counts:
         self.shadows.append(batch)
 
     def shadow_report(self, model: str, challenger: str) -> ShadowReport:
-        raise NotImplementedError
+        registry = CollectorRegistry()
+        ShadowMetrics(registry).add((model, challenger), self.shadows)
+        return read_report(registry.collect(), model, challenger)
 
     def record_drift(
         self,
@@ -150,6 +154,7 @@ async def worker(
     on_model_change: Literal["rewarm", "keep", "reset", "refuse"] = "rewarm",
     history: HistorySpec | None = None,
     load_version: VersionLoader | None = None,
+    shadow_budget: float = 0.5,
 ) -> AsyncIterator[Pipeline]:
     """One worker's pipeline on a store of its own connections."""
     store = store or RedisStore(
@@ -166,6 +171,7 @@ async def worker(
             conflict_attempts=64,
             batches_in_flight=in_flight,
             on_model_change=on_model_change,
+            shadow_budget=shadow_budget,
         ),
         now_ms=lambda: time.time_ns() // 1_000_000,
         drain_s=drain_s,

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec.reply_types import EXAMPLE_EPOCH, EXAMPLE_TAG, ChunkReply, ForecastReply
+from service.pipeline.recorder import ShadowReport
 from service.transports.v1 import reply_types
 from service.transports.v1.call import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter
@@ -258,6 +259,14 @@ ROUTES: Final = (
         versions.delete_version,
         verbs=(Verb.MANAGE_MODELS,),
         replies={204: "Retired."},
+    ),
+    Route(
+        "GET",
+        f"{_MODEL}/versions/{{version}}/report",
+        versions.get_report,
+        verbs=(Verb.MODELS, Verb.MANAGE_MODELS),
+        replies={200: "The report."},
+        reply=ShadowReport,
     ),
     Route(
         "POST",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from models.artifact.artifact import Artifact
 from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import port_of, serving
 from tests.support.pipelines import make_artifact
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 from tests.support.versions import Versions
 
 
@@ -73,3 +74,28 @@ async def test_rejections_are_one_line(carry: Commands) -> None:
         result = await carry(*words)
         assert result.exit_code == 1
         assert f"carry: {reason}: " in result.output
+
+
+async def test_report_compares_the_challenger_with_the_champion(carry: Commands) -> None:
+    new = carry.artifacts[1]
+    nothing = await carry("report", "probe")
+    assert nothing.exit_code == 1
+    assert "no challenger" in nothing.output
+    for words in (("load", "probe", new.path.name), ("shadow", "probe", new.version)):
+        assert (await carry(*words)).exit_code == 0
+    for position in (0, 2, 4):
+        body = {"inputs": [[0.5, 1.0, -0.5]] * 2, "position": position}
+        assert (await carry.api.chunk(body)).status_code == 200
+    seen = carry.api.counts.seen
+    await becomes(lambda: seen["shadow_computed"] + seen["shadow_dropped"] == 3, "the shadow")
+    # the service logs to the same output
+    output = (await carry("report", "probe", "--json")).stdout
+    report, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
+    assert report["challenger"] == new.version
+    assert report["chunks"] == {"computed": 3, "dropped": 0, "failed": 0}
+    assert report["differences"]["out"]["mean"] > 0
+    text = (await carry("report", "probe", new.version[:5])).stdout.splitlines()
+    assert f"challenger {new.version}" in text
+    assert [line.split()[1] for line in text if line.startswith("difference")] == [
+        *carry.artifacts[0].outputs.slices
+    ]

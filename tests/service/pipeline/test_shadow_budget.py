@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.pipeline.shadow_budget import BURST_S, ShadowBudget
+from service.pipeline.shadow_budget import BURST_S, BusyClock, ShadowBudget
 
 
 def empty_budget(share: float = 0.5) -> ShadowBudget:
-    budget = ShadowBudget(share, now_s=100.0, cpu_s=7.0)
-    budget.spend(BURST_S)
+    budget = ShadowBudget(share, now_s=100.0, busy_s=7.0)
     assert not budget.has_time
     return budget
 
@@ -20,38 +21,50 @@ def test_busy_process_gives_the_share_of_the_champion_and_no_more() -> None:
     for _ in range(10):
         budget.earn(0.01)
     # all the time that passed was spent by the process
-    budget.note_clocks(now_s=100.2, cpu_s=7.2)
+    budget.note_clocks(now_s=100.2, busy_s=7.2)
     budget.spend(0.049)
     assert budget.has_time
     budget.spend(0.0011)
     assert not budget.has_time
 
 
-def test_idle_time_counts_and_cpu_time_of_other_threads_does_not_make_it_negative() -> None:
+def test_idle_time_counts_and_is_never_negative() -> None:
     budget = empty_budget()
-    budget.note_clocks(now_s=100.1, cpu_s=7.05)
+    budget.note_clocks(now_s=100.1, busy_s=7.05)
     budget.spend(0.024)
     assert budget.has_time
     budget.spend(0.002)
     assert not budget.has_time
-    budget.note_clocks(now_s=100.2, cpu_s=8.0)
+    budget.note_clocks(now_s=100.2, busy_s=8.0)
     budget.earn(0.003)
     assert budget.has_time
 
 
 def test_unused_time_is_saved_up_to_a_bound() -> None:
     budget = empty_budget()
-    budget.note_clocks(now_s=5000.0, cpu_s=7.0)
+    budget.note_clocks(now_s=5000.0, busy_s=7.0)
     budget.spend(BURST_S - 0.001)
     assert budget.has_time
     budget.spend(0.0011)
     assert not budget.has_time
 
 
+def test_busy_clock_counts_the_time_that_the_process_computes() -> None:
+    clock = BusyClock()
+    try:
+        before_s, began_s = clock.read_s(), time.process_time()
+        while time.process_time() < began_s + 0.02:
+            pass
+        assert clock.read_s() >= before_s + 0.02
+    finally:
+        clock.close()
+    clock.close()
+
+
 def test_share_of_0_never_computes() -> None:
-    budget = ShadowBudget(0.0, now_s=0.0, cpu_s=0.0)
+    budget = ShadowBudget(0.0, now_s=0.0, busy_s=0.0)
     budget.earn(10.0)
-    budget.note_clocks(now_s=100.0, cpu_s=0.0)
+    budget.note_clocks(now_s=100.0, busy_s=0.0)
     assert not budget.has_time
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 
 from starlette.responses import Response
@@ -40,6 +41,18 @@ async def delete_version(call: Call) -> Response:
     aliases = call.api.pipeline.aliases
     await aliases.retire(call.caller, call.served.name, call.path["version"])
     return Response(status_code=204)
+
+
+async def get_report(call: Call) -> Response:
+    """What is known of a version beside the champion that it was compared with.
+
+    Differences of their outputs, losses and calibration of predictions whose events came since,
+    time and lag: of all workers of the service that answers, since they were started.
+    """
+    status = await call.api.pipeline.aliases.describe(call.caller, call.served.name)
+    version = short(status.record.find(call.path["version"]))
+    report = call.api.recorder.shadow_report
+    return call.reply(await asyncio.to_thread(report, call.served.name, version))
 
 
 async def post_alias(call: Call) -> Response:
