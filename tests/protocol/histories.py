@@ -44,7 +44,7 @@ def add_entry(scenario: Scenario, keys: Keys, new: Version, entry: Entry) -> His
     entries, snapshots = (*history.entries, entry), history.snapshots
     if len(entries) == 1 and not snapshots:
         snapshots = (record,)
-    while sum(len(each.events) for each in entries[1:]) >= scenario.max_events:
+    while new.head.position - entries[0].stop >= scenario.max_events:
         entries = entries[1:]
     newest = snapshots[-1].head.position if snapshots else 0
     snapshots = add_snapshot(scenario, snapshots, new, newest)
@@ -119,7 +119,7 @@ def replace_history(stored: History, history: History, new: Version) -> History:
 
 def cut(entries: tuple[Entry, ...], position: int) -> tuple[Entry, ...]:
     """The entries up to a position."""
-    return tuple(each for each in entries if each.start + len(each.events) <= position)
+    return tuple(each for each in entries if each.stop <= position)
 
 
 def read(keys: Keys, artifact: int, position: int | None = None) -> HistoryRead:

@@ -176,7 +176,7 @@ SCENARIOS = (
     UNMAINTAINED := _scenario(
         "unmaintained: keys of the history are evicted, or a worker maintains none",
         _client("A", A0, A1, A2), _client("R", REWIND),
-        routes=WITHOUT, max_events=2, histories_expired=1, depth=25),
+        routes=WITHOUT, max_events=3, histories_expired=1, depth=25),
 )
 # fmt: on
 

@@ -124,6 +124,11 @@ class Entry(NamedTuple):
     events: tuple[int, ...]
     tag: bytes  # of the head before them
 
+    @property
+    def stop(self) -> int:
+        """The position after the last event."""
+        return self.start + len(self.events)
+
 
 class History(NamedTuple):
     """A stream's history: valid while its head is that of the stored state."""

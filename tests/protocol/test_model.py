@@ -61,8 +61,9 @@ async def test_changed_script_differs_from_the_model(
     assert original.text.count(old.encode()) == 1
     text = original.text.replace(old.encode(), new.encode())
     changed = Script(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
-    correct = explore(ChunkSpace(bug.scenario), 8).space.model
-    buggy = explore(ChunkSpace(bug.scenario, bug.rules), bug.scenario.depth).space.model
+    found = explore(ChunkSpace(bug.scenario, bug.rules), bug.scenario.depth)
+    buggy, depth = found.space.model, max(8, len(found.path))
+    correct = explore(ChunkSpace(bug.scenario), depth).space.model
     with valkey.client() as client:
         await compare_script_calls(correct, valkey.url, client)
         with pytest.raises(ScriptMismatch):
