@@ -35,7 +35,7 @@ from service.commands.serve import check, serve  # noqa: E402
 from service.commands.streams import streams_app  # noqa: E402
 from service.core.errors import CarryError, OperatorError  # noqa: E402
 
-EXTRAS = {"replay": "replay", **dict.fromkeys(COMMANDS, "train")}
+EXTRAS = {"models": "mlflow", "replay": "replay", **dict.fromkeys(COMMANDS, "train")}
 """The extra with the packages that a command needs."""
 
 

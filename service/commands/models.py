@@ -1,12 +1,13 @@
 """`carry models`: manages the versions of the models of a running service.
 
-The commands are a client of the HTTP API; they connect to no store.
+The commands are a client of the HTTP API, `pull` one of MLflow's; they connect to no store.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,6 +76,23 @@ def load_version(
                 raise OperatorError(f"{count} processes have loaded it after {timeout_s:g} s")
             time.sleep(POLL_S)
     _print(document)
+
+
+@models_app.command("pull")
+def pull_version(
+    uri: Annotated[
+        str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artifact at OUT.")
+    ] = False,
+) -> None:
+    """Take an artifact from an MLflow registry, that of MLFLOW_TRACKING_URI."""
+    from models.registry import pull_model
+
+    artifact = pull_model(uri, out, overwrite=overwrite)
+    typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")
 
 
 @models_app.command("shadow")
