@@ -168,6 +168,7 @@ class StreamState:
         fingerprint: of the model that wrote it.
         feed: `events` or `inputs`.
         values: by name: float32, or float64 for values that float32 does not hold; int64; bool.
+        since: position since which the version has computed it; None if it has seen the start.
     """
 
     model: str
@@ -176,6 +177,7 @@ class StreamState:
     fingerprint: str
     feed: str
     values: dict[str, Column]
+    since: int | None = None
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,7 @@ def read_state(document: Any) -> StreamState:
             fingerprint=str(document["fingerprint"]),
             feed=str(document["feed"]),
             values=_read_state(document["state"]),
+            since=document.get("since"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise unreadable(error, document) from error

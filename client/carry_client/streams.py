@@ -435,6 +435,7 @@ class StreamCore:
             "feed": state.feed,
             "position": state.head.position,
             "state": {name: values.tolist() for name, values in state.values.items()},
+            **({} if state.since is None else {"since": state.since}),
         }
         path = f"{self.path}/state"
         yield from self.create("PUT", path, body, state.head.position, overwrite=overwrite)

@@ -38,6 +38,7 @@ from service.codec.reply_types import (
     EXAMPLE_STATE,
     EXAMPLE_STREAM,
     EXAMPLE_TAG,
+    SINCE,
 )
 from service.codec.settings import Limit, ModelLimits
 from service.core.errors import InvalidInput
@@ -216,7 +217,8 @@ class ForecastBody(Body, Generic[Events]):
 
 
 class StateBody(Body, Generic[Part]):
-    """What `GET .../state` gave. Only fingerprint, feed, position and state are read."""
+    """What `GET .../state` gave. Only fingerprint, feed, position, state and since are
+    read."""
 
     fingerprint: Annotated[
         str,
@@ -245,6 +247,7 @@ class StateBody(Body, Generic[Part]):
     epoch: str | None = None
     tag: str | None = None
     updated_ms: int | None = None
+    since: Annotated[NonNegativeInt, Meta(description=SINCE)] | None = None
 
 
 class ForkBody(Body):

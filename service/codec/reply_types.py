@@ -66,6 +66,11 @@ StateValues = Annotated[
     ),
 ]
 
+SINCE: Final = (
+    "Present if the version has not seen the stream's start: the position since which it has "
+    "computed the state, from the initial state."
+)
+
 closed: Final = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
 """A reply has no other members than its type."""
 

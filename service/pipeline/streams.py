@@ -273,6 +273,7 @@ class StreamAdministration:
         fingerprint: bytes,
         state: State,
         precondition: Precondition | None,
+        since: int | None = None,
     ) -> StreamState:
         """Restore a stream from a snapshot of its state, in a new epoch.
 
@@ -284,9 +285,8 @@ class StreamAdministration:
         """
         with self._use(caller, (Verb.WRITE_STATE,), key.model, key.stream):
             served = self._versions(key.model).writer(fingerprint)
-            source = StreamState(
-                StreamHead(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
-            )
+            head, now_ms = StreamHead(b"", FIRST_TAG, position), self._now_ms()
+            source = StreamState(head, feed, fingerprint, None, now_ms, state, since)
             if fingerprint != served.fingerprint:
                 raise served.incompatible(key.stream, source)
             history = HistoryCopy() if self._keeps_history(key.model) else None

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from models.spec.state import Dtype
 from service.codec.reply_types import (
+    SINCE,
     ChunkReply,
     EpochText,
     FeedName,
@@ -105,6 +106,7 @@ class StreamRecord(TypedDict):
     tag: TagText
     # a docstring would not be inherited
     updated_ms: Annotated[int, Field(description="Last commit, epoch milliseconds.")]
+    since: NotRequired[Annotated[int, Field(ge=0, description=SINCE)]]
 
 
 @closed

@@ -61,7 +61,7 @@ async def api(
     """An application with a model with detection, and one without."""
     probe = make_artifact(tmp_path_factory.mktemp("models"))
 
-    def serve(artifact: Artifact) -> ServedModel:
+    def serve(artifact: Artifact, history: None) -> ServedModel:
         return ServedModel(artifact, open_runtimes("onnxruntime", [artifact], 1)[0])
 
     def add_v2(app: FastAPI) -> None:

@@ -84,7 +84,7 @@ async def put_state(call: Call) -> Response:
     created, 200 if it was overwritten.
     """
     call.codec.reader.check_accepts_chunks()
-    feed, position, state = await call.read(_read_state, call)
+    feed, position, state, since = await call.read(_read_state, call)
     record = await call.api.pipeline.streams.restore(
         call.caller,
         call.key,
@@ -92,6 +92,7 @@ async def put_state(call: Call) -> Response:
         position=position,
         fingerprint=call.served.fingerprint,
         state=state,
+        since=since,
         precondition=call.precondition,
     )
     return _created_or_overwritten(call, call.key, record)
@@ -216,7 +217,7 @@ async def delete_streams(call: Call) -> Response:
 
 def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
     fingerprint = record.fingerprint.hex()
-    return {
+    document: StreamRecord = {
         "model": key.model,
         "version": fingerprint[:VERSION_DIGITS],
         "fingerprint": fingerprint,
@@ -227,6 +228,9 @@ def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
         "tag": record.head.tag.hex(),
         "updated_ms": record.updated_ms,
     }
+    if record.since is not None:
+        document["since"] = record.since
+    return document
 
 
 def _info(call: Call, key: StreamKey, record: StreamState) -> StreamInfo:
@@ -263,9 +267,9 @@ def _created_or_overwritten(call: Call, key: StreamKey, record: StreamState) -> 
     return call.reply(document, 201, [*headers, (b"location", location.encode())])
 
 
-def _read_state(content: bytes, media: Media, call: Call) -> tuple[Feed, int, State]:
-    """Feed, position and state of a body, whose objects end here, before the garbage collector
-    would traverse them.
+def _read_state(content: bytes, media: Media, call: Call) -> tuple[Feed, int, State, int | None]:
+    """Feed, position, state and `since` of a body, whose objects end here, before the garbage
+    collector would traverse them.
 
     Raises:
         MalformedBody, InvalidInput, StateIncompatible
@@ -297,7 +301,7 @@ def _read_state(content: bytes, media: Media, call: Call) -> tuple[Feed, int, St
             got="events",
             stream=stream,
         )
-    return feed, body.position, state
+    return feed, body.position, state, body.since
 
 
 def _check_waiting(served: ServedModel, state: State, position: int) -> None:
