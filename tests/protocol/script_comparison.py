@@ -43,7 +43,8 @@ async def compare_script_calls(model: Model, url: str, client: redis.Redis) -> i
     The client of the same server reads behind the store; its keys are deleted.
     """
     ttls = {"idle_ttl_s": STATE_TTL_MS / 1000, "reply_ttl_s": REPLY_TTL_MS / 1000}
-    settings = StoreSettings(url, tombstone_ttl_s=TOMBSTONE_TTL_MS / 1000, **ttls)
+    tombstone_ttl_s = TOMBSTONE_TTL_MS / 1000
+    settings = StoreSettings(url, tombstone_ttl_s=tombstone_ttl_s, store_wait_s=60, **ttls)
     store = RedisStore(settings)
     client.flushdb()
     await store.start()

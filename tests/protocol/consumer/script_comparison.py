@@ -52,7 +52,7 @@ async def compare_topic_calls(
     """
     calls = model.calls.items()
     step = 1 if most is None else max(1, len(calls) // most)
-    store = RedisStore(StoreSettings(url, partitions=1))
+    store = RedisStore(StoreSettings(url, partitions=1, store_wait_s=60))
     client.flushdb()
     await store.start()
     count = 0

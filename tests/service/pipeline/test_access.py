@@ -92,7 +92,7 @@ def caller(
 
 @pytest.fixture
 async def parts(store_url: str, artifact: Artifact) -> AsyncIterator[tuple[Pipeline, Watches]]:
-    store = RedisStore(StoreSettings(store_url))
+    store = RedisStore(StoreSettings(store_url, store_wait_s=60))
     async with worker(store_url, artifact, store=store) as pipeline:
         await store.outputs.start()
         yield pipeline, Watches(store, store.outputs, Counts())

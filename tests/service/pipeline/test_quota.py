@@ -21,6 +21,7 @@ from service.access.caller import ANYONE, Caller, Verb
 from service.access.limits import StreamQuota
 from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
 from service.core.values import Precondition, Reply, StreamKey
+from service.pipeline import chunk_load
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.shards import SHARD_TIMEOUT_S
 from service.store.capabilities import Quota
@@ -42,6 +43,12 @@ ROWS = rows_of(np.random.default_rng(7), 1)
 def server(request: pytest.FixtureRequest, pipeline_server: RealServer) -> RealServer | Cluster:
     is_single = request.param == "single"
     return emptied(pipeline_server if is_single else request.getfixturevalue("shared_cluster"))
+
+
+@pytest.fixture(autouse=True)
+def count_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster, for longer than a busy machine suspends its server."""
+    monkeypatch.setattr(chunk_load, "SHARD_TIMEOUT_S", 60.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Worker:
 
 @asynccontextmanager
 async def worker(server: RealServer | Cluster, artifact: Artifact) -> AsyncIterator[Worker]:
-    store = RedisStore(StoreSettings(server.url))
+    store = RedisStore(StoreSettings(server.url, store_wait_s=60))
     async with pipeline_worker(server.url, artifact, store=store) as pipeline:
         yield Worker(pipeline, store)
 
@@ -260,6 +267,8 @@ async def test_an_unavailable_count_delays_other_streams_once(
 
         with monkeypatch.context() as broken:
             broken.setattr(alone.store.usage, "register", register)
+            broken.setattr(chunk_load, "SHARD_TIMEOUT_S", SHARD_TIMEOUT_S)
+            broken.setattr(chunk_load, "RETRY_AFTER_S", 3600.0)
             for number in range(4):
                 with pytest.raises(StoreUnavailable):
                     await first.create(f"s{number}")

@@ -16,7 +16,6 @@ from service.store.base import Store
 from service.store.capabilities import LIVE_S
 from service.store.redis import monitor
 from service.store.redis.monitor import SAMPLE_KEYS
-from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import (
@@ -68,14 +67,12 @@ async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, comm
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "carry", "on", ">pass", "~*", "+@all")
         try:
-            store = RedisStore(StoreSettings(server.url.replace("unix://", "unix://carry:pass@")))
-            await store.start()
-            assert (await store.monitor.check()).ok
-            client.execute_command("ACL", "SETUSER", "carry", f"-{command}")
-            check = await store.monitor.check()
-            assert not check.ok
-            assert "permissions" in check.detail
-            await store.close()
+            async with opened(server.url.replace("unix://", "unix://carry:pass@")) as store:
+                assert (await store.monitor.check()).ok
+                client.execute_command("ACL", "SETUSER", "carry", f"-{command}")
+                check = await store.monitor.check()
+                assert not check.ok
+                assert "permissions" in check.detail
         finally:
             client.acl_deluser("carry")
 

@@ -26,7 +26,15 @@ from service.store.redis.router import Topology
 from service.store.redis.sentinel_router import SentinelRouter
 from service.store.settings import StoreSettings
 from tests.support.sentinels import NAME, PASSWORD, Monitored, monitored
-from tests.support.servers import KINDS, opened, rejection, start_store, until, until_async
+from tests.support.servers import (
+    KINDS,
+    WAIT_S,
+    opened,
+    rejection,
+    start_store,
+    until,
+    until_async,
+)
 from tests.support.streams import Commit, Streams, columns, committed, key, load
 
 STREAMS = 8
@@ -117,7 +125,7 @@ async def test_close_ends_a_watcher_that_lost_its_cancellation(
 async def test_reading_the_primary_closes_its_connections_wherever_it_is_cancelled(
     servers: Monitored,
 ) -> None:
-    router = SentinelRouter(StoreSettings(servers.url))
+    router = SentinelRouter(StoreSettings(servers.url, store_wait_s=WAIT_S))
 
     async def is_unconnected() -> bool:
         connections = servers.sentinel.ask("CLIENT", "LIST").splitlines()
@@ -196,7 +204,7 @@ async def test_close_ends_connections_to_a_server_that_was_just_replaced(
     async def discover_replica(_: SentinelRouter) -> Topology:
         return Topology((other,), (other,), (), "replica")
 
-    router = SentinelRouter(StoreSettings(servers.url))
+    router = SentinelRouter(StoreSettings(servers.url, store_wait_s=WAIT_S))
     (server,) = (await router.layout()).servers
     assert await server.read("PING") == b"PONG"
     assert isinstance(await router.execute_one("GET", "any"), ServerReply)

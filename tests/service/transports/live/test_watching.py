@@ -323,7 +323,7 @@ async def test_outputs_are_delivered_once_and_in_order_however_they_are_publishe
 async def test_watchers_get_what_another_worker_commits(
     api: Harness, pipeline_server: RealServer
 ) -> None:
-    other = RedisStore(StoreSettings(pipeline_server.url))
+    other = RedisStore(StoreSettings(pipeline_server.url, store_wait_s=60))
     await other.start()
     await other.outputs.start()
     try:
