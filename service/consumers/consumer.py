@@ -77,7 +77,7 @@ class Consumer(SharedTopics[OwnedTopic]):
         self._space = settings.store.keys
         self._reader = EventReader(served.artifact, config, settings.requests)
         media = Media.JSON if config.outputs == "json" else Media.MSGPACK
-        self._writer = OutputWriter(served.artifact, media, config.where)
+        self._writer = OutputWriter(served.artifact, media, served.warm_events, config.where)
         self._timeout_s = settings.requests.timeout_s
         self._ready: deque[tuple[OwnedTopic, str]] = deque()
 

@@ -14,6 +14,7 @@ from service.codec.reply_writer import ReplyOptions, ReplyWriter
 from service.consumers.where import parse_condition
 from service.core.errors import CarryError
 from service.core.values import FloatRows, StreamHead, StreamKey
+from service.store.codec import WRITER, read_since
 from service.store.topics import Destination, Entry, NewEntry
 
 OF_ONE_EVENT: Final = ReplyOptions(return_sequences=False)
@@ -32,13 +33,17 @@ class OutputWriter:
     """Writes the outputs of one model, an entry for each event.
 
     Args:
+        warm_events: after so many events a version has forgotten where its state began.
         where: which of them are written (`parse_condition`); all without one.
 
     Raises:
         OperatorError: `where` is invalid.
     """
 
-    def __init__(self, artifact: Artifact, media: Media, where: str | None = None):
+    def __init__(
+        self, artifact: Artifact, media: Media, warm_events: int, where: str | None = None
+    ):
+        self._warm_events = warm_events
         self._writer = ReplyWriter(artifact)
         self._where = None if where is None else parse_condition(where, artifact.outputs)
         self._media = media
@@ -51,17 +56,24 @@ class OutputWriter:
             b"{%b:[" % dumps(media, only.name) if is_list and media is Media.JSON else b""
         )
 
-    def shared(self, stream: str, head: StreamHead, fingerprint: bytes) -> tuple[str | int, ...]:
+    def shared(
+        self, stream: str, head: StreamHead, steps: int, state: bytes
+    ) -> tuple[str | int, ...]:
         """The fields that the outputs of a chunk begin with.
 
         Args:
             head: of the stream after the chunk.
-            fingerprint: of the version that answered.
+            steps: of the chunk.
+            state: encoded, after the chunk.
         """
-        return (
+        fields = (
             "stream", stream, "epoch", head.epoch.hex(), "tag", head.tag.hex(), "model", self._name,
-            "version", fingerprint.hex()[:12], "time", time.time_ns() // 1_000_000,
+            "version", state[WRITER].hex()[:12], "time", time.time_ns() // 1_000_000,
         )  # fmt: skip
+        since = read_since(state)
+        if since is None:
+            return fields
+        return (*fields, "warm", f"{head.position - steps - since}/{self._warm_events}")
 
     def entries(self, start: int, rows: FloatRows) -> list[NewEntry]:
         """The entries for the outputs of a chunk, without what they share.

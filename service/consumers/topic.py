@@ -35,7 +35,7 @@ from service.core.errors import (
 )
 from service.core.values import Chunk, Reply, StreamHead, StreamKey
 from service.store.base import CommitColumns, CommitResult
-from service.store.codec import WRITER, decode_reply
+from service.store.codec import decode_reply
 from service.store.topics import ChunkCommit, Entry, TopicItem, TopicKeys
 
 DEAD: Final = "dead_letters"
@@ -176,7 +176,8 @@ class OwnedTopic(LeasedTopic):
             chunk = ChunkCommit(key, expected, state, reply, history)
             outputs = self._writer.entries(start, stored.outputs)
             ids = [event.id for event in submitted.events]
-            shared = self._writer.shared(key.stream, stored.head, state[WRITER])
+            steps = submitted.chunk.steps.length
+            shared = self._writer.shared(key.stream, stored.head, steps, state)
             items.append(TopicItem(ids, outputs, chunk, shared=shared))
         results = await self._commit(fence, items, deadline_s)
         return [OutcomeUnknown("the topic was lost")] * count if results is None else [*results]

@@ -315,6 +315,13 @@ def encode_tombstone(tombstone: Tombstone) -> bytes:
     return lead + zlib.crc32(body, crc).to_bytes(4, "little") + body
 
 
+def read_since(value: bytes) -> int | None:
+    """The position since which an encoded state is computed; None if it is exact."""
+    is_inexact = value[_FLAGS_OFFSET] & _IS_INEXACT
+    since: int | None = _SINCE.unpack(value[-_SINCE.size :])[0] if is_inexact else None
+    return since
+
+
 def decode_state(value: bytes) -> StreamState | Tombstone:
     """Decode a stream or a tombstone.
 
@@ -335,7 +342,6 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         raise CodecError("a last chunk is given, but the flags say there is none")
     int_size, float_size = header.int_size, header.float_size
     ints = np.frombuffer(value, _INT, int_size, HEADER_BYTES) if int_size else _NO_INTS
-    is_inexact = header.flags & _IS_INEXACT
     return StreamState(
         head=header.head,
         feed=Feed.INPUTS if header.flags & _FEED_IS_INPUTS else Feed.EVENTS,
@@ -343,7 +349,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         last=last,
         updated_ms=header.updated_ms,
         state=State(_floats(value, float_size, HEADER_BYTES + 8 * int_size), ints),
-        since=_SINCE.unpack(value[-_SINCE.size :])[0] if is_inexact else None,
+        since=read_since(value),
     )
 
 

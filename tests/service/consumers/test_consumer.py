@@ -36,7 +36,7 @@ from tests.support.consumers import (
 )
 from tests.support.models import PRETRAINED
 from tests.support.oracle import contracting_weights
-from tests.support.pipelines import rows_of
+from tests.support.pipelines import make_artifact, oracle_outputs, rows_of
 from tests.support.servers import RealServer, becomes, opened, own_server, server, shared_server
 
 __all__ = ["own_server", "server", "shared_server"]
@@ -98,6 +98,40 @@ async def test_the_history_of_a_stream_has_the_events_of_its_topic(
             joined = np.concatenate([part for part in kept if part is not None])
             assert len(joined) >= 10
             np.testing.assert_array_equal(joined, each[-len(joined) :])
+
+
+async def test_streams_of_a_topic_go_on_with_a_new_version(
+    server: RealServer, client: Any, artifact: Artifact, tmp_path: Path
+) -> None:
+    new, settings = make_artifact(tmp_path, seed=2), {"history_events": "1000"}
+    rows = {f"s{number}": rows_of(RANDOM, 20) for number in range(3)}
+    entries = interleaved(rows)
+    for version, stop, done in ((artifact, 30, 0), (new, 60, 30)):
+        async with consuming(server.url, version, settings):
+            add(client, "events", *entries[done:stop])
+            await until_count(client, "scores", stop)
+    for name, outputs in outputs_of(client, "scores").items():
+        assert [position for position, _ in outputs] == [*range(20)]
+        for version, part in ((artifact, slice(0, 10)), (new, slice(10, 20))):
+            packed = [np.concatenate([np.ravel(each[key]) for key in each]) for _, each in outputs]
+            exact = oracle_outputs(version, rows[name])[part]
+            np.testing.assert_allclose(packed[part], exact, rtol=1e-4, atol=1e-5)
+    assert not [fields for _, fields in client.xrange("scores") if b"warm" in fields]
+
+
+async def test_outputs_say_how_warm_a_state_is(
+    server: RealServer, client: Any, artifact: Artifact, tmp_path: Path
+) -> None:
+    entries = [fields_of("s", row) for row in rows_of(RANDOM, 12)]
+    async with consuming(server.url, artifact):
+        add(client, "events", *entries[:4])
+        await until_count(client, "scores", 4)
+    async with consuming(server.url, make_artifact(tmp_path, seed=2), {"history_events": "3"}):
+        for at in range(4, 12):
+            add(client, "events", entries[at])
+            await until_count(client, "scores", at + 1)
+    warm = [fields.get(b"warm") for _, fields in client.xrange("scores")]
+    assert warm == [None] * 4 + [b"0/3", b"1/3", b"2/3"] + [None] * 5
 
 
 @pytest.mark.parametrize("stream", ["key", {"key": True}, {"constant": "events"}], ids=str)
