@@ -17,7 +17,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -316,8 +317,8 @@ class ModelAliases:
         caller.check(MANAGE, model)
         served = await self._load(model, path)
         fingerprint, source = served.fingerprint.hex(), VersionSource(self._path(served), label)
-        await self._change(model, lambda record: record.add(fingerprint, source))
-        self._record_change("model_version_loaded", caller, model, version=served.version)
+        with self._audited(caller, "model_version_loaded", model, version=served.version):
+            await self._change(model, lambda record: record.add(fingerprint, source))
         return fingerprint
 
     async def change(
@@ -349,16 +350,10 @@ class ModelAliases:
                 _check_loaded(model, fingerprint, processes)
             return changed
 
-        record = await self._change(model, change)
-        self._record_change(
-            "model_aliases_changed",
-            caller,
-            model,
-            action=action,
-            champion=short(record.champion),
-            challenger=record.challenger and short(record.challenger),
-            share=record.share,
-        )
+        facts = {"version": version, "share": share}
+        given = {name: fact for name, fact in facts.items() if fact is not None}
+        with self._audited(caller, "model_alias_changed", model, action=action, **given):
+            await self._change(model, change)
 
     async def retire(self, caller: Caller, model: str, version: str) -> None:
         """Forget and unload a version.
@@ -368,12 +363,10 @@ class ModelAliases:
             InvalidInput: it is the champion.
         """
         caller.check(MANAGE, model)
-        await self._change(model, lambda record: record.retire(record.find(version)))
-        self._record_change("model_version_retired", caller, model, version=version)
+        with self._audited(caller, "model_version_retired", model, version=version):
+            await self._change(model, lambda record: record.retire(record.find(version)))
 
-    async def _change(
-        self, model: str, change: Callable[[ModelRecord], ModelRecord]
-    ) -> ModelRecord:
+    async def _change(self, model: str, change: Callable[[ModelRecord], ModelRecord]) -> None:
         """Change the record of a model by compare-and-set, and follow it at once."""
         async with self._changing:
             while True:
@@ -381,12 +374,12 @@ class ModelAliases:
                 before = self._record(model)
                 after = change(before)
                 if after == before and model in self._records:
-                    return after
+                    return
                 version, encoded = self._version or b"", msgspec.json.encode(after)
                 # if it fails, another process has changed a record since
                 if await self._stored.write(version, model, encoded):
                     await self._read(math.inf)
-                    return after
+                    return
 
     def _record(self, model: str) -> ModelRecord:
         """The record of a model; before its first change, the version that it was started with."""
@@ -406,10 +399,18 @@ class ModelAliases:
         reports = [msgspec.json.decode(each, type=ProcessReport) for each in encoded]
         return [report for report in reports if model in report.loaded]
 
-    def _record_change(self, change: str, caller: Caller, model: str, **facts: object) -> None:
-        """Write a line to the audit log."""
-        key = {} if caller.key_id is None else {"key": caller.key_id}
-        self._audit(change, model=model, **facts, **key)
+    @contextmanager
+    def _audited(self, caller: Caller, change: str, model: str, **facts: object) -> Iterator[None]:
+        """Report a change that was made, or may have been made."""
+        names = {"key": caller.key_id, "subject": caller.subject}
+        facts |= {name: value for name, value in names.items() if value is not None}
+        try:
+            yield
+        except CarryError as error:
+            if error.needs_position:
+                self._audit(change, model=model, **facts, outcome=error.code)
+            raise
+        self._audit(change, model=model, **facts)
 
 
 def _check_loaded(model: str, fingerprint: str, processes: list[ProcessReport]) -> None:

@@ -170,9 +170,9 @@ class Recorder(Protocol):
 
 
 Audit = Callable[..., None]
-"""Writes a line about a change of streams other than by their chunks: `stream_deleted`,
-`streams_deleted`, `state_written` or `stream_forked`, with the members `model`, `stream` (or the
-prefix of several) and further facts; never raises."""
+"""Writes a line about a change of streams other than by their chunks, or of versions of models: the
+member `model`, `stream` (or the prefix of several) if it is about streams, and further facts; never
+raises."""
 
 
 def no_audit(change: str, /, **facts: Any) -> None:

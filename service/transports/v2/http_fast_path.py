@@ -83,6 +83,9 @@ class FastInferPath(FastChunkRoute):
             by_default = cut.parameters.binary_by_default
             shape = request.codec, line[2], cut.before, cut.after, by_default
             signature = self._signatures.get(shape)
+            version = line[2]
+            if version and self._inference.depends_on_stream(key.model, version.decode()):
+                signature = None
             if signature is None:
                 call = self._read_whole(request, cut, line[2], details, body)
                 if call is not None and self._can_repeat(call, cut, len(body) - details):

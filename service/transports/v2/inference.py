@@ -84,20 +84,27 @@ class Inference:
         version: str,
         stream: str | None = None,
     ) -> ServedModel:
-        """The served model of a name and version, for a caller who may do one of these with it.
+        """The served model of a name and version, for a caller who may do one of these with it:
+        the champion, or the version that answers the stream, or any that answers streams.
 
         Raises:
             ModelNotFound, Forbidden
         """
         served = self._pipeline.model(caller, verbs, model, stream)
-        if version and version != VERSION and version != served.version:
-            raise ModelNotFound(
-                f"expected version {VERSION} (or {served.version}) of model {served.name!r}, got "
-                f"{version[:100]!r}",
-                expected=[VERSION, served.version],
-                got=version[:100],
-            )
-        return served
+        if not version or version == VERSION:
+            return served
+        route = self._pipeline.versions[model].route
+        answering = [route.champion] if stream is None else [route.answering(stream)]
+        if stream is None and route.challenger is not None and route.share:
+            answering.append(route.challenger)
+        for each in answering:
+            if each.version == version:
+                return each
+        raise _unknown_version(model, version, answering)
+
+    def depends_on_stream(self, model: str, version: str) -> bool:
+        """Whether only some streams are answered by the version that a request names."""
+        return version != VERSION and self._pipeline.versions[model].route.share > 0
 
     def read(self, caller: Caller, request: InferRequest, deadline_s: float) -> InferCall:
         """Read a request and its values.
@@ -116,6 +123,9 @@ class Inference:
         served = self.served(caller, PREDICT, request.model, request.version, stream)
         note_stream(served.name, stream)
         codec = self.api.codecs[served.name]
+        if stream is None and request.version not in ("", VERSION, codec.served.version):
+            # predictions are made by the champion
+            raise _unknown_version(served.name, request.version, [codec.served])
         if not 1 <= len(inputs) <= 2:
             names = " or ".join(input_names(served))
             expected = f"one tensor, {names}, optionally followed by {RESET}"
@@ -222,6 +232,16 @@ class Inference:
             log.warning("stream_not_deleted", model=reply.key.model, code=error.code)
             return False
         return True
+
+
+def _unknown_version(model: str, version: str, answering: Sequence[ServedModel]) -> ModelNotFound:
+    expected = [VERSION, *(each.version for each in answering)]
+    return ModelNotFound(
+        f"expected version {VERSION} (or {' or '.join(expected[1:])}) of model {model!r}, got "
+        f"{version[:100]!r}",
+        expected=expected,
+        got=version[:100],
+    )
 
 
 def _read_chunk(

@@ -21,6 +21,7 @@ from tests.service.transports.v1.harness import Harness, harness, rows
 from tests.support.access import revoke
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
+from tests.support.versions import Versions
 
 STREAMS = "/v1/models/probe/streams"
 HISTORY = HistorySpec(events=8)
@@ -31,12 +32,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
     return {"probe": make_artifact(tmp_path_factory.mktemp("audit"))}
 
 
+@pytest.fixture(scope="module")
+def new(models: Mapping[str, Artifact]) -> Artifact:
+    """Another version of the model."""
+    return make_artifact(models["probe"].path.parent, seed=2)
+
+
 @pytest.fixture(params=[True, False], ids=["keys", "open"])
 async def api(
     request: pytest.FixtureRequest, pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> AsyncIterator[Harness]:
     running = harness(
-        pipeline_server, models, requires_keys=request.param, audit=audit, history=HISTORY
+        pipeline_server,
+        models,
+        requires_keys=request.param,
+        audit=audit,
+        history=HISTORY,
+        load_version=Versions(models["probe"].path.parent),
     )
     async with running as up:
         yield up
@@ -99,6 +111,34 @@ async def test_every_change_of_a_stream_except_by_chunks_is_audited(
         {"message": "stream_rewound", "stream": "a", "position": 1},
         {"message": "stream_deleted", "stream": "a"},
         {"message": "streams_deleted", "stream": "", "deleted": 2},
+    ]
+
+
+async def test_every_change_of_versions_is_audited(
+    api: Harness, written: list[dict[str, Any]], new: Artifact
+) -> None:
+    headers, key_id = {}, None
+    if api.keys.open_caller is None:
+        headers = {"authorization": await api.key()}
+        key_id = headers["authorization"].split("_")[1]
+    written.clear()
+    for method, path, body in (
+        ("POST", "versions", {"path": new.path.name, "label": "new"}),
+        ("POST", "versions", {"path": "missing"}),
+        ("POST", "aliases", {"action": "canary", "version": "new", "share": 0.5}),
+        ("POST", "aliases", {"action": "promote", "version": "old"}),
+        ("GET", "versions", None),
+        ("DELETE", "versions/new", None),
+    ):
+        await api.client.request(method, f"/v1/models/probe/{path}", json=body, headers=headers)
+    changes = [line for line in written if line["logger"] == "service.audit"]
+    assert {line["model"] for line in changes} == {"probe"}
+    assert {line.get("key") for line in changes} == {key_id}
+    facts = ("message", "action", "version", "share")
+    assert [tuple(line.get(fact) for fact in facts) for line in changes] == [
+        ("model_version_loaded", None, new.version, None),
+        ("model_alias_changed", "canary", "new", 0.5),
+        ("model_version_retired", None, "new", None),
     ]
 
 

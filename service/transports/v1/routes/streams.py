@@ -70,7 +70,9 @@ async def get_state(call: Call) -> Response:
     record = await streams.read_state(call.caller, call.key, call.precondition)
     document: StateReply = {
         **_stream_record(call.key, record),
-        "state": call.codec.writer.state(record.state),
+        "state": call.codec.writer.state(
+            record.state, call.api.pipeline.versions[call.key.model].writer(record.fingerprint)
+        ),
     }
     return call.reply(document, headers=[etag(record.head)])
 
@@ -84,13 +86,13 @@ async def put_state(call: Call) -> Response:
     created, 200 if it was overwritten.
     """
     call.codec.reader.check_accepts_chunks()
-    feed, position, state, since = await call.read(_read_state, call)
+    fingerprint, feed, position, state, since = await call.read(_read_state, call)
     record = await call.api.pipeline.streams.restore(
         call.caller,
         call.key,
         feed=feed,
         position=position,
-        fingerprint=call.served.fingerprint,
+        fingerprint=fingerprint,
         state=state,
         since=since,
         precondition=call.precondition,
@@ -267,15 +269,18 @@ def _created_or_overwritten(call: Call, key: StreamKey, record: StreamState) -> 
     return call.reply(document, 201, [*headers, (b"location", location.encode())])
 
 
-def _read_state(content: bytes, media: Media, call: Call) -> tuple[Feed, int, State, int | None]:
-    """Feed, position, state and `since` of a body, whose objects end here, before the garbage
-    collector would traverse them.
+def _read_state(
+    content: bytes, media: Media, call: Call
+) -> tuple[bytes, Feed, int, State, int | None]:
+    """Fingerprint, feed, position, state and `since` of a body, whose objects end here, before the
+    garbage collector would traverse them.
 
     Raises:
         MalformedBody, InvalidInput, StateIncompatible
     """
-    served, stream = call.served, call.key.stream
+    stream = call.key.stream
     body = call.codec.reader.state(content, media)
+    served = call.api.pipeline.versions[call.key.model].writer(bytes.fromhex(body.fingerprint))
     expected = served.fingerprint.hex()
     if body.fingerprint != expected:
         raise StateIncompatible(
@@ -301,7 +306,7 @@ def _read_state(content: bytes, media: Media, call: Call) -> tuple[Feed, int, St
             got="events",
             stream=stream,
         )
-    return feed, body.position, state, body.since
+    return served.fingerprint, feed, body.position, state, body.since
 
 
 def _check_waiting(served: ServedModel, state: State, position: int) -> None:

@@ -163,6 +163,9 @@ class InferRequests:
         call, parameters, data = None, request.parameters, request.inputs[0].data
         shape = self._api.codecs[request.model], request.version, message.shape
         signature = self._signatures.get(shape)
+        version = request.version
+        if version and self._inference.depends_on_stream(request.model, version):
+            signature = None
         if signature is not None and not (parameters.ends and self._inference.delete_at_end):
             call = self._inference.read_rows(
                 signature, request.id, key, parameters, cast(bytes, data), deadline_s
