@@ -64,7 +64,6 @@ class _Stages(NamedTuple):
         takes_any_rows: whether its calls are not padded to a fixed number of rows.
     """
 
-    served: ServedModel
     loader: ChunkLoader
     infer: Inference
     takes_any_rows: bool
@@ -124,31 +123,31 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         self._tracer = tracer
         self._shards = Shards(store, settings.max_queue // 2)
         self._responsiveness = StoreResponsiveness()
-        self._stages: dict[bytes, _Stages] = {}
+        self._stages: dict[ServedModel, _Stages] = {}
         self.may_split = self._stages_of(versions.route.champion).takes_any_rows
 
     def _stages_of(self, served: ServedModel) -> _Stages:
-        """The stages of a version; made when the first batch of it comes."""
-        stages = self._stages.get(served.fingerprint)
-        if stages is None or stages.served is not served:
-            loader = ChunkLoader(
-                served,
-                self._store,
-                self._cache,
-                self._shards,
-                self._recorder,
-                self._responsiveness,
-                self._rewarming,
-                self._versions,
-            )
-            half = MIN_SPLIT_REQUESTS // 2
-            # a call that is padded to a fixed shape costs about as much for half of the rows
-            takes_any_rows = served.runtime.padded_shape(half, 1)[0] == half
-            infer = Inference(served, self._compute, self._recorder)
-            stages = _Stages(served, loader, infer, takes_any_rows)
-            loaded = self._versions.loaded
-            self._stages = {key: each for key, each in self._stages.items() if key in loaded}
-            self._stages[served.fingerprint] = stages
+        """The stages of a version; made when its first batch comes."""
+        known = self._stages.get(served)
+        if known is not None:
+            return known
+        loader = ChunkLoader(
+            served,
+            self._store,
+            self._cache,
+            self._shards,
+            self._recorder,
+            self._responsiveness,
+            self._rewarming,
+            self._versions,
+        )
+        half = MIN_SPLIT_REQUESTS // 2
+        # a call that is padded to a fixed shape costs about as much for half of the rows
+        takes_any_rows = served.runtime.padded_shape(half, 1)[0] == half
+        infer = Inference(served, self._compute, self._recorder)
+        loaded = self._versions.loaded.values()
+        self._stages = {each: stages for each, stages in self._stages.items() if each in loaded}
+        self._stages[served] = stages = _Stages(loader, infer, takes_any_rows)
         return stages
 
     async def __call__(self, jobs: list[ChunkJob], batch: RunningBatch) -> list[ChunkJob]:
@@ -186,7 +185,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     ) -> list[ChunkJob]:
         """Run the jobs that one version answers; returns the jobs to be retried."""
         times = StageTimes(time.monotonic())
-        stages = self._stages_of(served)
+        stages = self._stages.get(served) or self._stages_of(served)
         if self._versions.checks_codes:
             jobs = _reject_unknown_codes(served, jobs)
         try:

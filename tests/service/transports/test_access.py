@@ -49,6 +49,7 @@ NEEDED: Mapping[tuple[str, str], set[Verb]] = {
     ("GET", "/v1/models/{model}/versions"): {Verb.MODELS, Verb.MANAGE_MODELS},
     ("POST", "/v1/models/{model}/versions"): {Verb.MANAGE_MODELS},
     ("DELETE", "/v1/models/{model}/versions/{version}"): {Verb.MANAGE_MODELS},
+    ("GET", "/v1/models/{model}/versions/{version}/report"): {Verb.MODELS, Verb.MANAGE_MODELS},
     ("POST", "/v1/models/{model}/aliases"): {Verb.MANAGE_MODELS},
     ("GET", "/v1/topics"): {Verb.METRICS},
     ("GET", "/v1/topics/outputs"): {Verb.WATCH},
