@@ -307,6 +307,19 @@ class ModelAliases:
         await self._read(math.inf)
         return ModelStatus(self._record(model), await self._processes(model))
 
+    def find(self, model: str, version: str) -> ServedModel:
+        """A loaded version, by its label or the first digits of its fingerprint.
+
+        Raises:
+            VersionNotFound
+            VersionNotReady: this process has not loaded it.
+        """
+        fingerprint = self._record(model).find(version)
+        served = self._versions[model].loaded.get(bytes.fromhex(fingerprint))
+        if served is None:
+            raise _not_loaded(model, fingerprint, self._process, self._failed.get(model, {}))
+        return served
+
     async def load(self, caller: Caller, model: str, path: str, label: str | None) -> str:
         """Load a version from a folder of the models in this process, and let the others load it;
         returns its fingerprint.
@@ -416,10 +429,16 @@ class ModelAliases:
 def _check_loaded(model: str, fingerprint: str, processes: list[ProcessReport]) -> None:
     for report in processes:
         if fingerprint not in report.loaded[model]:
-            reason = report.failed.get(model, {}).get(fingerprint, "it is being loaded")
-            raise VersionNotReady(
-                f"process {report.process} has not loaded version {short(fingerprint)} of model "
-                f"{model!r}: {reason}",
-                expected=short(fingerprint),
-                process=report.process,
-            )
+            raise _not_loaded(model, fingerprint, report.process, report.failed.get(model, {}))
+
+
+def _not_loaded(
+    model: str, fingerprint: str, process: str, failed: Mapping[str, str]
+) -> VersionNotReady:
+    reason = failed.get(fingerprint, "it is being loaded")
+    return VersionNotReady(
+        f"process {process} has not loaded version {short(fingerprint)} of model {model!r}: "
+        f"{reason}",
+        expected=short(fingerprint),
+        process=process,
+    )

@@ -34,6 +34,7 @@ from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Audit, no_audit
 from service.pipeline.rewarm import Rewarming
 from service.pipeline.rewind import History, choose_history
+from service.pipeline.served_model import ServedModel
 from service.pipeline.state_cache import StateCache
 from service.store.base import (
     CommitColumns,
@@ -136,31 +137,39 @@ class StreamAdministration:
         return stored
 
     async def read_state(
-        self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
+        self,
+        caller: Caller,
+        key: StreamKey,
+        precondition: Precondition | None = None,
+        version: ServedModel | None = None,
     ) -> StreamState:
         """Read a stream whose state's values are to be shown.
+
+        Args:
+            version: the version whose state is read; None for the one that wrote it.
 
         Raises:
             StreamNotFound, StateDamaged, StoreUnavailable, StateChanged: as `read`.
             StateIncompatible: another version of the model wrote the state.
         """
         with self._use(caller, (Verb.READ_STATE,), key.model, key.stream):
-            return await self.load_compatible(key, precondition=precondition)
+            return await self.load_compatible(key, math.inf, precondition, version)
 
     async def load_compatible(
         self,
         key: StreamKey,
         deadline_s: float = math.inf,
         precondition: Precondition | None = None,
+        version: ServedModel | None = None,
     ) -> StreamState:
-        """Read a stream whose state a loaded version wrote, or has taken up by the policy for
-        changes of models; as `load`.
+        """Read a stream whose state a loaded version wrote, or this version, or has taken up by
+        the policy for changes of models; as `load`.
 
         Raises:
             StateIncompatible: another version of the model wrote the state.
         """
         record = await self.load(key, deadline_s, precondition)
-        served = self._versions(key.model).writer(record.fingerprint)
+        served = version or self._versions(key.model).writer(record.fingerprint)
         if served.is_compatible(record):
             return record
         taken_up = await self._rewarming.take_up(served, key, record, deadline_s)

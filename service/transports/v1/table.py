@@ -137,7 +137,16 @@ ROUTES: Final = (
         replies={200: "The state."},
         reply=reply_types.StateReply,
         headers=_ETAG,
-        parameters=(IF_MATCH,),
+        parameters=(
+            IF_MATCH,
+            parameter(
+                "query",
+                "version",
+                "The version whose state is read, by its label or the first digits of its "
+                "fingerprint; by default the one that wrote it.",
+                _TEXT,
+            ),
+        ),
     ),
     Route(
         "PUT",

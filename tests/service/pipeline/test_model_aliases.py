@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
@@ -22,6 +23,7 @@ from service.core.errors import (
 from service.pipeline.pipeline import Pipeline
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import SPEC, make_artifact, rows_of, send, worker
+from tests.support.servers import real_server
 from tests.support.versions import Versions
 
 
@@ -175,3 +177,23 @@ async def test_changes_of_two_processes_at_once_are_both_applied(
         )
         record = (await one.aliases.describe(ANYONE, "probe")).record
         assert record.versions.keys() == {each.fingerprint.hex() for each in artifacts}
+
+
+async def test_last_known_aliases_hold_while_the_store_does_not_answer(
+    artifacts: list[Artifact],
+) -> None:
+    old, new, _ = artifacts
+    with real_server("valkey") as server:
+        async with processes(server.url, old) as [(one, _), (two, _)]:
+            await one.aliases.load(ANYONE, "probe", new.path.name, None)
+            await change(one, "promote", new.version)
+            await until(lambda: answers(two)[0] == new.version)
+            server.pause()
+            with capture_logs() as lines:
+                await two.aliases.refresh()
+                await two.aliases.refresh()
+            assert "models_not_read" in [line["event"] for line in lines]
+            assert answers(two)[0] == new.version
+            server.resume()
+            await change(one, "rollback")
+            await until(lambda: answers(two)[0] == old.version)

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
+from models.spec.history import HistorySpec
+from service.access.caller import ANYONE
 from service.core.errors import CarryError
-from service.core.values import Reply
+from service.core.values import Reply, StreamKey
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.oracle import oracle_step
 from tests.support.pipelines import Counts, make_artifact, oracle_outputs, rows_of, send, worker
 
 STREAMS = [f"s{number}" for number in range(2_000)]
@@ -26,13 +29,15 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artif
     return make_artifact(folder, seed=1), make_artifact(folder, seed=2)
 
 
-def serve(artifact: Artifact) -> ServedModel:
-    return ServedModel(artifact, NumpyRuntime(artifact))
+def serve(artifact: Artifact, history: HistorySpec | None = None) -> ServedModel:
+    return ServedModel(artifact, NumpyRuntime(artifact), history=history)
 
 
-def add_challenger(pipeline: Pipeline, artifact: Artifact, share: float) -> ModelVersions:
+def add_challenger(
+    pipeline: Pipeline, artifact: Artifact, share: float, history: HistorySpec | None = None
+) -> ModelVersions:
     """Load a second version, which answers a share of the streams."""
-    versions, challenger = pipeline.versions["probe"], serve(artifact)
+    versions, challenger = pipeline.versions["probe"], serve(artifact, history)
     versions.add(challenger)
     versions.route = Route(versions.route.champion, challenger, share)
     return versions
@@ -124,3 +129,35 @@ async def test_switch_between_batches_keeps_the_order_and_states_of_streams(
             rtol=1e-5,
             atol=1e-5,
         )
+
+
+async def test_retry_across_a_switch_gets_the_stored_reply(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    rows = rows_of(np.random.default_rng(4), 12)
+    history = HistorySpec(events=64)
+    async with worker(store_url, artifacts[0], history=history) as pipeline:
+        first = await send(pipeline, "s", rows[:4], 0)
+        second = await send(pipeline, "s", rows[4:8], 4)
+        versions = add_challenger(pipeline, artifacts[1], 0.0, history)
+        champion, challenger, _ = versions.route
+        assert challenger is not None
+        versions.route = Route(challenger, champion)
+        again = await send(pipeline, "s", rows[4:8], 4)
+        assert again.replayed
+        assert (again.version, again.head) == (champion, second.head)
+        np.testing.assert_array_equal(again.outputs, second.outputs)
+        third = await send(pipeline, "s", rows[8:], 8)
+        assert (third.version, third.head.epoch) == (challenger, first.head.epoch)
+        np.testing.assert_allclose(
+            third.outputs, oracle_outputs(artifacts[1], rows)[8:], rtol=1e-5, atol=1e-5
+        )
+        # either version's state can be read at the stream's position
+        key = StreamKey("probe", "s")
+        for version in (champion, challenger):
+            state = await pipeline.streams.read_state(ANYONE, key, version=version)
+            _, expected = oracle_step(
+                version.spec, version.artifact.weights, rows, version.initial.floats
+            )
+            assert (state.fingerprint, state.head) == (version.fingerprint, third.head)
+            np.testing.assert_allclose(state.state.floats, expected, rtol=1e-5, atol=1e-5)

@@ -64,15 +64,16 @@ async def get_state(call: Call) -> Response:
 
     The whole state with all that is needed to restore it.
 
-    Rejected (`state_incompatible`) if another version of the model wrote it.
+    Rejected (`state_incompatible`) if a version wrote it that is not loaded. With `version`, the
+    state of that version: it is computed if the version is not at the stream's position.
     """
-    streams = call.api.pipeline.streams
-    record = await streams.read_state(call.caller, call.key, call.precondition)
+    pipeline, name = call.api.pipeline, call.parameters.get("version")
+    version = None if name is None else pipeline.aliases.find(call.key.model, name)
+    record = await pipeline.streams.read_state(call.caller, call.key, call.precondition, version)
+    writer = pipeline.versions[call.key.model].writer(record.fingerprint)
     document: StateReply = {
         **_stream_record(call.key, record),
-        "state": call.codec.writer.state(
-            record.state, call.api.pipeline.versions[call.key.model].writer(record.fingerprint)
-        ),
+        "state": call.codec.writer.state(record.state, writer),
     }
     return call.reply(document, headers=[etag(record.head)])
 
