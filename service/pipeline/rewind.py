@@ -166,9 +166,12 @@ class History(NamedTuple):
             raise ValueError(f"expected a position with a base, got {position}")
         if base == self.stream.head.position:
             return self.stream
-        state = served.initial
         if self.snapshot is not None and self.snapshot.head.position == base:
             state, since = self.snapshot.state, self.snapshot.since
+        elif self.starts and base == self.start:
+            state = served.initial
+        else:
+            raise self._damaged(f"the snapshot of position {base} is missing")
         entries, _ = self.cut(base, position - base)
         run = HistoryRun(state, base, entries, position)
         [advanced] = await advance_many(served, compute, [run])
@@ -197,9 +200,9 @@ class History(NamedTuple):
         except CodecError as error:
             raise self._damaged(error) from error
 
-    def _damaged(self, error: Exception) -> StateDamaged:
+    def _damaged(self, reason: object) -> StateDamaged:
         stream = self.key.stream
-        return StateDamaged(f"the history of stream {stream!r} is invalid: {error}", stream=stream)
+        return StateDamaged(f"the history of stream {stream!r} is invalid: {reason}", stream=stream)
 
 
 def choose_history(histories: Sequence[History], position: int) -> History:

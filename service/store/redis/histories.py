@@ -93,7 +93,9 @@ class RedisHistories(Histories):
             return StoredHistory(record)
         index, entries, snapshots, own = valid
         if position is not None:
-            snapshots = [each for each in snapshots if _is_usable(each, fingerprint, position)]
+            snapshots = [
+                each for each in snapshots if each and _is_usable(each, fingerprint, position)
+            ]
         return StoredHistory(
             record,
             True,

@@ -232,6 +232,21 @@ async def test_rewinding_to_the_start_and_to_the_head(api: Harness) -> None:
     assert (await rewind(api, 0)).status_code == 200, "the start stays exact"
 
 
+async def test_a_snapshot_that_the_store_lost_is_not_taken_for_the_initial_state(
+    pipeline_server: RealServer, api: Harness
+) -> None:
+    await send(api, 5, 5, 5)
+    position = (await history(api))["snapshots"][0]
+    assert position > 0
+    with pipeline_server.client() as client:
+        [name] = client.keys("*:v:probe:s")
+        for field in client.hkeys(name):
+            if field.startswith(b"s"):
+                client.hdel(name, field)
+    problem(await rewind(api, position), 500, "state_damaged")
+    assert (await api.client.get(STREAM.format("probe", "s"))).json()["position"] == 15
+
+
 async def test_a_repeated_request_is_applied_once_under_if_match(api: Harness) -> None:
     last = await send(api, 4, 4)
     first = (await rewind(api, 4, etag(last))).json()
