@@ -7,6 +7,7 @@ cost does not grow with the load: for all other batches it is the comparison of 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
@@ -37,18 +38,22 @@ class DriftSampler:
         self._recorder = recorder
         self.due_s = 0.0
 
-    def sample(self, rows: Sequence[FloatRows], states: FloatRows, now_s: float) -> None:
-        """Record the norms of a batch beside their ranges.
+    def schedule(self, rows: Sequence[FloatRows], states: FloatRows, now_s: float) -> None:
+        """Sample a batch in the next turn of the event loop, while the store commits it.
 
         Args:
             rows: of each chunk, float32 [T, F].
             states: the floats of the states after them, [B, N]; all finite.
             now_s: when the batch ran.
         """
+        self.due_s = now_s + SAMPLE_INTERVAL_S
+        asyncio.get_running_loop().call_soon(self.sample, rows, states)
+
+    def sample(self, rows: Sequence[FloatRows], states: FloatRows) -> None:
+        """Record the norms of a batch beside their ranges; arguments as for `schedule`."""
         filled = [at for at, each in enumerate(rows) if len(each)]
         if not filled:
             return
-        self.due_s = now_s + SAMPLE_INTERVAL_S
         last = np.stack([rows[at][-1] for at in filled])
         norms = self._layout.norms(last, states[filled])
         outside = (norms < self._ranges.low) | (norms > self._ranges.high)

@@ -107,7 +107,7 @@ class Inference:
             after = self._runtime_state.unpack(inferred.states, before.ints)
         times.infer_s = time.monotonic() - times.infer_began_s
         if finite and self._drift is not None and times.infer_began_s >= self._drift.due_s:
-            self._drift.sample(rows, after.floats, times.infer_began_s)
+            self._drift.schedule(rows, after.floats, times.infer_began_s)
         return self._finite(jobs, outputs, after, finite)
 
     def _encode(

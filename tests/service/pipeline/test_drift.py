@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,13 +57,12 @@ def test_norms_outside_of_their_ranges_are_counted_by_part(artifact: Artifact) -
         np.zeros(PARTS),
     )
     sampler = sampler_of(artifact, ranges, counts)
-    sampler.sample(rows, states, 10.0)
+    sampler.sample(rows, states)
     ((version, samples, outside, ratios),) = counts.drift
     assert (version, samples) == (artifact.version, 8)
     assert outside == dict.fromkeys(NAMES, 5)
     for at, name in enumerate(layout.names):
         assert ratios[name] == pytest.approx(norms[name].mean() / ranges.high[at])
-    assert sampler.due_s == 10.0 + drift.SAMPLE_INTERVAL_S
 
 
 def test_chunks_without_events_are_left_out(artifact: Artifact) -> None:
@@ -70,9 +70,9 @@ def test_chunks_without_events_are_left_out(artifact: Artifact) -> None:
     sampler = sampler_of(artifact, EVERYTHING, counts)
     empty = np.zeros((0, 3), np.float32)
     states = np.ones((2, artifact.state.float_size), np.float32)
-    sampler.sample([empty, empty], states, 10.0)
-    assert (counts.drift, sampler.due_s) == ([], 0.0)
-    sampler.sample([empty, np.full((1, 3), 2e6, np.float32)], states, 10.0)
+    sampler.sample([empty, empty], states)
+    assert counts.drift == []
+    sampler.sample([empty, np.full((1, 3), 2e6, np.float32)], states)
     ((_, samples, outside, _),) = counts.drift
     assert samples == 1
     assert outside == {name: int(name == "inputs") for name in NAMES}
@@ -82,11 +82,21 @@ def test_parts_that_were_always_zero_have_no_ratio_to_divide_by(artifact: Artifa
     counts = Counts()
     nothing = Ranges(NAMES, np.zeros(PARTS), np.zeros(PARTS), np.zeros(PARTS))
     states = np.full((1, artifact.state.float_size), 2.0, np.float32)
-    sampler_of(artifact, nothing, counts).sample([np.zeros((1, 3), np.float32)], states, 0.0)
+    sampler_of(artifact, nothing, counts).sample([np.zeros((1, 3), np.float32)], states)
     ((_, _, outside, ratios),) = counts.drift
     assert ratios["inputs"] == outside["inputs"] == 0
     assert np.isfinite(list(ratios.values())).all()
     assert sum(outside.values()) == PARTS - 1
+
+
+async def test_the_next_batch_is_due_after_the_interval(artifact: Artifact) -> None:
+    counts = Counts()
+    sampler = sampler_of(artifact, EVERYTHING, counts)
+    states = np.ones((1, artifact.state.float_size), np.float32)
+    sampler.schedule([np.ones((1, 3), np.float32)], states, 10.0)
+    assert (counts.drift, sampler.due_s) == ([], 10.0 + drift.SAMPLE_INTERVAL_S)
+    await asyncio.sleep(0)
+    assert len(counts.drift) == 1
 
 
 async def test_a_pipeline_samples_one_batch_in_an_interval(
