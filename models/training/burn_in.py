@@ -14,12 +14,13 @@ not forget within these windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
+from models.events.schema import NumericField
 from models.offline.runner import open_step, run_rows
 from models.spec.heads import ClassificationHead, LabelHead
 from models.spec.layout import Output, output_spec
@@ -33,7 +34,7 @@ LONGEST_EVENTS: Final = 2048
 """Windows that are compared, at least if the streams have so many, and their longest one."""
 
 SHORTEST_EVENTS: Final = 16
-"""Nothing is measured if the longest window has fewer events."""
+"""Shorter windows are not compared."""
 
 TOLERANCE: Final = 0.01
 """Of a probability; of any other output as a share of its standard deviation."""
@@ -43,6 +44,9 @@ QUANTILES: Final = (0.5, 0.9, 0.99)
 
 POINTS: Final = 60
 """At which the curves of a plot are kept."""
+
+Unit = Literal["probability", "deviation", "deviation in the stream"]
+"""Streams whose targets are normalised by themselves have outputs of any size."""
 
 Span = tuple[int, int]
 Floats = NDArray[np.float32]
@@ -106,13 +110,14 @@ def spans_before(streams: Streams, key: int | None) -> list[Span]:
 def _measure(
     spec: ModelSpec, spans: Sequence[Span], outputs: Floats, run: Run
 ) -> dict[str, Any] | None:
+    # to a network in blocks, the end of a window is the end of a stream
+    ahead = 0 if spec.blocks is None else spec.blocks.lookahead
     windows = [] if spec.chunking == "whole" else _windows(spans, _grid(spec))
+    windows = [each for each in windows if each[1] - each[0] >= SHORTEST_EVENTS + ahead]
     if not windows:
         return None
-    # the end of a window is to a network in blocks the end of its stream
-    ahead = 0 if spec.blocks is None else spec.blocks.lookahead
     lengths = [stop - start - ahead for start, stop in windows]
-    begins = np.cumsum([0, *(stop - start for start, stop in windows[:-1])])
+    begins = np.cumsum([0, *(stop - start for start, stop in windows[:-1])]).tolist()
     begun = run(windows)
     longest = max(lengths)
     points = np.unique(np.geomspace(1, longest, POINTS).round().astype(np.int64))
@@ -120,18 +125,18 @@ def _measure(
     curves: dict[str, Any] = {}
     for output in output_spec(spec).outputs:
         columns = output_spec(spec).slices[output.name]
-        true = np.concatenate([outputs[start:stop, columns] for start, stop in windows])
-        difference = np.abs(begun[:, columns] - true.astype(np.float64))
-        if not (is_probability := _is_probability(spec, output)):
-            spread = np.std(true, axis=0, dtype=np.float64)
-            difference /= np.where(spread > 0, spread, 1)
-        largest = difference.max(axis=1)
+        unit = _unit(spec, output)
+        found, true = (
+            [values[at : at + length, columns] for at, length in zip(at, lengths, strict=True)]
+            for values, at in ((begun, begins), (outputs, [start for start, _ in windows]))
+        )
         parts = [
-            largest[at : at + length] for at, length in zip(begins.tolist(), lengths, strict=True)
+            (np.abs(of_window - of_true) / scale).max(axis=1)
+            for of_window, of_true, scale in zip(found, true, _scales(unit, true), strict=True)
         ]
         by_output[output.name] = {
             "tolerance": TOLERANCE,
-            "relative_to": "probability" if is_probability else "deviation",
+            "relative_to": unit,
             "events": _quantiles(np.array([_settled_after(part) for part in parts])),
         }
         curves[output.name] = _curves(parts, points)
@@ -163,8 +168,6 @@ def _windows(spans: Sequence[Span], grid: int) -> list[Span]:
     """Windows that begin after the first quarter of the longest streams."""
     rooms = [3 * (stop - start) // 4 for start, stop in spans]
     longest = min(LONGEST_EVENTS, max(rooms))
-    if longest < SHORTEST_EVENTS:
-        return []
     chosen = [span for span, room in zip(spans, rooms, strict=True) if 2 * room >= longest]
     picked = np.linspace(0, len(chosen) - 1, min(WINDOWS, len(chosen))).astype(int)
     each = -(-WINDOWS // len(picked))
@@ -178,11 +181,29 @@ def _windows(spans: Sequence[Span], grid: int) -> list[Span]:
     return windows
 
 
-def _is_probability(spec: ModelSpec, output: Output) -> bool:
-    probabilities = {
-        head.name for head in spec.heads if isinstance(head, ClassificationHead | LabelHead)
-    }
-    return output.name in probabilities or output.name.endswith((".probability", ".alarm"))
+def _unit(spec: ModelSpec, output: Output) -> Unit:
+    """What an output's tolerance is a share of."""
+    if output.name.endswith((".probability", ".alarm")):
+        return "probability"
+    head = next((each for each in spec.heads if each.name == output.name), None)
+    if isinstance(head, ClassificationHead | LabelHead):
+        return "probability"
+    targets = getattr(head, "targets", ())
+    fields = () if spec.events is None else spec.events.fields
+    is_own = any(
+        isinstance(field, NumericField) and field.normalisation and field.name in targets
+        for field in fields
+    )
+    return "deviation in the stream" if is_own else "deviation"
+
+
+def _scales(unit: Unit, true: Sequence[Floats]) -> list[NDArray[np.float64]]:
+    """What the differences of each window's outputs are divided by."""
+    if unit == "probability":
+        return [np.ones(1)] * len(true)
+    of_all = true if unit == "deviation in the stream" else [np.concatenate(true)]
+    found = [np.std(each, axis=0, dtype=np.float64) for each in of_all]
+    return [np.where(each > 0, each, 1) for each in found] * (len(true) // len(found))
 
 
 def _settled_after(difference: NDArray[np.float64]) -> float:

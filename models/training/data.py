@@ -89,11 +89,11 @@ class Streams:
 
     def name_of(self, row: int) -> str:
         """The name of the stream that a row belongs to."""
-        return next(
-            name
-            for name, (start, stop) in zip(self.names, self.spans, strict=True)
-            if start <= row < stop
-        )
+        return self.names[bisect_right(self._starts, row) - 1]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [start for start, _ in self.spans]
 
     def windows(self, spans: Sequence[tuple[int, int]]) -> Streams:
         """The rows of some spans, each as a stream of its own from its first row on.

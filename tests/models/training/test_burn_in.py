@@ -14,6 +14,8 @@ from models import commands
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.writing import add_measurements, write_artifact
 from models.errors import ArtifactError, DataError
+from models.networks.initial_artifact import initialise_artifact
+from models.spec.layout import weight_shapes
 from models.spec.model import ModelSpec, parse_spec
 from models.training.burn_in import burn_in_lines, measure_burn_in, measure_rows_burn_in
 from models.training.data import streams_of
@@ -123,6 +125,19 @@ def test_windows_of_streams_are_reset_where_the_streams_are(tmp_path, keep, rese
     measured = measure_burn_in(artifact, streams, run_chunks(artifact, streams))
     assert measured is not None
     assert most / 2 < measured["events"] <= most
+
+
+def test_runs_in_blocks_begin_at_a_block(tmp_path):
+    """Runs that are cut into other blocks look ahead to other events, and never agree."""
+    layers = [{"kind": "bidirectional", "name": "sum", "units": 3}]
+    blocks = {"size": 7, "lookahead": 3}
+    spec = leaky(0.5, tmp_path / "m", **EVENTS_OF).spec.model_dump(mode="json")
+    spec = parse_spec({**spec, "layers": layers, "blocks": blocks})
+    artifact = initialise_artifact(spec, tmp_path / "blocks", 1)
+    streams = streams_of(artifact.spec, table())
+    measured = measure_burn_in(artifact, streams, run_chunks(artifact, streams))
+    assert measured is not None
+    assert 1 < measured["events"] < 150
 
 
 def test_only_the_events_before_a_key_are_used(tmp_path):
@@ -251,3 +266,23 @@ def test_tables_of_other_rows_are_rejected(tmp_path, frame, words):
     frame.write_parquet(tmp_path / "data.parquet")
     with pytest.raises(DataError, match=words):
         commands.evaluate(artifact.path, tmp_path / "data.parquet", stream="id", quiet=True)
+
+
+def test_outputs_of_streams_of_any_size_count_alike(tmp_path):
+    """Two of the streams have values a million times as large, and an output in their units."""
+    spec = leaky(0.9, tmp_path / "m", **EVENTS_OF).spec.model_dump(mode="json")
+    spec["events"]["fields"][1]["normalisation"] = {"memory_events": 20, "std": 1.0}
+    spec["heads"] = [{"kind": "forecast", "name": "next", "targets": ["x"]}]
+    parsed = parse_spec(spec)
+    weights = {name: np.zeros(shape, np.float32) for name, shape in weight_shapes(parsed).items()}
+    weights |= {name: weights_of(parsed, 0.9)[name] for name in ("sum.recurrent_kernel",)}
+    weights["sum.kernel"][-1] = weights["heads.next.kernel"][0] = 1
+    artifact = write_artifact(tmp_path / "scaled", parsed, weights)
+    is_large = pl.col("id").str.tail(1).is_in(["0"])
+    frame = table().with_columns(x=pl.when(is_large).then(1e6 * pl.col("x")).otherwise("x"))
+    streams = streams_of(artifact.spec, frame)
+    measured = measure_burn_in(artifact, streams, run_chunks(artifact, streams))
+    assert measured is not None
+    output = measured["outputs"]["next"]
+    assert output["relative_to"] == "deviation in the stream"
+    assert output["events"]["0.5"] > 40
