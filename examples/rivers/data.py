@@ -98,15 +98,15 @@ ROUTING = (0.32, 0.54, 0.14)
 """Shares of a day's runoff at the gauge on that day and the next two (MAXBAS of 2.5 days)."""
 
 
-def rivers(part: Part) -> pl.DataFrame:
-    """All events, catchment by catchment.
+def rivers(part: Part, years: int = YEARS) -> pl.DataFrame:
+    """All events of some years, catchment by catchment.
 
     Returns:
         `catchment`, `day`, `precipitation` (mm), `temperature` (degrees Celsius), `relief_m`,
         `latitude`, and the label `flow`.
     """
     random = np.random.default_rng(SEEDS[part])
-    count, days = COUNTS[part], int(YEARS * YEAR_DAYS)
+    count, days = COUNTS[part], int(years * YEAR_DAYS)
     drawn = Catchments(**{name: random.uniform(*ends, count) for name, ends in RANGES.items()})
     dates = np.arange(-WARM_UP_DAYS, days)
     precipitation, temperature = weather(random, drawn, dates)
