@@ -23,8 +23,7 @@ class HistoryColumns(msgspec.Struct, frozen=True):
     """What commits add to the histories of their streams.
 
     Attributes:
-        entries: the encoded entry of each chunk; empty if no chunk led to the state, whose history
-            then starts with a snapshot of it.
+        entries: the encoded entry of each chunk; unused without events.
         events: the last so many events are kept, and what is left of the chunk of the first one; 0
             keeps only the states for other versions.
         snapshots: most snapshots that are kept, at least 1.

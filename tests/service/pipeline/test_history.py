@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,37 @@ async def test_only_applied_chunks_are_kept(store_url: str, artifact: Artifact) 
         await pipeline.process(ANYONE, replace(chunk_of("a", rows_of(random, 1)), starts_over=True))
         _, entries = await read(store, artifact, "a")
         assert [(each.start, each.stop, each.starts) for each in entries] == [(0, 1, True)]
+
+
+async def test_a_final_chunk_is_marked(store_url: str, artifact: Artifact) -> None:
+    random, store = np.random.default_rng(1), new_store(store_url)
+    async with worker(store_url, artifact, store=store, history=HISTORY) as pipeline:
+        await send(pipeline, "a", rows_of(random, 3), 0)
+        await pipeline.process(ANYONE, replace(chunk_of("a", rows_of(random, 3), 3), final=True))
+        _, entries = await read(store, artifact, "a")
+        assert [each.final for each in entries] == [False, True]
+
+
+async def test_a_fork_of_a_stream_that_moves_on_is_read_again(
+    store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, store, copied = np.random.default_rng(1), new_store(store_url), []
+    copy = store.histories.copy
+    async with worker(store_url, artifact, store=store, history=HISTORY) as pipeline:
+        await send(pipeline, "a", rows_of(random, 3), 0)
+
+        async def copy_late(*arguments: Any) -> Any:
+            if not copied:
+                await send(pipeline, "a", rows_of(random, 3), 3)
+            copied.append(await copy(*arguments))
+            return copied[-1]
+
+        monkeypatch.setattr(store.histories, "copy", copy_late)
+        fork = await pipeline.streams.fork(ANYONE, StreamKey("probe", "a"), "b", None)
+        assert (fork.head.position, len(copied)) == (6, 2)
+        found, entries = await read(store, artifact, "b")
+        assert found.is_valid
+        assert entries[-1].stop == 6
 
 
 async def test_a_worker_without_history_ends_it(store_url: str, artifact: Artifact) -> None:

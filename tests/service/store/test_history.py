@@ -195,12 +195,9 @@ async def test_a_stream_that_starts_over_starts_its_history(store: Store, stream
     assert ranges(found) == [range(4)]
     assert found.positions == [4]
     restored = streams.begin(position=2**60)
-    await store.commit(
-        replace(
-            columns(Commit(key("a"), again.head, restored, None)),
-            histories=HistoryColumns([b""], EVENTS, SNAPSHOTS),
-        )
-    )
+    value = encode_state(restored)
+    result = await store.histories.write(key("a"), pack_head(again.head), value, HistoryCopy())
+    assert result == Committed()
     found = await read(store, restored, key("a"), 2**60)
     assert (found.entries, found.positions) == ([], [2**60])
     assert found.snapshot == encode_state(restored)
@@ -302,15 +299,51 @@ async def test_states_for_versions_are_written_in_their_epoch_and_never_go_back(
     assert await write([key("missing")], [late]) == [False]
     assert await write([key("a")], [encode_state(second.new)]) == [False]
     assert (await store.histories.read(key("a"), b"v" * 16)).version_state == late
-    # the one that is furthest behind makes room
-    for version, value in ((b"w", early), (b"x", late)):
-        state = encode_state(as_version(decode_stream(value), version * 16))
-        assert await write([key("a")], [state]) == [True]
-    found = [
-        (await store.histories.read(key("a"), each * 16)).version_state
-        for each in (b"v", b"w", b"x")
-    ]
-    assert [each is not None for each in found] == [True, False, True]
+
+
+@pytest.mark.parametrize("order", ["vwx", "wvx"])
+async def test_of_too_many_states_for_versions_the_one_furthest_behind_is_dropped(
+    store: Store, streams: Streams, order: str
+) -> None:
+    first = streams.creation(key("a"))
+    second = streams.next(first)
+    await keep(store, first)
+    await keep(store, second)
+    for letter in order:
+        version = letter.encode() * 16
+        state = as_version(first.new if letter == "w" else second.new, version)
+        assert await store.histories.commit_versions([key("a")], [encode_state(state)]) == [True]
+    for letter in order:
+        found = await store.histories.read(key("a"), letter.encode() * 16)
+        assert (found.version_state is None) == (letter == "w")
+
+
+async def test_a_version_state_of_an_earlier_epoch_is_not_written(
+    store: Store, streams: Streams
+) -> None:
+    """Two epochs that begin at one position have the same tag there."""
+    value: StreamState | None = None
+    expected, write = b"", store.histories.commit_versions
+    for _ in range(2):
+        begun = streams.begin(position=9)
+        state = encode_state(begun)
+        result = await store.histories.write(key("a"), expected, state, HistoryCopy())
+        assert result == Committed()
+        await keep(store, Commit(key("a"), begun.head, after := streams.after(begun), None))
+        expected, value = pack_head(after.head), value or as_version(begun, b"v" * 16)
+    assert await write([key("a")], [encode_state(value)]) == [False]
+    assert await write([key("a")], [encode_state(as_version(begun, b"v" * 16))]) == [True]
+
+
+async def test_snapshots_of_a_version_with_a_similar_fingerprint_are_not_read(
+    store: Store, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    first = first._replace(new=as_version(first.new, b"o" * 8 + b"1" * 8))
+    await keep(store, first)
+    assert (await read(store, first.new, key("a"), 4)).snapshot is not None
+    found = await store.histories.read(key("a"), b"o" * 8 + b"2" * 8, 4)
+    assert found.snapshot is None
 
 
 async def test_a_version_state_of_a_lost_branch_is_not_written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,18 @@ def test_a_cut_keeps_the_entries_before_a_position() -> None:
     ]
     np.testing.assert_equal(kept[1].steps.rows, steps[1].rows[:2])
     assert kept[1].steps.resets == (0,)
-    (cut,) = codec.keep_until([first], 12)
+    (cut,) = codec.keep_until([codec.encode(10, steps[0], final=True, starts=True)], 12)
     assert codec.decode(cut).starts
+    assert not codec.decode(cut).final
+
+
+def test_the_bytes_of_an_entry_are_those_of_the_layout() -> None:
+    steps = Steps(Feed.INPUTS, 2, None, np.array([[1], [-2]], np.float32), (1,), 0.5)
+    lead = "0500000000000000020000001f"
+    body = "000000000000e03f0100000001000000010000000000803f000000c0"
+    crc = zlib.crc32(bytes.fromhex(lead + body)).to_bytes(4, "little").hex()
+    value = HistoryCodec(None, 1).encode(5, steps, final=True, starts=True)
+    assert value.hex() == lead + crc + body
 
 
 def test_another_version_reads_events_of_the_same_fields() -> None:

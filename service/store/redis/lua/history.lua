@@ -130,14 +130,13 @@ end
 --
 -- header     of the stored state or tombstone; "": there is none
 -- state      to write
--- entry      of the chunk; "": no chunk led to the state, and the history starts with it
+-- entry      of the chunk; unused without events
 -- events     about how many events are kept; 0: only the states for other versions
 -- snapshots  how many snapshots are kept, at least 1
 local function keep_history(
   state_key, history_key, versions_key, header, state, entry, events, snapshots)
   local before, index = string.sub(header, 33, 56), ''
   local is_continued = string.sub(before, 1, 8) == string.sub(state, 33, 40)
-    and (entry ~= '' or events == 0)
   local head = redis.call('HGET', versions_key, 'head')
   if is_continued and head and string.sub(head, 1, 24) == before then
     index = string.sub(head, 25)
@@ -156,14 +155,12 @@ local function keep_history(
       index = add_snapshot(versions_key, index, redis.call('GET', state_key))
     end
     local position, newest = position_of(state, 57), 0
-    if entry ~= '' then
-      local tag = is_continued and string.sub(header, 41, 48) or NO_TAG
-      append_entry(history_key, tag, entry, position, events)
-    end
+    local tag = is_continued and string.sub(header, 41, 48) or NO_TAG
+    append_entry(history_key, tag, entry, position, events)
     if index ~= '' then
       newest = position_of(index, #index - 15)
     end
-    if entry == '' or position - newest >= math.max(1, math.floor(events / (2 * snapshots))) then
+    if position - newest >= math.max(1, math.floor(events / (2 * snapshots))) then
       index = add_snapshot(versions_key, index, state)
       index = thin_snapshots(versions_key, index, snapshots)
     end
