@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from fastapi import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 
@@ -189,3 +191,48 @@ async def test_topics_have_rates_fold_their_partitions_and_show_their_newest_out
         link = await page.evaluate("document.querySelector('tbody a').hash")
         assert link == "#/models/probe/streams/a%2Fb"
         assert float((await page.evaluate(SHOWN))["Lag"].replace(",", "")) == 1200
+
+
+async def test_a_stream_shows_its_newest_events_and_where_it_can_be_rewound_to(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    facts = """Object.fromEntries([...document.querySelectorAll('.facts > div')]
+      .map((each) => [...each.children].map((part) => part.innerText)))"""
+    cells = (
+        "[...document.querySelectorAll('tbody tr')]"
+        ".map((row) => [...row.cells].map((each) => each.innerText))"
+    )
+    head = {
+        "model": "probe", "version": "1", "fingerprint": "1", "stream": "s", "feed": "inputs",
+        "epoch": "e", "position": 30, "tag": "t", "updated_ms": 0,
+    }  # fmt: skip
+    asked: list[tuple[int, int]] = []
+
+    def v1_models_probe_streams_s_history(request: Request) -> Response:
+        asked.append((int(request.query_params["from"]), int(request.query_params["limit"])))
+        chunks = [{"position": 28, "inputs": [[0.5, 1, 2], [3, 4, 5]]}]
+        kept = {"available": [[0, 0], [12, 30]], "snapshots": [0, 12], "start": 10, "next": None}
+        return JSONResponse({**head, **kept, "chunks": chunks})
+
+    def v1_models_probe_streams_s_state() -> Response:
+        return JSONResponse({**head, "state": {"hidden": [0.5]}})
+
+    def v1_models_probe_streams_s_outputs() -> Response:
+        document = json.dumps({**head, "position": 30})
+        text = f"event: stream\nid: 30\ndata: {document}\n\n"
+        return PlainTextResponse(text, media_type="text/event-stream")
+
+    routes = {
+        "v1_models_probe_streams_s_history": v1_models_probe_streams_s_history,
+        "v1_models_probe_streams_s_state": v1_models_probe_streams_s_state,
+        "v1_models_probe_streams_s_outputs": v1_models_probe_streams_s_outputs,
+    }
+    async with opened_console(pipeline_server, browser, tmp_path, **routes) as page:
+        await page.evaluate("location.hash = '#/models/probe/streams/s'")
+        await page.until(f"({facts})['can be rewound to'] !== undefined")
+        shown = await page.evaluate(facts)
+        assert shown["can be rewound to"] == "0, 12 to 30"
+        assert (shown["snapshots"], shown["events from position"]) == ("0, 12", "10")
+        assert await page.evaluate(cells) == [["29", "[3,4,5]"], ["28", "[0.5,1,2]"]]
+        assert asked == [(10, 20)]
+        await page.assert_accessible()

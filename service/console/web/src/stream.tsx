@@ -3,6 +3,7 @@ import { useEffect, useReducer, useState } from "preact/hooks";
 import { modelAddress } from "./api";
 import { Chart } from "./chart";
 import { ago, number, whole } from "./format";
+import { History } from "./history";
 import { Alert, Facts } from "./parts";
 import { StreamWatch } from "./watch";
 
@@ -75,6 +76,7 @@ export function StreamView({ model, stream }: { model: string; stream: string })
           />
         </section>
       )}
+      {head && <History model={model} stream={stream} position={head.position} />}
     </>
   );
 }
