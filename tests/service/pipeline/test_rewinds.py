@@ -298,8 +298,11 @@ class Game:
             assert (epoch.version.version, reply.warm) == (version, None)
         epoch.version = self.versions[version]
         if reply.warm is not None:
-            epoch.rewarmed.setdefault(version, start)
             self.outcomes["inexact"] += 1
+            epoch.rewarmed.setdefault(version, start)
+        elif version not in epoch.states and version not in epoch.rewarmed:
+            assert start - epoch.first >= HISTORY.events, "it has not forgotten the start"
+            epoch.rewarmed[version] = start
         for row, output in zip(rows, reply.outputs, strict=True):
             expected = epoch.append(row, artifacts)
             if expected is not None:
