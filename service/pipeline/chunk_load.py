@@ -384,13 +384,20 @@ class ChunkLoader:
         if policy == "rewarm" and keeps_more:
             rewarmed = job.rewarmed
             return rewarmed if rewarmed and rewarmed.head == stored.head else stored
-        if policy == "keep" and self._served.fits(stored):
+        if policy == "keep" and self._may_keep(stored):
             kept = stored._replace(fingerprint=self._fingerprint)
             self._check_waiting(kept)
             return kept
         if chunk.epoch is not None and chunk.epoch != stored.head.epoch:
             return stored  # epoch_mismatch takes precedence
         raise self._served.incompatible(chunk.key.stream, stored)
+
+    def _may_keep(self, stored: StreamState) -> bool:
+        """Whether a state of another version may be one of this, as far as is known of that one."""
+        served, writer = self._served, self._versions.writer(stored.fingerprint)
+        is_known = writer.fingerprint == stored.fingerprint
+        is_alike = writer.state.parts == served.state.parts and writer.events == served.events
+        return served.fits(stored) and (is_alike or not is_known)
 
     def _check_waiting(self, stored: StreamState) -> None:
         if self._blocks is None:

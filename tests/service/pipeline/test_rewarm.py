@@ -386,6 +386,26 @@ async def test_events_with_other_fields_are_of_no_use(store_url: str, tmp_path: 
         assert (await before.process(ANYONE, events_chunk(old, events, 4, 8))).head.position == 8
 
 
+async def test_states_of_another_encoding_are_not_kept(store_url: str, tmp_path: Path) -> None:
+    """If the version that wrote them is loaded, so that it is known."""
+    later = changed(EVENTS, "delay", mean=-7.0, std=11.0)
+    old, new = (
+        write_artifact(tmp_path / str(seed), spec, contracting_weights(spec, seed))
+        for seed, spec in enumerate(map(parse_spec, (EVENTS, later)))
+    )
+    events = events_of(8)
+    async with (
+        worker(store_url, old) as before,
+        worker(store_url, new, on_model_change="keep") as after,
+    ):
+        await before.process(ANYONE, events_chunk(old, events, 0, 4))
+        dry = replace(events_chunk(new, events, 4, 8), dry_run=True)
+        assert (await after.process(ANYONE, dry)).head.position == 4
+        after.versions["scales"].add(before.models["scales"])
+        with pytest.raises(StateIncompatible):
+            await after.process(ANYONE, dry)
+
+
 BLOCKS = parse_spec(
     {
         "name": "blocks",
