@@ -34,11 +34,10 @@ def measure(
         `burn_in`, unless there is none, and `ranges`, as the manifest has them.
     """
     streams, split = streams_of(artifact.spec, frame, source), split_of(artifact.spec)
-    if scores is None:
+    burn_in = None if scores is None else scores.get("burn_in")
+    if scores is None and artifact.spec.chunking != "whole":
         outputs = run_chunks(artifact, streams)
         burn_in = measure_burn_in(artifact, streams, outputs, split.test)
-    else:
-        burn_in = scores.get("burn_in")
     return {
         **entry_of(burn_in),
         "ranges": measure_ranges(artifact, streams, split.validate, source).to_manifest(),

@@ -19,6 +19,7 @@ from models.artifact.writing import add_measurements, write_artifact
 from models.errors import ArtifactError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
+from models.training.burn_in import burn_in_lines
 from models.training.data import labels_of, split_of, streams_of
 from models.training.evaluate import events_to_score
 from models.training.measurements import measure
@@ -91,7 +92,11 @@ def train_frame(
         progress.say(f"no events {split.test_range}: nothing held out, no report")
         for warning in result.warnings:
             progress.say(f"warning: {warning}", "yellow")
-    artifact = add_measurements(artifact.path, measure(artifact, frame, source, report))
+    measured = measure(artifact, frame, source, report)
+    if report is None and "burn_in" in measured:
+        for line in burn_in_lines(measured["burn_in"]):
+            progress.say(line)
+    artifact = add_measurements(artifact.path, measured)
     checkpoint_path(out).unlink(missing_ok=True)
     return artifact
 

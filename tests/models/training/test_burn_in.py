@@ -20,7 +20,7 @@ from models.spec.model import ModelSpec, parse_spec
 from models.training.burn_in import burn_in_lines, measure_burn_in, measure_rows_burn_in
 from models.training.data import streams_of
 from models.training.evaluate import run_chunks
-from models.training.measurements import entry_of
+from models.training.measurements import entry_of, measure
 from models.training.ranges import measure_ranges
 from tests.models.artifact.artifacts import manifest_of, seal
 
@@ -138,6 +138,17 @@ def test_runs_in_blocks_begin_at_a_block(tmp_path):
     measured = measure_burn_in(artifact, streams, run_chunks(artifact, streams))
     assert measured is not None
     assert 1 < measured["events"] < 150
+
+
+def test_a_network_of_whole_sequences_has_ranges_alone(tmp_path):
+    """Also if streams are longer than a sequence that it takes."""
+    spec = leaky(0.5, tmp_path / "m", **EVENTS_OF).spec.model_dump(mode="json")
+    layers = [{"kind": "bidirectional", "name": "sum", "units": 3}]
+    spec = parse_spec({**spec, "layers": layers, "max_chunk_steps": 50})
+    artifact = initialise_artifact(spec, tmp_path / "whole", 1)
+    measured = measure(artifact, table())
+    assert measured.keys() == {"ranges"}
+    assert measured["ranges"]["inputs.x"]["largest"] == 1
 
 
 def test_only_the_events_before_a_key_are_used(tmp_path):

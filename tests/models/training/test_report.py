@@ -239,10 +239,11 @@ def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatc
         train_frame(latch_spec(), latch_frame(), out, quiet=True)
 
 
-def test_no_report_without_held_out_events(tmp_path, monkeypatch):
+def test_no_report_without_held_out_events(tmp_path, monkeypatch, capsys):
     train_nothing(monkeypatch)
     spec = latch_spec(epochs=1, test_from="1970-02-01")
-    train_frame(spec, latch_frame(), tmp_path / "model", quiet=True)
+    train_frame(spec, latch_frame(), tmp_path / "model")
+    assert "burn-in: " in capsys.readouterr().out
     assert not (tmp_path / "model" / "report.json").exists()
     artifact = load_artifact(tmp_path / "model")
     assert artifact.manifest["training"]["best_epochs"] == [1]
