@@ -48,6 +48,9 @@ REPORT_S: Final = 2.0
 READ_S: Final = 0.4
 """Longest wait for the store when it is polled."""
 
+VERSION_FOLDER: Final = "/"
+"""In the path of a version that has a folder of its own in that of its model."""
+
 MANAGE: Final = (Verb.MANAGE_MODELS,)
 
 log = structlog.get_logger(__name__)
@@ -131,6 +134,10 @@ class ModelAliases:
             StoreUnavailable, StoreRefused
         """
         await self._read(math.inf)
+        for name, versions in self._versions.items():
+            if VERSION_FOLDER in self._path(versions.route.champion):
+                # so that a version that is added later does not answer by a restart
+                await self._change(name, lambda record: record)
         for name, record in self._records.items():
             answering = [record.champion, *([record.challenger] if record.challenger else [])]
             for fingerprint in answering:
