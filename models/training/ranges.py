@@ -21,7 +21,7 @@ from models.training.data import Streams
 from models.training.evaluate import run_network
 
 MAX_EVENTS = 200_000
-"""Events that are run, in whole streams, at least one."""
+"""Events that are run, of as many streams as have no more."""
 CHUNK = 64
 SEED = 0
 MARGIN = 0.01
@@ -42,12 +42,13 @@ def measure_ranges(
     spans = [span for span in spans_before(streams, before_key) if span[0] < span[1]]
     if not spans:
         raise DataError(expected=f"{source}: events of the training set", got="none")
+    # a network that takes whole sequences takes no longer ones
+    limit = (spec.chunk_limit if spec.chunking == "whole" else None) or MAX_EVENTS
+    spans = [(start, min(stop, start + limit)) for start, stop in spans]
     few = [spans[at] for at in _few([stop - start for start, stop in spans])]
 
     def run(step: Step, events: int | None) -> None:
-        # a network that takes whole sequences takes none that is longer
-        most = events or spec.chunk_limit or MAX_EVENTS
-        cut = [(start, min(stop, start + most)) for start, stop in few]
+        cut = [(start, stop if events is None else start + events) for start, stop in few]
         run_network(spec, weights, streams.windows(cut), step, chunk=CHUNK, seed=SEED)
 
     return _measure(artifact, run)
