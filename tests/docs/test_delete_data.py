@@ -21,10 +21,9 @@ PAGE = ROOT / "docs" / "how-to" / "manage-streams.md"
 
 
 def rewrite_files(server: RealServer) -> None:
-    """Run the commands of the page."""
-    (commands,) = re.findall(
-        r"^```sh\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
+    """Run the commands of the page that call the store."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (commands,) = [block for block in blocks if "redis-cli" in block]
     script = commands.replace("redis-cli ", f"redis-cli -s {server.socket} ")
     done = subprocess.run(["sh", "-euc", script], capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
