@@ -106,13 +106,13 @@ class Rewarming:
         for shard, group in groups.items():
             for first in range(0, len(group), PIECE_ROWS):
                 part = group[first : first + PIECE_ROWS]
+                self._waiting += len(part)
                 batch.detach(part, self._rewarm(served, part, self._turns[shard]))
 
     async def _rewarm(
         self, served: ServedModel, jobs: list[ChunkJob], turn: asyncio.Lock
     ) -> list[ChunkJob]:
         """Give jobs states of their streams; returns those to be retried."""
-        self._waiting += len(jobs)
         try:
             async with turn:
                 waiting = [job for job in jobs if not job.is_resolved]

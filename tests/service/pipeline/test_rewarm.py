@@ -26,6 +26,7 @@ from service.core.errors import (
     StreamFinal,
 )
 from service.core.values import Chunk, Feed, Reply, Steps, StreamKey, Warmth
+from tests.support.cluster import Cluster, shared_cluster
 from tests.support.events import NORMALISED
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.pipelines import (
@@ -38,6 +39,8 @@ from tests.support.pipelines import (
     worker,
 )
 from tests.support.strict_events import columns_from_events
+
+__all__ = ["shared_cluster"]
 
 KEY = StreamKey("probe", "s")
 ALL = HistorySpec(events=1000)
@@ -285,6 +288,31 @@ async def test_many_streams_of_a_batch_are_rewarmed_together_and_apart_from_othe
         assert_outputs(replies[1 + at], exact[8:10])
         assert_outputs(replies[51 + at], exact[10:])
     assert counts.seen["conflicts"] == 0
+
+
+async def test_versions_share_a_cluster(shared_cluster: Cluster, versions: Versions) -> None:
+    """The streams of each node are rewarmed by themselves."""
+    random = np.random.default_rng(16)
+    rows = {f"rewarmed-{at}": rows_of(random, 9) for at in range(30)}
+    exact = [
+        {name: oracle_outputs(artifact, each) for name, each in rows.items()}
+        for artifact in versions
+    ]
+    url = shared_cluster.url
+    async with (
+        worker(url, versions[0], history=FEW) as one,
+        worker(url, versions[1], history=FEW) as other,
+    ):
+        for turn, start in enumerate(range(0, 9, 3)):
+            replies = await asyncio.gather(
+                *(
+                    send((one, other)[turn % 2], name, each[start : start + 3], start)
+                    for name, each in rows.items()
+                )
+            )
+            for name, reply in zip(rows, replies, strict=True):
+                assert_outputs(reply, exact[turn % 2][name][start : start + 3])
+                assert reply.warm is None
 
 
 async def test_more_streams_than_may_wait_are_overloaded(
