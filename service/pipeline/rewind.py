@@ -140,17 +140,16 @@ class History(NamedTuple):
             StateDamaged
         """
         parts: list[HistoryEntry] = []
-        for value in self.entries:
-            first, stop = max(start, read_range(value).start), read_range(value).stop
-            if stop < start or stop == start > read_range(value).start:
-                continue
-            if stop > first and not limit:
+        at = bisect_right(self.entries, start, key=lambda value: read_range(value).stop)
+        for value in self.entries[at:]:
+            events = read_range(value)
+            first = max(start, events.start)
+            if events and not limit:
                 return parts, first
-            part = self._decode(value)
-            until = min(stop, first + limit)
-            parts.append(part if until - first == part.steps.length else part.cut(first, until))
+            part, until = self._decode(value), min(events.stop, first + limit)
+            parts.append(part if range(first, until) == events else part.cut(first, until))
             limit -= until - first
-            if until < stop:
+            if until < events.stop:
                 return parts, until
         return parts, None
 
