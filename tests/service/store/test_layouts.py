@@ -21,8 +21,11 @@ import redis
 from numpy.typing import NDArray
 
 from models.artifact.artifact import load_artifact
+from service.core.values import StreamKey
 from service.store.backup import BackupReader, restore_backup
 from service.store.embedded import EmbeddedValkey
+from service.store.history_codec import HistoryCodec
+from tests.service.store.layouts.__main__ import read_key, write_key
 from tests.service.transports.v1.harness import Harness, harness
 from tests.support.oracle import oracle_step
 from tests.support.servers import RealServer
@@ -35,6 +38,9 @@ def _document(folder: Path) -> dict[str, Any]:
 
 SAMPLES = sorted(path.parent for path in (Path(__file__).parent / "layouts").glob("*/store.json"))
 WITH_TOKENS = [folder for folder in SAMPLES if _document(folder)["token"]]
+WITH_HISTORY = [
+    folder for folder in SAMPLES if any(":h:" in name for name in _document(folder)["keys"])
+]
 WITH_BACKUP = [folder for folder in SAMPLES if (folder / "backup").exists()]
 MORE = [[0.25, -1.0, 0.5], [1.5, 0.0, -0.75]]
 """Rows that are sent to each stream."""
@@ -75,10 +81,12 @@ async def sample(request: pytest.FixtureRequest, server: RealServer) -> AsyncIte
     document = _document(folder)
     async with harness(server, {"probe": load_artifact(folder / "model")}) as api:
         with server.client() as client:
-            keys = {name: base64.b64decode(text) for name, text in document["keys"].items()}
+            keys = document["keys"]
             # the service has written its own, which a later one must accept
-            assert json.loads(keys["carry:meta"]) == json.loads(client.get("carry:meta"))
-            client.mset(keys)
+            meta = json.loads(base64.b64decode(keys["carry:meta"]))
+            assert meta == json.loads(client.get("carry:meta"))
+            for name, value in keys.items():
+                write_key(client, name, value)
         yield Sample(folder, document, api)
 
 
@@ -118,9 +126,30 @@ def test_embedded_stores_of_every_layout_are_opened(folder: Path, tmp_path: Path
     try:
         with redis.Redis(unix_socket_path=valkey.url.removeprefix("unix://")) as client:
             for name in kept:
-                assert client.get(name) == base64.b64decode(document["keys"][name]), name
+                assert read_key(client, name) == document["keys"][name], name
     finally:
         valkey.stop()
+
+
+@pytest.mark.parametrize("sample", WITH_HISTORY, indirect=True, ids=_name)
+async def test_histories_of_every_layout_are_read(sample: Sample) -> None:
+    """Also by a version that keeps none: they lead to the stored states."""
+    artifact, store = sample.api.models["probe"], sample.api.store
+    codec = HistoryCodec(None, artifact.spec.input_features)
+    for stream, sent in sample.document["streams"].items():
+        rows = np.asarray(sent["inputs"], np.float32)
+        key = StreamKey("probe", stream)
+        history = await store.histories.read(key, artifact.fingerprint, sent["reply"]["position"])
+        assert history.is_valid == (stream != "deleted")
+        entries = [codec.decode(value).steps.rows for value in history.entries]
+        kept = np.concatenate([np.zeros((0, 3), np.float32), *filter(_is_some, entries)])
+        np.testing.assert_array_equal(kept, rows[len(rows) - len(kept) :])
+        assert len(kept) == {"several": 6, "restored": 2, "deleted": 0}.get(stream, len(rows))
+        assert (history.snapshot is None) == (stream == "deleted")
+
+
+def _is_some(value: object) -> bool:
+    return value is not None
 
 
 @pytest.mark.parametrize("sample", WITH_TOKENS, indirect=True, ids=_name)

@@ -31,6 +31,10 @@ from tests.support.servers import free_port, until
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[3]
 READY_S = 60
+HISTORY = {"CARRY_HISTORY_EVENTS": "6", "CARRY_HISTORY_SNAPSHOTS": "2"}
+OF_PROCESSES = b"carry:models:loaded"
+"""The key of what each process has loaded."""
+
 MAKE_ARTIFACT = """
 import pathlib, sys
 from tests.support.pipelines import make_artifact
@@ -53,7 +57,7 @@ def record(folder: Path, checkout: Path, data_dir: Path) -> None:
     """Run the service, feed it, and write what it stored."""
 
     def run(*arguments: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        environment = {**os.environ, "PYTHONPATH": str(checkout), **HISTORY}
         return subprocess.Popen(
             [sys.executable, *arguments],
             cwd=checkout,
@@ -84,12 +88,38 @@ def record(folder: Path, checkout: Path, data_dir: Path) -> None:
     backup.communicate()
 
 
-def _read_keys(data_dir: Path) -> dict[str, str]:
-    """Every key of the running embedded store, in base64."""
+def _read_keys(data_dir: Path) -> dict[str, Any]:
+    """Every key of the running embedded store: a string, list or hash, in base64."""
     socket = json.loads((data_dir / "valkey.json").read_text())["socket"]
     with redis.Redis(unix_socket_path=socket) as client:
-        names = sorted(client.keys())
-        return {name.decode(): base64.b64encode(client.get(name)).decode() for name in names}
+        names = [name for name in sorted(client.keys()) if name != OF_PROCESSES]
+        return {name.decode(): read_key(client, name) for name in names}
+
+
+def read_key(client: redis.Redis, name: bytes | str) -> Any:
+    """The value of a key as JSON has it; None if there is none."""
+    kind = client.type(name)
+    if kind == b"list":
+        return list(map(_text_of, client.lrange(name, 0, -1)))
+    if kind == b"hash":
+        fields = client.hgetall(name)
+        return {_text_of(field): _text_of(value) for field, value in sorted(fields.items())}
+    return _text_of(client.get(name)) if kind == b"string" else None
+
+
+def write_key(client: redis.Redis, name: str, value: Any) -> None:
+    """The inverse of `read_key`, of a key that does not exist."""
+    if isinstance(value, list):
+        client.rpush(name, *map(base64.b64decode, value))
+    elif isinstance(value, dict):
+        decode = base64.b64decode
+        client.hset(name, mapping={decode(each): decode(text) for each, text in value.items()})
+    else:
+        client.set(name, base64.b64decode(value))
+
+
+def _text_of(value: bytes) -> str:
+    return base64.b64encode(value).decode()
 
 
 def _is_ready(client: httpx.Client) -> bool:
