@@ -167,7 +167,7 @@ class Pipeline:
                 recorder,
                 settings=settings,
                 now_ms=now_ms,
-                is_busy=self._has_waiting_chunks,
+                is_busy=lambda: any(self.queue_depths().values()),
             )
             run = ChunkBatchRunner(
                 versions,
@@ -218,13 +218,17 @@ class Pipeline:
                 await self._compute.warm(served.decoder)
             served.is_warm = True
         self._warm = True
+        self.aliases.on_switch.append(lambda versions: self._shadows[versions.name].follow_route())
         self._aging = asyncio.get_running_loop().create_task(self._age_cache())
 
     async def _age_cache(self) -> None:
         """Drop states of idle streams: another worker may have deleted them."""
         while True:
             await asyncio.sleep(min(CACHE_CHECK_S, self._state_cache_s / 10))
-            self.cache.drop_older(self._now_ms() - round(1000 * self._state_cache_s))
+            committed_ms = self._now_ms() - round(1000 * self._state_cache_s)
+            self.cache.drop_older(committed_ms)
+            for shadow in self._shadows.values():
+                shadow.drop_older(committed_ms)
 
     async def stop(self) -> None:
         """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
@@ -238,9 +242,6 @@ class Pipeline:
         await self.aliases.close()
         await asyncio.gather(*(shadow.close() for shadow in self._shadows.values()))
         self._compute.close()
-
-    def _has_waiting_chunks(self) -> bool:
-        return any(batcher.waiting for batcher in self._chunks.values())
 
     def queue_depths(self) -> dict[str, int]:
         """Number of chunks that wait for a batch, by model."""

@@ -21,7 +21,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import structlog
 
@@ -40,6 +40,8 @@ from service.pipeline.shadow_budget import BusyClock, ShadowBudget
 from service.pipeline.shadow_states import OfferedChunk, ShadowStates, ShadowStream
 from service.store.base import Store
 from service.store.codec import decode_stream, encode_states, mark_inexact, pack_head
+
+T = TypeVar("T")
 
 MAX_CHUNKS: Final = 2048
 MAX_STEPS: Final = 65_536
@@ -155,25 +157,42 @@ class Shadow:
         self._queue.clear()
         self._chunks = self._steps = 0
 
+    def follow_route(self) -> None:
+        """Take up the versions of the current route, and forget others."""
+        self._current_pair()
+
+    def drop_older(self, committed_ms: int) -> None:
+        """Drop the states in memory of streams without a chunk since then."""
+        for states, _ in self._pair.stages.values() if self._pair else ():
+            states.drop_older(committed_ms)
+
     def _current_pair(self) -> _Pair | None:
         """The two versions of the route; what was computed for others is dropped."""
-        route, pair = self._versions.route, self._pair
-        if pair is not None and (pair.champion, pair.challenger) == route[:2]:
+        (champion, challenger, _), pair = self._versions.route, self._pair
+        if pair is not None and (pair.champion, pair.challenger) == (champion, challenger):
             return pair
+        if challenger is None:
+            self._drop_pair()
+            return None
+        comparator = Comparator(champion, challenger)
+        if pair is not None and (pair.challenger, pair.champion) == (champion, challenger):
+            # promoted or rolled back: what waits brings the states of both versions to the head
+            self._pair = pair._replace(
+                champion=champion, challenger=challenger, comparator=comparator
+            )
+            return self._pair
         self._drop_pair()
-        if route.challenger is not None:
-            max_bytes = self._settings.state_cache_bytes // 4
-            stages = {
-                served: (
-                    ShadowStates(served, self._store.histories, self._compute, max_bytes),
-                    Inference(served, self._compute, self._recorder, _ignore_call),
-                )
-                for served in (route.champion, route.challenger)
-            }
-            clock, share = BusyClock(), self._settings.shadow_budget
-            budget = ShadowBudget(share, time.monotonic(), clock.read_s())
-            comparator = Comparator(route.champion, route.challenger)
-            self._pair = _Pair(route.champion, route.challenger, clock, budget, comparator, stages)
+        max_bytes = self._settings.state_cache_bytes // 4
+        stages = {
+            served: (
+                ShadowStates(served, self._store.histories, self._compute, max_bytes),
+                Inference(served, self._compute, self._recorder, _ignore_call),
+            )
+            for served in (champion, challenger)
+        }
+        clock, share = BusyClock(), self._settings.shadow_budget
+        budget = ShadowBudget(share, time.monotonic(), clock.read_s())
+        self._pair = _Pair(champion, challenger, clock, budget, comparator, stages)
         return self._pair
 
     async def _run(self) -> None:
@@ -231,7 +250,8 @@ class Shadow:
         began_s = time.monotonic()
         done = [] if computed is None else [jobs[job] for job in computed.jobs]
         outcomes = {"failed": len(jobs) - len(done), "dropped": len(offered) - len(jobs)}
-        if computed is None or self._current_pair() is not pair:
+        current = self._current_pair()
+        if computed is None or current is None or current.stages is not pair.stages:
             self._record(pair, outcomes, caught_up=caught_up)
             return
         streams: dict[StreamKey, ShadowStream] = {}
@@ -239,14 +259,17 @@ class Shadow:
         values = self._encode(served, done, computed)
         for each, outputs, value in zip(done, computed.outputs, values, strict=True):
             chunk, base = each.chunk, bases[each]
-            sides = (each.outputs, outputs) if is_challenger else (outputs, each.outputs)
-            before = base.outputs if base else None
-            resets = _find_resets(served, each, base)
-            compared.append(ComparedChunk(sides, before, chunk.steps.columns, resets))
-            last = (sides[0][-1].copy(), sides[1][-1].copy()) if len(outputs) else before
+            last = None if base is None else base.outputs
             since = _since(served, each, base)
             if since is not None:
                 value = mark_inexact(value, since)
+            else:
+                before = last and _by_side(is_challenger, *last)
+                sides = _by_side(is_challenger, each.outputs, outputs)
+                resets = _find_resets(served, each, base)
+                compared.append(ComparedChunk(sides, before, chunk.steps.columns, resets))
+            if len(outputs):
+                last = each.outputs[-1].copy(), outputs[-1].copy()
             streams[chunk.key] = ShadowStream(each.head, chunk.steps.feed, value, since, last)
         comparison = pair.comparator.compare(compared) if compared else None
         pair.budget.spend(times.infer_s + time.monotonic() - began_s)
@@ -305,6 +328,11 @@ def _ignore_call(rows: int, steps: int, padded_steps: int, seconds: float) -> No
 
 def _ignore_result(_: Reply | CarryError) -> None:
     """Nothing: a failed job is missing among the computed ones."""
+
+
+def _by_side(is_challenger: bool, answered: T, own: T) -> tuple[T, T]:
+    """What belongs to the champion and to the challenger, if that computed its `own`."""
+    return (answered, own) if is_challenger else (own, answered)
 
 
 def _since(served: ServedModel, offered: OfferedChunk, base: ShadowStream | None) -> int | None:

@@ -57,7 +57,8 @@ class ShadowStream(EncodedStream, frozen=True, gc=False):
     """A stream in the state of the version that did not answer.
 
     Attributes:
-        outputs: of champion and challenger for its last event, float32 [O]; None if unknown.
+        outputs: for its last event as they were answered, and those of this version, float32 [O];
+            None if they are not known.
     """
 
     outputs: tuple[FloatRows, FloatRows] | None = None
@@ -105,6 +106,10 @@ class ShadowStates:
         values = [stream.value for stream in streams.values()]
         await self._histories.commit_versions([*streams], values, time.monotonic() + STORE_S)
 
+    def drop_older(self, committed_ms: int) -> None:
+        """Drop the states in memory of streams without a chunk since then."""
+        self._cache.drop_older(committed_ms)
+
     async def _catch_up(
         self, missing: Sequence[OfferedChunk], found: dict[OfferedChunk, ShadowStream | None]
     ) -> int:
@@ -128,15 +133,12 @@ class ShadowStates:
         served, key, base = self._served, each.chunk.key, each.base
         deadline_s = time.monotonic() + STORE_S
         history = await self._histories.read(key, served.fingerprint, None, deadline_s)
-        record, own = (
-            decode_value(key, value) for value in (history.record, history.version_state)
-        )
+        record = decode_value(key, history.record)
         if (
             base is None
             or not isinstance(record, StreamState)
             or record.head.epoch != base.epoch
             or record.fingerprint == served.fingerprint
-            or (isinstance(own, StreamState) and own.head.position > base.position)
         ):
             return None
         target = record._replace(head=base)

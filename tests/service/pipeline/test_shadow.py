@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.spec.history import HistorySpec
+from service.access.caller import ANYONE
 from service.core.errors import InferenceTimeout
 from service.core.values import StreamKey, StreamState
 from service.engine.runtimes.base import FloatBatch, Lengths
@@ -102,7 +103,14 @@ async def shadowed(
     counts, store = Counts(), RedisStore(StoreSettings(url, store_wait_s=60))
     old, new = artifacts
     challenger = ServedModel(new, runtime(new), history=history)
-    async with worker(url, old, counts, store=store, history=history, shadow_budget=10) as pipeline:
+    async with worker(
+        url,
+        old,
+        counts,
+        store=store,
+        history=history,
+        shadow_budget=10,
+    ) as pipeline:
         yield Service(pipeline, store, counts, challenger)
 
 
@@ -343,3 +351,117 @@ async def test_slow_challenger_holds_up_no_chunk_and_may_be_retired_meanwhile(
     assert service.done()["computed"] == 0
     async with shadowed(store_url, artifacts) as again:
         assert await again.state("s", again.challenger) is None
+
+
+async def test_challenger_computes_nothing_while_chunks_of_the_champion_wait(
+    store_url: str, artifacts: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(np.random.default_rng(12), 8)
+    depth, asked = {"probe": 1}, []
+
+    def queue_depths(_: Pipeline) -> dict[str, int]:
+        asked.append(depth["probe"])
+        return depth
+
+    monkeypatch.setattr(Pipeline, "queue_depths", queue_depths)
+    async with shadowed(store_url, artifacts) as service:
+        await feed(service, "s", rows, (4, 4))
+        await becomes(lambda: len(asked) > 3, "several looks at the queue")
+        assert service.challenger.runtime.shapes == []  # type: ignore[attr-defined]
+        depth["probe"] = 0
+        assert await service.settled() == {"computed": 2, "dropped": 0, "failed": 0}
+
+
+async def test_chunks_that_wait_across_a_promotion_bring_the_states_to_the_head(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    """The challenger is behind when it is promoted; what it has yet to compute is not lost."""
+    rows = rows_of(np.random.default_rng(10), 16)
+    began, may_end = threading.Event(), threading.Event()
+
+    def block() -> None:
+        began.set()
+        assert may_end.wait(60)
+
+    async with shadowed(store_url, artifacts, runtime=Unruly) as service:
+        try:
+            unruly(service).before = block
+            await service.send("s", rows[:4], 0)
+            await becomes(began.is_set, "the challenger's call")
+            await service.send("s", rows[4:8], 4)
+            service.route(service.challenger, service.champion)
+        finally:
+            unruly(service).before = lambda: None
+            may_end.set()
+        assert await service.settled() == {"computed": 2, "dropped": 0, "failed": 0}
+        assert_state(await service.state("s", service.challenger), artifacts[1], rows[:8])
+        outputs = await service.send("s", rows[8:], 8)
+        expected = oracle_outputs(artifacts[1], rows)[8:]
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
+async def test_outputs_of_inexact_states_are_not_compared(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    rows = rows_of(np.random.default_rng(11), 20)
+    async with shadowed(store_url, artifacts, history=None) as service:
+        service.route(service.champion, None)
+        await service.send("s", rows[:6], 0)
+        service.route(service.champion, service.challenger)
+        await service.send("s", rows[6:], 6)
+        await service.send("t", rows[:3], 0)
+        service.offered = 2
+        assert await service.settled() == {"computed": 2, "dropped": 0, "failed": 0}
+        compared = [each.comparison for each in service.counts.shadows if each.comparison]
+        events = sum(sum(each.differences["steep"].counts) for each in compared)
+    assert events == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_every_output_is_exact_under_random_drops_promotions_and_workers(
+    store_url: str,
+    artifacts: tuple[Artifact, Artifact],
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two workers, whose routes may differ for a while, as after a switch; streams that start over.
+
+    The history reaches back to the start of each stream: so every answer is the oracle's, of the
+    version that answered, over all events of its stream.
+    """
+    random = np.random.default_rng(seed)
+    history = HistorySpec(events=200, snapshots=4)
+    streams: dict[str, Rows] = {f"s{n}": np.zeros((0, 3), np.float32) for n in range(8)}
+    async with (
+        shadowed(store_url, artifacts, history=history) as one,
+        shadowed(store_url, artifacts, history=history) as two,
+    ):
+        workers = (one, two)
+
+        async def step(name: str) -> None:
+            service, size = workers[random.integers(2)], int(random.integers(1, 9))
+            if len(streams[name]) and random.random() < 0.1:
+                streams[name] = np.zeros((0, 3), np.float32)
+                await service.pipeline.streams.delete(ANYONE, StreamKey("probe", name), None)
+            seen, rows = streams[name], rows_of(random, size)
+            streams[name] = np.concatenate([seen, rows])
+            reply = await send(service.pipeline, name, rows, len(seen))
+            assert reply.warm is None
+            artifact = artifacts[reply.version.version == artifacts[1].version]  # type: ignore[union-attr]
+            expected = oracle_outputs(artifact, streams[name])[len(seen) :]
+            np.testing.assert_allclose(reply.outputs, expected, rtol=2e-5, atol=2e-5)
+
+        for _ in range(40):
+            service = workers[random.integers(2)]
+            pair = (service.champion, service.challenger)[:: random.choice([1, -1])]
+            service.route(*pair, share=random.choice([0.0, 0.0, 0.5]))
+            if random.random() < 0.1:
+                service.route(pair[0], None)
+            most = 0 if random.random() < 0.3 else 100
+            monkeypatch.setattr(shadow, "MAX_CHUNKS", most)
+            await asyncio.gather(*map(step, random.permutation(list(streams))[:5].tolist()))
+        for name, rows in streams.items():
+            for at, served in enumerate((one.champion, one.challenger)):
+                state = await one.state(name, served)
+                if state is not None:
+                    assert_state(state, artifacts[at], rows[: state.head.position])
