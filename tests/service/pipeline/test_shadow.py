@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
+from models.events.columns import EventColumns
 from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
+from service.core.delivery import chunk_digest
 from service.core.errors import InferenceTimeout
-from service.core.values import StreamKey, StreamState
+from service.core.values import Chunk, Feed, Steps, StreamKey, StreamState
 from service.engine.runtimes.base import FloatBatch, Lengths
 from service.pipeline import shadow
 from service.pipeline.comparison import SIDES
@@ -26,6 +30,7 @@ from service.pipeline.served_model import ServedModel
 from service.store.codec import decode_stream
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
+from tests.support.models import random_weights, small_spec
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import oracle_step
 from tests.support.pipelines import Counts, make_artifact, oracle_outputs, rows_of, send, worker
@@ -56,7 +61,7 @@ class Service:
         self.pipeline = pipeline
         self.store = store
         self.counts = counts
-        self.versions = pipeline.versions["probe"]
+        [self.versions] = pipeline.versions.values()
         self.champion, self.challenger = self.versions.route.champion, challenger
         self.versions.add(challenger)
         self.offered = 0
@@ -465,3 +470,61 @@ async def test_every_output_is_exact_under_random_drops_promotions_and_workers(
                 state = await one.state(name, served)
                 if state is not None:
                     assert_state(state, artifacts[at], rows[: state.head.position])
+
+
+async def test_chunk_that_is_retried_after_a_conflict_is_offered_once(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    rows = rows_of(np.random.default_rng(13), 9)
+    async with (
+        shadowed(store_url, artifacts) as one,
+        shadowed(store_url, artifacts) as two,
+    ):
+        await one.send("s", rows[:2])
+        await two.send("s", rows[2:4])
+        # from the state in memory, which the other worker has replaced
+        await one.send("s", rows[4:])
+        assert one.counts.seen["conflicts"] == 1
+        assert sum(each.events.get("champion", 0) for each in one.counts.shadows) == 7
+        await one.settled()
+        assert_state(await one.state("s", one.challenger), artifacts[1], rows)
+
+
+async def test_losses_belong_to_the_side_that_predicted_whichever_answered(
+    store_url: str, tmp_path: Path
+) -> None:
+    """A canary of all streams gives the same losses as a shadow, of champion and challenger."""
+    spec, random = small_spec(), np.random.default_rng(14)
+    small = [write_artifact(tmp_path / str(n), spec, random_weights(spec, n)) for n in (1, 2)]
+    steps = 24
+    values = {
+        "load": random.normal(15, 3, steps),
+        "delay": random.normal(0, 2, steps),
+        "at": 1_357_000_000_000 + 60_000 * np.arange(steps),
+        "carrier": random.choice(np.array(["UA", "B6", "new"], object), steps),
+        "gate": np.full(steps, "A", object),
+        "heavy": random.random(steps) < 0.5,
+        "late": random.random(steps) < 0.5,
+    }
+    present = dict.fromkeys(values, np.ones(steps, np.bool_))
+    columns = EventColumns(steps, present, values)
+    losses: dict[float, dict[tuple[str, ...], float]] = {}
+    for share in (0.0, 1.0):
+        async with shadowed(store_url, (small[0], small[1])) as service:
+            service.route(service.champion, service.challenger, share)
+            for at in range(0, steps, 8):
+                part = Steps(Feed.EVENTS, 8, columns=columns[at : at + 8])
+                digest = chunk_digest(spec.events, part, b"")
+                chunk = Chunk(StreamKey("small", f"s{share}"), part, digest, at)
+                await service.pipeline.process(ANYONE, chunk)
+                service.offered += 1
+            assert (await service.settled())["computed"] == 3
+            totals: Counter[tuple[str, ...]] = Counter()
+            for each in service.counts.shadows:
+                for key, (total, _) in each.comparison.losses.items() if each.comparison else ():
+                    totals[key] += total
+            losses[share] = totals
+    assert {side for side, _, _ in losses[0.0]} == set(SIDES)
+    assert losses[1.0] == pytest.approx(losses[0.0], rel=1e-4)
+    key = ("champion", "late_load", "log_loss")
+    assert losses[0.0][key] != pytest.approx(losses[0.0]["challenger", *key[1:]], rel=1e-2)
