@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
@@ -19,25 +15,27 @@ from models.events.columns import EventColumns
 from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest
-from service.core.errors import InferenceTimeout
-from service.core.values import Chunk, Feed, Steps, StreamKey, StreamState
-from service.engine.runtimes.base import FloatBatch, Lengths
+from service.core.values import Chunk, Feed, Steps, StreamKey
 from service.pipeline import shadow
 from service.pipeline.comparison import SIDES
-from service.pipeline.model_versions import Route
 from service.pipeline.pipeline import Pipeline
-from service.pipeline.served_model import ServedModel
-from service.store.codec import decode_stream
-from service.store.redis.redis_store import RedisStore
-from service.store.settings import StoreSettings
 from tests.support.models import random_weights, small_spec
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.oracle import oracle_step
-from tests.support.pipelines import Counts, make_artifact, oracle_outputs, rows_of, send, worker
+from tests.support.pipelines import (
+    chunk_of,
+    make_artifact,
+    oracle_outputs,
+    rows_of,
+    send,
+)
 from tests.support.servers import becomes
-
-HISTORY = HistorySpec(events=32, snapshots=4)
-Rows = NDArray[np.float32]
+from tests.support.shadows import (
+    Rows,
+    assert_state,
+    feed,
+    shadowed,
+    state_after,
+)
 
 
 @pytest.fixture(scope="session")
@@ -45,101 +43,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artif
     """Champion and challenger."""
     folder: Path = tmp_path_factory.mktemp("shadow")
     return make_artifact(folder, seed=1), make_artifact(folder, seed=2)
-
-
-class Service:
-    """A worker with a challenger.
-
-    Attributes:
-        served: champion and challenger.
-        runtimes: of both.
-    """
-
-    def __init__(
-        self, pipeline: Pipeline, store: RedisStore, counts: Counts, challenger: ServedModel
-    ):
-        self.pipeline = pipeline
-        self.store = store
-        self.counts = counts
-        [self.versions] = pipeline.versions.values()
-        self.champion, self.challenger = self.versions.route.champion, challenger
-        self.versions.add(challenger)
-        self.offered = 0
-        self.route(self.champion, challenger)
-
-    def route(
-        self, champion: ServedModel, challenger: ServedModel | None, share: float = 0.0
-    ) -> None:
-        self.versions.route = Route(champion, challenger, share)
-
-    async def send(self, stream: str, rows: Rows, position: int | None = None) -> Rows:
-        """Send a chunk; returns its outputs."""
-        self.offered += 1
-        reply = await send(self.pipeline, stream, rows, position)
-        assert reply.warm is None
-        return reply.outputs
-
-    def done(self) -> dict[str, int]:
-        return {name: self.counts.seen[f"shadow_{name}"] for name in OUTCOMES}
-
-    async def settled(self) -> dict[str, int]:
-        """What became of all chunks, once it is known."""
-        await becomes(lambda: sum(self.done().values()) >= self.offered, "the shadow's outcomes")
-        return self.done()
-
-    async def state(self, stream: str, served: ServedModel) -> StreamState | None:
-        """The stored state of a stream for a version that did not answer."""
-        key = StreamKey("probe", stream)
-        stored = await self.store.histories.read(key, served.fingerprint)
-        return None if stored.version_state is None else decode_stream(stored.version_state)
-
-
-OUTCOMES = ("computed", "dropped", "failed")
-
-
-@asynccontextmanager
-async def shadowed(
-    url: str,
-    artifacts: tuple[Artifact, Artifact],
-    *,
-    history: HistorySpec | None = HISTORY,
-    runtime: Callable[[Artifact], NumpyRuntime] = NumpyRuntime,
-) -> AsyncIterator[Service]:
-    counts, store = Counts(), RedisStore(StoreSettings(url, store_wait_s=60))
-    old, new = artifacts
-    challenger = ServedModel(new, runtime(new), history=history)
-    async with worker(
-        url,
-        old,
-        counts,
-        store=store,
-        history=history,
-        shadow_budget=10,
-    ) as pipeline:
-        yield Service(pipeline, store, counts, challenger)
-
-
-def state_after(artifact: Artifact, rows: Rows) -> NDArray[np.float64]:
-    return oracle_step(artifact.spec, artifact.weights, rows, artifact.state.zero().floats)[1]
-
-
-def assert_state(state: StreamState | None, artifact: Artifact, rows: Rows) -> None:
-    """The state is exact, at the end of these events."""
-    assert state is not None
-    assert state.head.position == len(rows)
-    assert state.since is None
-    np.testing.assert_allclose(
-        state.state.floats, state_after(artifact, rows), rtol=1e-5, atol=1e-5
-    )
-
-
-async def feed(service: Service, stream: str, rows: Rows, sizes: Sequence[int]) -> list[Rows]:
-    """Send the rows in chunks of these sizes, from position 0."""
-    outputs, at = [], 0
-    for size in sizes:
-        outputs.append(await service.send(stream, rows[at : at + size], at))
-        at += size
-    return outputs
 
 
 async def test_replies_are_the_same_bytes_with_and_without_a_challenger(
@@ -282,82 +185,6 @@ async def test_states_are_exact_with_two_workers_and_a_worker_that_ends_in_betwe
             assert_state(await one.state(name, one.challenger), artifacts[1], rows)
 
 
-class Unruly(NumpyRuntime):
-    """A runtime that does, before each call, what it is told."""
-
-    def __init__(self, artifact: Artifact):
-        super().__init__(artifact)
-        self.before: Callable[[], None] = lambda: None
-        self.factor = 1.0
-
-    def step(self, rows: FloatBatch, lengths: Lengths, states: Rows) -> tuple[FloatBatch, Rows]:
-        self.before()
-        outputs, after = super().step(rows, lengths, states)
-        return outputs, (after * np.float32(self.factor)).astype(np.float32)
-
-
-def unruly(service: Service) -> Unruly:
-    runtime = service.challenger.runtime
-    assert isinstance(runtime, Unruly)
-    return runtime
-
-
-@pytest.mark.parametrize("failure", ["raises", "times out", "gives NaN"])
-async def test_failing_challenger_fails_nothing_and_catches_up(
-    store_url: str, artifacts: tuple[Artifact, Artifact], failure: str
-) -> None:
-    rows = rows_of(np.random.default_rng(8), 20)
-
-    def fail() -> None:
-        if failure == "raises":
-            raise ValueError("unruly")
-        raise InferenceTimeout("unruly")
-
-    async with shadowed(store_url, artifacts, runtime=Unruly) as service:
-        await service.send("s", rows[:6], 0)
-        await service.settled()
-        if failure == "gives NaN":
-            unruly(service).factor = np.nan
-        else:
-            unruly(service).before = fail
-        outputs = await service.send("s", rows[6:9], 6)
-        expected = oracle_outputs(artifacts[0], rows)[6:9]
-        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-        assert await service.settled() == {"computed": 1, "dropped": 0, "failed": 1}
-        assert_state(await service.state("s", service.challenger), artifacts[1], rows[:6])
-        unruly(service).factor, unruly(service).before = 1.0, lambda: None
-        await service.send("s", rows[9:], 9)
-        assert await service.settled() == {"computed": 2, "dropped": 0, "failed": 1}
-        assert_state(await service.state("s", service.challenger), artifacts[1], rows)
-
-
-async def test_slow_challenger_holds_up_no_chunk_and_may_be_retired_meanwhile(
-    store_url: str, artifacts: tuple[Artifact, Artifact]
-) -> None:
-    rows = rows_of(np.random.default_rng(9), 20)
-    began, may_end = threading.Event(), threading.Event()
-
-    def block() -> None:
-        began.set()
-        assert may_end.wait(60)
-
-    async with shadowed(store_url, artifacts, runtime=Unruly) as service:
-        try:
-            unruly(service).before = block
-            await service.send("s", rows[:4], 0)
-            await becomes(began.is_set, "the challenger's call")
-            for at in range(4, 16, 4):
-                await service.send("s", rows[at : at + 4], at)
-            assert sum(service.done().values()) == 0
-            service.route(service.champion, None)
-            await service.send("s", rows[16:], 16)
-        finally:
-            may_end.set()
-    assert service.done()["computed"] == 0
-    async with shadowed(store_url, artifacts) as again:
-        assert await again.state("s", again.challenger) is None
-
-
 async def test_challenger_computes_nothing_while_chunks_of_the_champion_wait(
     store_url: str, artifacts: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,34 +202,6 @@ async def test_challenger_computes_nothing_while_chunks_of_the_champion_wait(
         assert service.challenger.runtime.shapes == []  # type: ignore[attr-defined]
         depth["probe"] = 0
         assert await service.settled() == {"computed": 2, "dropped": 0, "failed": 0}
-
-
-async def test_chunks_that_wait_across_a_promotion_bring_the_states_to_the_head(
-    store_url: str, artifacts: tuple[Artifact, Artifact]
-) -> None:
-    """The challenger is behind when it is promoted; what it has yet to compute is not lost."""
-    rows = rows_of(np.random.default_rng(10), 16)
-    began, may_end = threading.Event(), threading.Event()
-
-    def block() -> None:
-        began.set()
-        assert may_end.wait(60)
-
-    async with shadowed(store_url, artifacts, runtime=Unruly) as service:
-        try:
-            unruly(service).before = block
-            await service.send("s", rows[:4], 0)
-            await becomes(began.is_set, "the challenger's call")
-            await service.send("s", rows[4:8], 4)
-            service.route(service.challenger, service.champion)
-        finally:
-            unruly(service).before = lambda: None
-            may_end.set()
-        assert await service.settled() == {"computed": 2, "dropped": 0, "failed": 0}
-        assert_state(await service.state("s", service.challenger), artifacts[1], rows[:8])
-        outputs = await service.send("s", rows[8:], 8)
-        expected = oracle_outputs(artifacts[1], rows)[8:]
-        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 async def test_outputs_of_inexact_states_are_not_compared(
@@ -482,10 +281,12 @@ async def test_chunk_that_is_retried_after_a_conflict_is_offered_once(
     ):
         await one.send("s", rows[:2])
         await two.send("s", rows[2:4])
-        # from the state in memory, which the other worker has replaced
-        await one.send("s", rows[4:])
+        # from the state in memory, which the other worker has replaced, in a batch with another
+        chunks = [chunk_of("s", rows[4:]), chunk_of("t", rows)]
+        await one.pipeline.process_many(ANYONE, chunks)
+        one.offered += 2
         assert one.counts.seen["conflicts"] == 1
-        assert sum(each.events.get("champion", 0) for each in one.counts.shadows) == 7
+        assert sum(each.events.get("champion", 0) for each in one.counts.shadows) == 7 + 9
         await one.settled()
         assert_state(await one.state("s", one.challenger), artifacts[1], rows)
 
