@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
+import structlog
 
 from models.events.columns import EventColumns
 from models.spec.state import State
-from service.core.errors import CarryError, NotFinite
+from service.core.errors import CarryError, InternalError, NotFinite
 from service.core.values import Steps
 from service.engine.compute import Compute, OnCall, TimeSlicer
 from service.pipeline.inference import infer_batch
@@ -29,6 +30,8 @@ PIECE_STEPS: Final = 64
 
 PIECE_ROWS: Final = 16
 """Most streams in one call."""
+
+log = structlog.get_logger(__name__)
 
 
 class HistoryGap(Exception):
@@ -64,28 +67,19 @@ class Advanced(NamedTuple):
     was_reset: bool
 
 
-async def advance(
-    served: ServedModel, compute: Compute, run: HistoryRun, on_call: OnCall | None = None
-) -> State:
-    """Advance one stream.
-
-    Raises:
-        HistoryGap: the entries are not those from one position to the other.
-        CarryError: the model cannot encode an event, or its results are not finite.
-    """
-    [result] = await advance_many(served, compute, [run], on_call)
-    if isinstance(result, Exception):
-        raise result
-    return result.state
-
-
 async def advance_many(
     served: ServedModel,
     compute: Compute,
     runs: Sequence[HistoryRun],
     on_call: OnCall | None = None,
 ) -> list[Advanced | CarryError | HistoryGap]:
-    """Advance several streams; each may fail by itself, with the exceptions of `advance`."""
+    """Advance streams; each may fail by itself.
+
+    Returns:
+        Of each its state, a HistoryGap if the entries are not those from one position to the
+        other, or the error of events that the model cannot encode, or of numbers that are not
+        finite.
+    """
     slicer = TimeSlicer(compute)
     results: list[Advanced | CarryError | HistoryGap] = []
     rows = min(PIECE_ROWS, served.runtime.max_batch)
@@ -146,6 +140,10 @@ class _Group:
             return []
         except CodecError as error:
             self._results[at] = HistoryGap(str(error))
+            return []
+        except Exception as error:
+            log.error("encoding_failed", model=self._served.name, exc_info=error)
+            self._results[at] = InternalError(f"encoding failed: {type(error).__name__}")
             return []
         if served.is_reset(steps, piece.start):
             self._results[at] = result._replace(was_reset=True)

@@ -115,7 +115,7 @@ class Rewarming:
         """Give jobs states of their streams; returns those to be retried."""
         try:
             async with turn:
-                waiting = [job for job in jobs if not job.is_resolved]
+                waiting = [job for job in jobs if not (job.is_resolved or job.is_cancelled)]
                 requests = [(job.payload.key, job.deadline_s) for job in waiting]
                 states = await self._states(served, requests)
         finally:

@@ -25,7 +25,6 @@ from service.pipeline.history_run import (
     PIECE_STEPS,
     HistoryGap,
     HistoryRun,
-    advance,
     advance_many,
 )
 from service.pipeline.pipeline import Pipeline
@@ -196,6 +195,14 @@ async def stored_states(
         states[reply.head.position] = reply.state
     await pipeline.streams.delete(ANYONE, key)
     return states
+
+
+async def advance(served: ServedModel, compute: Compute, run: HistoryRun) -> State:
+    """The state at the end of one run; raises its error."""
+    [result] = await advance_many(served, compute, [run])
+    if isinstance(result, Exception):
+        raise result
+    return result.state
 
 
 def assert_same(artifact: Artifact, actual: State, expected: State) -> None:
