@@ -239,7 +239,7 @@ async def end_tasks(*tasks: asyncio.Task[Any] | None) -> None:
     await asyncio.gather(*started, return_exceptions=True)
 
 
-async def complete(closing: Coroutine[Any, Any, None]) -> None:
+async def finish_closing(closing: Coroutine[Any, Any, None]) -> None:
     """Close connections of the client library also if the caller is cancelled meanwhile: it closes
     each in a task, which a cancellation would end before it begins. Its errors are ignored, since
     the connections are closed: a server may not answer the end of TLS."""

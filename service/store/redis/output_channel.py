@@ -27,7 +27,7 @@ from service.core.values import StreamKey
 from service.store.capabilities import OutputChannel, PublishedOutput, Receiver
 from service.store.codec import CodecError, decode_reply
 from service.store.keys import join_name, split_name
-from service.store.redis.connections import RETRY_AFTER_S, complete, describe_error
+from service.store.redis.connections import RETRY_AFTER_S, describe_error, finish_closing
 from service.store.redis.router import Router
 
 ANNOUNCE_INTERVAL_S: Final = 5.0
@@ -146,7 +146,7 @@ class RedisOutputChannel(OutputChannel):
                     log.warning("outputs_unavailable", store=factory.redacted_url, reason=reason)
             finally:
                 self._pubsub = None
-                await complete(pool.disconnect())
+                await finish_closing(pool.disconnect())
             if self._is_closed:
                 # before Python 3.13 a task group that ends with an error loses the cancellation
                 return

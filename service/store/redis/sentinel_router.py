@@ -30,8 +30,8 @@ from service.store.redis.address import Address, StoreAddress
 from service.store.redis.connections import (
     ATTEMPTS_PER_CALL,
     ConnectionFactory,
-    complete,
     end_tasks,
+    finish_closing,
 )
 from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Layout, Router, Topology
@@ -142,7 +142,7 @@ class SentinelRouter(Router):
         try:
             yield sentinels
         finally:
-            await complete(sentinels.aclose())
+            await finish_closing(sentinels.aclose())
 
     async def _verify_role(self, connection: Any) -> None:
         """Prepare a connection to the primary."""
