@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -27,15 +27,18 @@ from service.core.values import StreamKey
 from service.store.capabilities import OutputChannel, PublishedOutput, Receiver
 from service.store.codec import CodecError, decode_reply
 from service.store.keys import join_name, split_name
-from service.store.redis.connections import RETRY_AFTER_S, describe_error, finish_closing
+from service.store.redis.connections import (
+    RETRY_AFTER_S,
+    describe_error,
+    end_tasks,
+    finish_closing,
+)
 from service.store.redis.router import Router
 
 ANNOUNCE_INTERVAL_S: Final = 5.0
 LEASE_S: Final = 3 * ANNOUNCE_INTERVAL_S
 RECONNECT_S: Final = 0.5
 MAX_RECONNECT_S: Final = 30.0
-CANCEL_S: Final = 0.5
-"""How long the task may take to end before it is cancelled again."""
 
 MAX_UNSENT: Final = 1024
 """Publications that wait for the store; further ones are dropped, and receivers notice the gap."""
@@ -77,11 +80,8 @@ class RedisOutputChannel(OutputChannel):
     async def close(self) -> None:
         self._is_closed = True
         self._has_unsent.set()
-        while self._task is not None and not self._task.done():
-            # before Python 3.12 a call that completes at the same time may lose a cancellation, so
-            # that each loop below also ends by itself
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=CANCEL_S)
+        # it may lose a cancellation, so that each loop below also ends by itself
+        await end_tasks(self._task)
 
     def publish(self, key: StreamKey, start: int, reply: bytes) -> None:
         if key in self.watched:
@@ -127,17 +127,18 @@ class RedisOutputChannel(OutputChannel):
             pool = factory.create_pool()
             client: Redis = Redis(connection_pool=pool)
             try:
-                async with client.pubsub() as pubsub, asyncio.TaskGroup() as tasks:
+                async with client.pubsub() as pubsub:
                     await self._connect(pubsub)
                     delay_s = RECONNECT_S
                     if is_degraded:
                         log.info("outputs_recovered", store=factory.redacted_url)
                         is_degraded = False
-                    tasks.create_task(self._listen(pubsub))
-                    tasks.create_task(self._publish_all(client))
-                    tasks.create_task(self._announce_repeatedly(pubsub))
-            except* Exception as errors:
-                error = _first(errors)
+                    await _run_until_error(
+                        self._listen(pubsub),
+                        self._publish_all(client),
+                        self._announce_repeatedly(pubsub),
+                    )
+            except Exception as error:
                 if isinstance(error, NoPermissionError):
                     self._reject(factory.rejection_error(error))
                 if not is_degraded:
@@ -148,7 +149,6 @@ class RedisOutputChannel(OutputChannel):
                 self._pubsub = None
                 await finish_closing(pool.disconnect())
             if self._is_closed:
-                # before Python 3.13 a task group that ends with an error loses the cancellation
                 return
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, MAX_RECONNECT_S)
@@ -257,8 +257,13 @@ class RedisOutputChannel(OutputChannel):
             await pipeline.execute()
 
 
-def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+async def _run_until_error(*works: Coroutine[Any, Any, None]) -> None:
+    """Run all until the first one ends, and raise its error. A task group would wait forever for
+    one that loses its cancellation."""
+    tasks = [asyncio.get_running_loop().create_task(work) for work in works]
+    try:
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+    finally:
+        await end_tasks(*tasks)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from service.core.errors import StoreRefused
 from service.store.base import Conflicted, Store
 from service.store.capabilities import PublishedOutput
-from service.store.redis import output_channel
+from service.store.redis import connections, output_channel
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.redis_store import open_router
 from service.store.settings import StoreSettings
@@ -133,6 +134,34 @@ async def test_a_broken_connection_is_replaced_and_its_streams_are_read(
     await becomes(lambda: key("a") in stores[1].outputs.watched, "the announcement")
     await committed(stores[1], streams.creation(key("a")))
     await becomes(lambda: recorder.outputs, "an output")
+
+
+async def test_a_broken_connection_is_replaced_if_a_publication_loses_its_cancellation(
+    open_on: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Python 3.12, if it completes at the same time."""
+    publish_all, cancellations = RedisOutputChannel._publish_all, list[None]()
+
+    async def publish_and_go_on(channel: RedisOutputChannel, client: Any) -> None:
+        try:
+            await publish_all(channel, client)
+        except asyncio.CancelledError:
+            cancellations.append(None)
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(connections, "CANCEL_S", 0.01)
+    monkeypatch.setattr(RedisOutputChannel, "_publish_all", publish_and_go_on)
+    channel = (await open_on()).outputs
+    assert isinstance(channel, RedisOutputChannel)
+    await channel.start()
+    try:
+        await channel.subscribe(key("a"), Recorder())
+        before = channel._pubsub
+        before.connection._writer.transport.abort()
+        await becomes(lambda: channel._pubsub not in (None, before), "another connection")
+        assert cancellations
+    finally:
+        await channel.close()
 
 
 @pytest.mark.parametrize("missing", ["-subscribe", "-publish", "resetchannels"])
