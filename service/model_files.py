@@ -26,11 +26,11 @@ class VersionFiles:
 
     def __init__(self, settings: ModelSettings):
         self._settings = settings
-        self._folder = settings.models_dir.resolve()
+        self._folder = settings.models_dir
 
     def path_of(self, served: ServedModel) -> str:
         """The path of a version's artifact in the folder."""
-        return str(served.artifact.path.resolve().relative_to(self._folder))
+        return str(served.artifact.path.relative_to(self._folder))
 
     def __call__(self, model: str, path: str) -> ServedModel:
         """Load the version of a model from a folder, and warm it up; takes seconds.
@@ -40,9 +40,9 @@ class VersionFiles:
                 model, or there is not enough memory.
             RuntimeUnavailableError: the runtime cannot run it.
         """
-        folder = (self._folder / path).resolve()
-        if not folder.is_relative_to(self._folder):
+        if Path(path).is_absolute() or ".." in Path(path).parts:
             raise ArtifactError("expected a path inside the folder of the models")
+        folder = self._folder / path
         name = read_manifest(folder).get("name")
         if name != model:
             raise ArtifactError(f"expected an artifact of model {model!r}, got one of {name!r}")

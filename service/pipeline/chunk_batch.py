@@ -145,10 +145,15 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         # a call that is padded to a fixed shape costs about as much for half of the rows
         takes_any_rows = served.runtime.padded_shape(half, 1)[0] == half
         infer = Inference(served, self._compute, self._recorder)
-        loaded = self._versions.loaded.values()
-        self._stages = {each: stages for each, stages in self._stages.items() if each in loaded}
         self._stages[served] = stages = _Stages(loader, infer, takes_any_rows)
         return stages
+
+    def forget_retired(self, versions: ModelVersions) -> None:
+        """Drop what belongs to versions of the model that are not loaded any more."""
+        if versions is not self._versions:
+            return
+        loaded = versions.loaded.values()
+        self._stages = {each: stages for each, stages in self._stages.items() if each in loaded}
 
     async def __call__(self, jobs: list[ChunkJob], batch: RunningBatch) -> list[ChunkJob]:
         """Run one batch and resolve its jobs; returns the jobs to be retried in a later batch."""

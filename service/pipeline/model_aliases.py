@@ -66,7 +66,7 @@ class VersionLoader(Protocol):
         """The path by which a version is loaded again."""
 
 
-OnSwitch = Callable[[ModelVersions], None]
+OnSwitch = Callable[[ModelVersions], object]
 """Called after the route or the loaded versions of a model have changed."""
 
 

@@ -72,7 +72,8 @@ class ModelVersions:
         """Forget the versions that are neither among these nor part of the route."""
         route = {each.fingerprint for each in self.route[:2] if each is not None}
         kept = route.union(fingerprints)
-        self.loaded = {key: served for key, served in self.loaded.items() if key in kept}
+        if not kept.issuperset(self.loaded):
+            self.loaded = {key: served for key, served in self.loaded.items() if key in kept}
 
 
 def _place(model: str, stream: str) -> float:

@@ -181,6 +181,7 @@ class Pipeline:
                 shadow=shadow,
                 tracer=tracer,
             )
+            self.aliases.on_switch.append(run.forget_retired)
             predict = PredictRunner(name, self._compute, recorder)
             self._chunks[name] = self._batcher(run, limits)
             self._sequences[name] = self._batcher(predict, limits)

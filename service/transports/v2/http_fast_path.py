@@ -74,6 +74,8 @@ class FastInferPath(FastChunkRoute):
         self._inference = inference
         self._signatures: dict[Hashable, Signature] = {}
         self._templates = Memo(_reply_template, CACHED_SIGNATURES)
+        inference.on_switch(self._signatures.clear)
+        inference.on_switch(self._templates.clear)
 
     def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
         cut = cut_request(body[:details], is_all=details == len(body))

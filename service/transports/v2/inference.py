@@ -20,7 +20,7 @@ reset.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import structlog
@@ -75,6 +75,12 @@ class Inference:
         self.delete_at_end = delete_at_end
         # cached, since clients repeat their shapes
         self._signature = lru_cache(maxsize=1024)(make_signature)
+        self.on_switch(self._signature.cache_clear)
+
+    def on_switch(self, forget: Callable[[], object]) -> None:
+        """Call `forget` after each switch: what is cached of signatures would keep the networks of
+        retired versions."""
+        self._pipeline.aliases.on_switch.append(lambda _: forget())
 
     def served(
         self,

@@ -74,6 +74,8 @@ class InferRequests:
         self._api = inference.api
         self._encoder = ReplyEncoder()
         self._signatures: dict[Hashable, Signature] = {}
+        inference.on_switch(self._signatures.clear)
+        inference.on_switch(self._encoder.forget)
         self.count = 0
 
     def answer(
@@ -252,7 +254,7 @@ class InferRequests:
     def note(self, facts: RequestFacts, model: str, received_bytes: int) -> None:
         """Note the message of a request, and its model if that is served."""
         facts.received_bytes = received_bytes
-        facts.model = model if model in self._api.pipeline.models else None
+        facts.model = model if model in self._api.codecs else None
 
     def _log_error(
         self, context: RequestContext, began_s: float, facts: RequestFacts, error: CarryError

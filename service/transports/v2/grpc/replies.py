@@ -45,10 +45,15 @@ def encode_reply(reply: InferReply, message: pb.ModelInferResponse) -> pb.ModelI
 
 
 class ReplyEncoder:
-    """Encodes replies to chunks; what is the same in each reply of a signature is cached."""
+    """Encodes replies to chunks; what is the same in each reply of a signature is cached.
+
+    Attributes:
+        forget: drops what is cached.
+    """
 
     def __init__(self) -> None:
         self._constants = Memo(_constant_fields, CACHED_HEADS)
+        self.forget = self._constants.clear
 
     def encode(self, call: InferCall, reply: Reply, *, in_stream: bool) -> bytes:
         """The bytes of the response to a chunk; of a stream of requests with `in_stream`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -43,3 +46,36 @@ async def test_version_is_accepted_for_the_streams_that_it_answers(v2: V2, new: 
     # predictions are the champion's
     reply_of(await v2.post(json_body(rows), version=route.champion.version))
     error_of(await v2.post(json_body(rows), version=new.version), 404, "model_not_found")
+
+
+async def test_retired_version_is_freed(v2: V2, new: Artifact) -> None:
+    """Nothing that is cached between requests keeps the network of a retired version."""
+    api, versions = v2.api, v2.api.pipeline.versions["probe"]
+    rows = rows_of(np.random.default_rng(2), 3)
+    freed = weakref.ref(versions.route.champion)
+
+    async def send(stream: str) -> None:
+        for position in (0, 3, 6):
+            body = {"inputs": rows.tolist(), "position": position}
+            assert (await api.chunk(body, stream=stream)).status_code == 200
+            for binary in (False, True):
+                await v2.infer(
+                    rows, binary=binary, sequence_id=f"{stream}-{binary}", position=position
+                )
+        await v2.infer(rows)
+
+    def switch(route: Route) -> None:
+        versions.route = route
+        versions.keep(())
+        for on_switch in api.pipeline.aliases.on_switch:
+            on_switch(versions)
+
+    await send("a")
+    versions.add(numpy_served(new))
+    challenger = versions.loaded[new.fingerprint]
+    switch(Route(challenger, versions.route.champion))
+    await send("b")
+    switch(Route(challenger))
+    await send("c")
+    gc.collect()
+    assert freed() is None, [type(each) for each in gc.get_referrers(freed())]

@@ -9,7 +9,7 @@ import asyncio
 import gc
 import struct
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -82,11 +82,15 @@ class Inference:
             access=Access(),
             recorder=SimpleNamespace(record_error=lambda model, code: None),
             tracer=None,
-            pipeline=SimpleNamespace(readiness=self.readiness, models={}),
+            pipeline=SimpleNamespace(readiness=self.readiness),
+            codecs={},
         )
 
     def served(self, *names: object, **more: object) -> None:
         raise AssertionError("only requests for inference are sent")
+
+    def on_switch(self, forget: Callable[[], object]) -> None:
+        """No version is ever switched."""
 
     async def readiness(self) -> list[Any]:
         return [SimpleNamespace(ok=True)]
