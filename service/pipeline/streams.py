@@ -397,8 +397,12 @@ class StreamAdministration:
                     position=position,
                 )
                 self._cache.drop(key)
-                result = await self._store.histories.rewind(
-                    key, chosen.stream.head, encode_state(new), chosen.entries_until(position)
+                result = await self._store.histories.write(
+                    key,
+                    pack_head(chosen.stream.head),
+                    encode_state(new),
+                    HistoryCopy(chosen.entries_until(position)),
+                    keeps_snapshots=True,
                 )
                 self._record("stream_rewound", key, result, position=position)
                 if isinstance(result, CarryError):

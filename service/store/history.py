@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
-from service.core.values import StreamHead, StreamKey
+from service.core.values import StreamKey
 
 if TYPE_CHECKING:
     from service.store.base import CommitResult
@@ -103,32 +103,18 @@ class Histories(Protocol):
         state: bytes,
         history: HistoryCopy,
         deadline_s: float = math.inf,
+        *,
+        keeps_snapshots: bool = False,
     ) -> CommitResult:
-        """Compare-and-set a stream as a commit does, with a whole history that leads to the state;
-        one that is empty starts with a snapshot of the state.
+        """Compare-and-set a stream to a state in a new epoch that no chunk led to, with the whole
+        history that leads to it; one that is empty starts with a snapshot of the state.
+
+        The stored reply and the states for other versions are deleted.
 
         Args:
             expected: as of `CommitColumns`.
-
-        Raises:
-            StoreUnavailable, StoreRefused: nothing was written.
-        """
-
-    async def rewind(
-        self,
-        key: StreamKey,
-        expected: StreamHead,
-        state: bytes,
-        entries: Sequence[bytes],
-        deadline_s: float = math.inf,
-    ) -> CommitResult:
-        """Compare-and-set a stream to an earlier state; the stored reply is deleted.
-
-        Snapshots beyond its position and the states for other versions are dropped.
-
-        Args:
-            state: in a new epoch.
-            entries: all that are kept, up to its position (`HistoryCodec.keep_until`).
+            history: its entries end at the position of the state (`HistoryCodec.keep_until`).
+            keeps_snapshots: whether the stored snapshots up to the position of the state are kept.
 
         Raises:
             StoreUnavailable, StoreRefused: nothing was written.

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from service.core.values import Feed, Steps, StreamKey, Tombstone
 from service.store.base import Committed, Conflicted
-from service.store.codec import HEADER_BYTES, encode_state, encode_tombstone
+from service.store.codec import HEADER_BYTES, encode_state, encode_tombstone, pack_head
 from service.store.history import HistoryColumns, HistoryCopy, StoredHistory
 from service.store.history_codec import HistoryCodec
 from service.store.redis import redis_store
@@ -95,8 +95,9 @@ async def _make_call(
             return (await store._write_tombstones({key: call.condition}, math.inf))[key].value
     entries = [_encode_entry(entry) for entry in history.entries]
     if call.script == "rewind":
-        expected, state = call.expected.stored.head, encode_state(new.stored)
-        return await store.histories.rewind(key, expected, state, entries)
+        expected, state = pack_head(call.expected.stored.head), encode_state(new.stored)
+        history_copy = HistoryCopy(entries)
+        return await store.histories.write(key, expected, state, history_copy, keeps_snapshots=True)
     commits = columns(call.commit(key))
     if call.script == "copy" and history.head:
         snapshots = [encode_state(each.stored) for each in history.snapshots]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.memo import Memo
-from service.core.values import StreamHead, StreamKey
+from service.core.values import StreamKey
 from service.store.base import CommitColumns, CommitResult
-from service.store.codec import COMPARED, EPOCH, StateHeader, pack_head
+from service.store.codec import COMPARED, EPOCH, StateHeader
 from service.store.history import Histories, HistoryColumns, HistoryCopy, StoredHistory
 from service.store.redis.commands import (
     CACHED_NAMES,
@@ -125,20 +125,41 @@ class RedisHistories(Histories):
         deadline_s: float,
     ) -> list[list[Any]]:
         """What `history_read.lua` returns of each stream."""
+        arguments = fingerprint, position
+        found: dict[int, list[Any]] = {}
+        for group, outcome in await self._call(self._read_script, keys, arguments, deadline_s):
+            found.update(zip(group, read_value(outcome), strict=True))
+        return [found[index] for index in range(len(keys))]
+
+    async def _call(
+        self,
+        script: Script,
+        keys: Sequence[StreamKey],
+        arguments: Sequence[bytes | str | int],
+        deadline_s: float,
+        of_streams: Sequence[bytes] | None = None,
+    ) -> Iterable[tuple[Sequence[int], Outcome]]:
+        """Call a script with the keys of states and histories, once for each slot; returns the
+        outcomes with the indexes of their streams.
+
+        Args:
+            of_streams: a further argument of each stream.
+        """
         groups = self._group_by_slot(keys)
         commands: list[PendingCommand] = []
         for slot, group in groups:
-            names: list[str] = []
-            for index in group:
-                state, _, *own = self._keys.all_of(keys[index])
-                names += (state, *own)
-            arguments = (fingerprint, position)
-            commands.append(PendingCommand.for_script(self._read_script, names, arguments, slot))
+            names = [self._keys.all_of(keys[index]) for index in group]
+            own = [of_streams[index] for index in group] if of_streams else []
+            commands.append(
+                PendingCommand.for_script(
+                    script,
+                    [name for state, _, *history in names for name in (state, *history)],
+                    [*arguments, *own],
+                    slot,
+                )
+            )
         outcomes = await self._router.execute(*commands, deadline_s=deadline_s)
-        found: dict[int, list[Any]] = {}
-        for (_, group), outcome in zip(groups, outcomes, strict=True):
-            found.update(zip(group, read_value(outcome), strict=True))
-        return [found[index] for index in range(len(keys))]
+        return zip([group for _, group in groups], outcomes, strict=True)
 
     async def write(
         self,
@@ -147,30 +168,8 @@ class RedisHistories(Histories):
         state: bytes,
         history: HistoryCopy,
         deadline_s: float = math.inf,
-    ) -> CommitResult:
-        return await self._write(key, expected, state, history, deadline_s, keeps_snapshots=False)
-
-    async def rewind(
-        self,
-        key: StreamKey,
-        expected: StreamHead,
-        state: bytes,
-        entries: Sequence[bytes],
-        deadline_s: float = math.inf,
-    ) -> CommitResult:
-        history = HistoryCopy(entries)
-        packed = pack_head(expected)
-        return await self._write(key, packed, state, history, deadline_s, keeps_snapshots=True)
-
-    async def _write(
-        self,
-        key: StreamKey,
-        expected: bytes,
-        state: bytes,
-        history: HistoryCopy,
-        deadline_s: float,
         *,
-        keeps_snapshots: bool,
+        keeps_snapshots: bool = False,
     ) -> CommitResult:
         entries, snapshots = history
         arguments: list[str | bytes | int] = [
@@ -195,18 +194,9 @@ class RedisHistories(Histories):
     async def commit_versions(
         self, keys: Sequence[StreamKey], states: Sequence[bytes], deadline_s: float = math.inf
     ) -> list[bool]:
-        groups = self._group_by_slot(keys)
-        commands: list[PendingCommand] = []
-        for slot, group in groups:
-            names: list[str] = []
-            for index in group:
-                state, _, *history = self._keys.all_of(keys[index])
-                names += (state, *history)
-            arguments: list[bytes | int] = [*self._ttls, *[states[index] for index in group]]
-            commands.append(PendingCommand.for_script(self._version_script, names, arguments, slot))
-        outcomes = await self._router.execute(*commands, deadline_s=deadline_s)
+        script = self._version_script
         written: dict[int, bool] = {}
-        for (_, group), outcome in zip(groups, outcomes, strict=True):
+        for group, outcome in await self._call(script, keys, self._ttls, deadline_s, states):
             values = outcome.value if isinstance(outcome, ServerReply) else [0] * len(group)
             written.update(zip(group, map(bool, values), strict=True))
         return [written[index] for index in range(len(keys))]

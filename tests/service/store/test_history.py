@@ -414,11 +414,20 @@ async def test_a_rewind_cuts_the_history(store: Store, streams: Streams) -> None
     fingerprint = last.new.fingerprint
     back = streams.begin(position=45)._replace(fingerprint=fingerprint)
     kept = CODEC.keep_until(before.entries, 45)
-    write = store.histories.rewind
     stale = StreamHead(last.new.head.epoch, bytes(16), 3)
-    assert await write(key("a"), stale, encode_state(back), kept) == Conflicted(last.new.head)
-    assert await write(key("a"), last.new.head, encode_state(back), kept) == Committed()
-    assert await write(key("a"), last.new.head, encode_state(back), kept) == Conflicted(back.head)
+    for expected, result in (
+        (stale, Conflicted(last.new.head)),
+        (last.new.head, Committed()),
+        (last.new.head, Conflicted(back.head)),
+    ):
+        written = await store.histories.write(
+            key("a"),
+            pack_head(expected),
+            encode_state(back),
+            HistoryCopy(kept),
+            keeps_snapshots=True,
+        )
+        assert written == result
     found = await read(store, back, key("a"), 45)
     assert (await store.load_with_reply(key("a")))[1] is None
     assert found.is_valid

@@ -19,7 +19,8 @@ from structlog.testing import capture_logs
 from service.core.errors import StoreRefused
 from service.store.base import COMMITTED
 from service.store.capabilities import Lease, LeaseRequest, Quota
-from service.store.codec import encode_state
+from service.store.codec import encode_state, pack_head
+from service.store.history import HistoryCopy
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
 from tests.service.store.test_history import as_version, filled, read
@@ -202,7 +203,14 @@ async def test_streams_survive_a_restart_with_the_access_control_list(
                 assert await store.histories.commit_versions([key("b")], [other]) == [True]
             back = encode_state(streams.begin(position=110))
             entries = (await read(store, last.new, key("b"))).entries[:-4]
-            assert await store.histories.rewind(key("b"), last.new.head, back, entries) == COMMITTED
+            written = await store.histories.write(
+                key("b"),
+                pack_head(last.new.head),
+                back,
+                HistoryCopy(entries),
+                keeps_snapshots=True,
+            )
+            assert written == COMMITTED
         server.kill()
         server.launch()
         until(lambda: server.refuses("authentication"), "a server that needs a password")
