@@ -18,10 +18,11 @@ from service.core.errors import CarryError, PositionUnavailable, StateDamaged
 from service.core.values import StreamKey, StreamState
 from service.engine.compute import Compute
 from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.served_model import ServedModel
-from service.store.base import state_damaged_error
+from service.store.base import decode_value, state_damaged_error
 from service.store.codec import CodecError, decode_stream
-from service.store.history import StoredHistory
+from service.store.history import Histories, StoredHistory
 from service.store.history_codec import HistoryEntry, read_range
 
 log = structlog.get_logger(__name__)
@@ -202,6 +203,31 @@ class History(NamedTuple):
     def _damaged(self, reason: object) -> StateDamaged:
         stream = self.key.stream
         return StateDamaged(f"the history of stream {stream!r} is invalid: {reason}", stream=stream)
+
+
+async def read_histories(
+    store: Histories, key: StreamKey, versions: ModelVersions, position: int | None
+) -> list[History]:
+    """The history of a stream as each loaded version reads it, the one that answers first; none if
+    there is no stream. Each is read by itself: their streams may differ.
+
+    Args:
+        position: to rewind to, if any.
+
+    Raises:
+        StateDamaged, StoreUnavailable
+    """
+    histories: list[History] = []
+    answering = versions.route.answering(key.stream)
+    for served in sorted(versions.loaded.values(), key=lambda each: each is not answering):
+        stored = await store.read(key, served.fingerprint, position)
+        stream = decode_value(key, stored.record)
+        if isinstance(stream, CarryError):
+            raise stream
+        if not isinstance(stream, StreamState):
+            return []
+        histories.append(History.read(key, served, stream, stored))
+    return histories
 
 
 def choose_history(histories: Sequence[History], position: int) -> History:

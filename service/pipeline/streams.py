@@ -33,7 +33,7 @@ from service.engine.compute import Compute
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Audit, no_audit
 from service.pipeline.rewarm import Rewarming
-from service.pipeline.rewind import History, choose_history
+from service.pipeline.rewind import History, choose_history, read_histories
 from service.pipeline.served_model import ServedModel
 from service.pipeline.state_cache import StateCache
 from service.store.base import (
@@ -365,10 +365,8 @@ class StreamAdministration:
     async def histories(
         self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
     ) -> list[History]:
-        """Read what is kept of a stream's past, whose events are to be shown.
-
-        Returns:
-            The history as each loaded version of the model reads it, the one that answers first.
+        """Read what is kept of a stream's past, whose events are to be shown: its history as each
+        loaded version of the model reads it, the one that answers first.
 
         Raises:
             StreamNotFound, StateDamaged, StoreUnavailable, StateChanged: as `read`.
@@ -416,18 +414,14 @@ class StreamAdministration:
     async def _load_histories(
         self, key: StreamKey, position: int | None, precondition: Precondition | None
     ) -> list[History]:
-        versions, histories = self._versions(key.model), list[History]()
-        answering = versions.route.answering(key.stream)
-        for served in sorted(versions.loaded.values(), key=lambda each: each is not answering):
-            stored = await self._store.histories.read(key, served.fingerprint, position)
-            stream = decode_value(key, stored.record)
-            if isinstance(stream, CarryError):
-                raise stream
+        versions = self._versions(key.model)
+        histories = await read_histories(self._store.histories, key, versions, position)
+        streams: list[StreamState | None] = [history.stream for history in histories]
+        for stream in streams or [None]:
             if precondition is not None:
                 _check_precondition(key, stream, precondition)
-            if not isinstance(stream, StreamState):
+            if stream is None:
                 raise _not_found(key)
-            histories.append(History.read(key, served, stream, stored))
         return histories
 
     def _record(self, change: str, key: StreamKey, result: CommitResult, **facts: int) -> None:
