@@ -1,4 +1,4 @@
-// One model: its streams page by page, by the prefix of their names, and its metadata.
+// One model: its versions, its streams page by page, by the prefix of their names, its metadata.
 import { useState } from "preact/hooks";
 import {
   json, type ModelDetail, modelPath, pause, streamAddress, type StreamHead, streamPath,
@@ -124,6 +124,41 @@ function Metadata({ detail }: { detail: ModelDetail }) {
   );
 }
 
+interface VersionList {
+  processes: number;
+  versions: {
+    version: string;
+    label: string | null;
+    alias: "champion" | "challenger" | null;
+    share: number;
+    loaded: number;
+    failed: { process: string; reason: string }[];
+  }[];
+}
+
+/** A panel; nothing while the model has one version. Aliases are changed by `carry models`. */
+function Versions({ model }: { model: string }) {
+  const read = (signal: AbortSignal) => json<VersionList>(`${modelPath(model)}/versions`, signal);
+  const { value: list } = useRequest(read, [model]);
+  if (list === undefined || list.versions.length < 2) return null;
+  return (
+    <section class="panel">
+      <h2>Versions</h2>
+      <Table
+        head={["Version", "Label", "Alias", "#Share of streams", "#Loaded by", "Failed"]}
+        rows={list.versions.map(({ version, label, alias, share, loaded, failed }) => [
+          <span class="code">{version}</span>,
+          label ?? "–",
+          alias ?? "–",
+          `${Math.round(100 * share)} %`,
+          `${loaded} of ${list.processes}`,
+          failed.map(({ process, reason }) => `${process}: ${reason}`).join("; ") || "–",
+        ])}
+      />
+    </section>
+  );
+}
+
 export function ModelView({ model }: { model: string }) {
   const read = (signal: AbortSignal) => json<ModelDetail>(modelPath(model), signal);
   const { value: detail, problem } = useRequest(read, [model]);
@@ -132,6 +167,7 @@ export function ModelView({ model }: { model: string }) {
       <h1>{model}</h1>
       <Alert text={problem} />
       {detail && <p class="lead">{detail.description}</p>}
+      <Versions model={model} />
       <Streams model={model} />
       {detail && <Metadata detail={detail} />}
     </>
