@@ -15,7 +15,7 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.memo import Memo
 from service.core.values import StreamKey
 from service.store.base import CommitColumns, CommitResult
-from service.store.codec import COMPARED, EPOCH, StateHeader
+from service.store.codec import COMPARED, EPOCH, WRITER, read_packed_head, unpack_head
 from service.store.history import Histories, HistoryColumns, HistoryCopy, StoredHistory
 from service.store.redis.commands import (
     CACHED_NAMES,
@@ -205,5 +205,5 @@ class RedisHistories(Histories):
 def _is_usable(snapshot: bytes, fingerprint: bytes, position: int) -> bool:
     """Whether the version wrote a snapshot, at or before a position; the script rounds numbers
     beyond 2^53, and compares parts of fingerprints."""
-    header = StateHeader.decode(snapshot)
-    return header.fingerprint == fingerprint and header.position <= position
+    head = unpack_head(read_packed_head(snapshot))
+    return snapshot[WRITER] == fingerprint and head is not None and head.position <= position

@@ -232,8 +232,9 @@ async def test_rewinding_to_the_start_and_to_the_head(api: Harness) -> None:
     assert (await rewind(api, 0)).status_code == 200, "the start stays exact"
 
 
-async def test_a_snapshot_that_the_store_lost_is_not_taken_for_the_initial_state(
-    pipeline_server: RealServer, api: Harness
+@pytest.mark.parametrize("damage", ["lost", "short", "flipped"])
+async def test_a_snapshot_that_is_lost_or_damaged_is_not_used(
+    pipeline_server: RealServer, api: Harness, damage: str
 ) -> None:
     await send(api, 5, 5, 5)
     position = (await history(api))["snapshots"][0]
@@ -241,8 +242,11 @@ async def test_a_snapshot_that_the_store_lost_is_not_taken_for_the_initial_state
     with pipeline_server.client() as client:
         [name] = client.keys("*:v:probe:s")
         for field in client.hkeys(name):
-            if field.startswith(b"s"):
+            if field.startswith(b"s") and damage == "lost":
                 client.hdel(name, field)
+            elif field.startswith(b"s"):
+                value = client.hget(name, field)
+                client.hset(name, field, value[:-1] + (b"" if damage == "short" else b"x"))
     problem(await rewind(api, position), 500, "state_damaged")
     assert (await api.client.get(STREAM.format("probe", "s"))).json()["position"] == 15
 
