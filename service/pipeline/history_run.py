@@ -2,9 +2,9 @@
 
 Events are encoded and computed as they would be in a batch: resets, blocks, running statistics and
 detection included. Where the network does not see a chunk as a whole, neighbouring chunks are
-joined and long ones cut, so that a call has about the same size whatever was sent together; the
-state is the same. Streams are advanced side by side, a few at a time, in short calls between which
-other batches run.
+joined (`decode_entries`) and long ones cut, so that a call has about the same size whatever was
+sent together; the state is the same. Streams are advanced side by side, a few at a time, in short
+calls between which other batches run.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-import numpy as np
 import structlog
 
-from models.events.columns import EventColumns
 from models.spec.state import State
 from service.core.errors import CarryError, InternalError, NotFinite
-from service.core.values import Steps
 from service.engine.compute import Compute, OnCall, TimeSlicer
 from service.pipeline.inference import infer_batch
 from service.pipeline.served_model import Segment, ServedModel
@@ -165,21 +162,23 @@ class _Group:
                 self._results[at] = result._replace(state=state)
 
 
+def decode_entries(served: ServedModel, values: Iterable[bytes]) -> Iterator[HistoryEntry]:
+    """The entries of a stream for `HistoryRun`, decoded as they are used; joined, unless the
+    network sees each chunk as a whole. Raises CodecError."""
+    codec = served.history_codec
+    if served.chunk_limit is not None:
+        return map(codec.decode, values)
+    return codec.decode_joined(values, PIECE_STEPS)
+
+
 def _pieces(run: HistoryRun, *, cuts: bool) -> Iterator[HistoryEntry]:
     """The events of a run from its position to its end, one call each.
 
     Args:
-        cuts: whether chunks may be joined and cut; otherwise each is a piece.
+        cuts: whether chunks may be cut; otherwise each is a piece.
     """
-    waiting: list[HistoryEntry] = []
     for entry in _entries_between(run, cuts=cuts):
-        for piece in _cut(entry) if cuts else (entry,):
-            if waiting and not (cuts and _may_join(waiting, piece)):
-                yield _join(waiting)
-                waiting = []
-            waiting.append(piece)
-    if waiting:
-        yield _join(waiting)
+        yield from _cut(entry) if cuts else (entry,)
 
 
 def _entries_between(run: HistoryRun, *, cuts: bool) -> Iterator[HistoryEntry]:
@@ -209,40 +208,6 @@ def _cut(entry: HistoryEntry) -> Iterator[HistoryEntry]:
         return
     for start in range(entry.start, entry.stop, PIECE_STEPS):
         yield entry.cut(start, min(start + PIECE_STEPS, entry.stop))
-
-
-def _may_join(parts: Sequence[HistoryEntry], piece: HistoryEntry) -> bool:
-    first = parts[0]
-    return (
-        piece.stop - first.start <= PIECE_STEPS
-        and piece.steps.false_alarms_per_day == first.steps.false_alarms_per_day
-    )
-
-
-def _join(parts: Sequence[HistoryEntry]) -> HistoryEntry:
-    """Consecutive entries as one."""
-    first, last = parts[0], parts[-1]
-    if first is last:
-        return first
-    columns = [each.steps.columns for each in parts if each.steps.columns is not None]
-    rows = [each.steps.rows for each in parts if each.steps.rows is not None]
-    steps = Steps(
-        first.steps.feed,
-        last.stop - first.start,
-        _join_columns(columns) if columns else None,
-        np.concatenate(rows) if rows else None,
-        tuple(each.start - first.start + at for each in parts for at in each.steps.resets),
-        first.steps.false_alarms_per_day,
-    )
-    return HistoryEntry(first.start, steps, last.final, first.starts)
-
-
-def _join_columns(parts: Sequence[EventColumns]) -> EventColumns:
-    return EventColumns(
-        sum(part.steps for part in parts),
-        {name: np.concatenate([part.present[name] for part in parts]) for name in parts[0].present},
-        {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values},
-    )
 
 
 def _ignore_call(rows: int, steps: int, padded_steps: int, seconds: float) -> None:

@@ -33,6 +33,7 @@ from service.pipeline.history_run import (
     HistoryGap,
     HistoryRun,
     advance_many,
+    decode_entries,
 )
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
@@ -204,14 +205,13 @@ def find_rewarm_start(
         raise HistoryGap("the store keeps no recent events of streams of this model")
     else:
         start, state, since = first, served.initial, first
-    decode = served.history_codec.decode
     entries: Iterable[HistoryEntry] = ()
     if own is None or own.head != head:
-        # decoded in slices, as they are computed
         pairs = zip(history.entries, ranges, strict=True)
-        entries = (decode(value) for value, events in pairs if events.stop >= start)
+        values = [value for value, events in pairs if events.stop >= start]
+        entries = decode_entries(served, values)
     if state is served.initial:
-        if ranges and decode(history.entries[0]).starts:
+        if ranges and served.history_codec.decode(history.entries[0]).starts:
             since = None
         elif served.blocks is not None:
             start = since = _first_block(served.blocks.blocks, first, head.position)

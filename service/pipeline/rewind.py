@@ -17,7 +17,7 @@ from service.core.delivery import stream_facts
 from service.core.errors import CarryError, PositionUnavailable, StateDamaged
 from service.core.values import StreamKey, StreamState
 from service.engine.compute import Compute
-from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many
+from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many, decode_entries
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.served_model import ServedModel
 from service.store.base import decode_value, state_damaged_error
@@ -172,8 +172,8 @@ class History(NamedTuple):
             state = served.initial
         else:
             raise self._damaged(f"the snapshot of position {base} is missing")
-        entries, _ = self.cut(base, position - base)
-        run = HistoryRun(state, base, entries, position)
+        values = [value for value in self.entries if read_range(value).stop >= base]
+        run = HistoryRun(state, base, decode_entries(served, values), position)
         [advanced] = await advance_many(served, compute, [run])
         if isinstance(advanced, CarryError):
             raise advanced

@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -32,7 +31,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from models.events.columns import BoolArray, EventColumns, canonical_bytes
-from models.events.schema import EventField, EventSchema
+from models.events.schema import EventSchema
 from service.core.values import Feed, Steps
 from service.store.codec import CodecError
 
@@ -42,6 +41,12 @@ _COUNT: Final = struct.Struct("<I")
 _RATE: Final = struct.Struct("<d")
 _HEADER_BYTES: Final = _LEAD.size + _CRC.size
 _F4: Final = np.dtype("<f4")
+_LENGTH: Final = np.dtype("<u4")
+_DTYPES: Final = {
+    "numeric": np.dtype("<f8"), "timestamp": np.dtype("<i8"), "boolean": np.dtype("?")
+}  # fmt: skip
+"""Of the values of a field; a categorical one has lengths and then strings."""
+
 _FIELD_BYTES: Final = {"numeric": 9, "timestamp": 9, "boolean": 2, "categorical": 5}
 """Bytes of a value with its presence, without those of a string."""
 
@@ -87,6 +92,21 @@ class HistoryEntry(NamedTuple):
         return HistoryEntry(
             first, cut, self.final and stop == self.stop, self.starts and first == self.start
         )
+
+
+class _Encoded(NamedTuple):
+    """An entry whose events are not decoded.
+
+    Attributes:
+        at: where its events begin.
+    """
+
+    value: bytes
+    positions: range
+    flags: int
+    rate: float | None
+    resets: tuple[int, ...]
+    at: int
 
 
 def read_range(value: bytes) -> range:
@@ -161,42 +181,77 @@ class HistoryCodec:
         return self.encode(start, steps, final=final, starts=starts)
 
     def decode(self, value: bytes) -> HistoryEntry:
-        """Decode an entry; arrays of rows are read-only views of the bytes.
+        """Decode an entry; arrays are read-only.
 
         Raises:
             CodecError: the bytes are damaged, or its events have other fields than the schema.
         """
+        return self._build([self._read(value)])
+
+    def decode_joined(self, values: Iterable[bytes], most: int) -> Iterator[HistoryEntry]:
+        """Decode entries, each of which follows the one before, joined to entries of at most so
+        many events, unless one of them has more; raises as `decode`.
+
+        Entries with different rates of alarms are not joined. It takes a third of the time if each
+        entry has one event.
+        """
+        parts: list[_Encoded] = []
+        for value in values:
+            part = self._read(value)
+            if parts and not (
+                part.positions.start == parts[-1].positions.stop
+                and part.positions.stop - parts[0].positions.start <= most
+                and part.rate == parts[0].rate
+                and not (part.flags ^ parts[0].flags) & _IS_INPUTS
+            ):
+                yield self._build(parts)
+                parts = []
+            parts.append(part)
+        if parts:
+            yield self._build(parts)
+
+    def _read(self, value: bytes) -> _Encoded:
+        """Read the parts of an entry in front of its events."""
         positions, flags = read_range(value), value[_LEAD.size - 1]
         crc = zlib.crc32(value[_HEADER_BYTES:], zlib.crc32(value[: _LEAD.size]))
         if value[_LEAD.size : _HEADER_BYTES] != _CRC.pack(crc):
             raise CodecError("wrong checksum of an entry of the history")
+        at, rate, resets = _HEADER_BYTES, None, ()
         try:
-            return self._decode(value, positions, flags)
-        except (struct.error, ValueError, IndexError) as error:
+            if flags & _HAS_RATE:
+                (rate,) = _RATE.unpack_from(value, at)
+                at += _RATE.size
+            if flags & _HAS_RESETS:
+                (size,) = _COUNT.unpack_from(value, at)
+                resets = struct.unpack_from(f"<{size}I", value, at + _COUNT.size)
+                at += _COUNT.size * (1 + size)
+        except struct.error as error:
             raise CodecError(f"an entry of the history is invalid: {error}") from error
-
-    def _decode(self, value: bytes, positions: range, flags: int) -> HistoryEntry:
-        at, rate, resets, count = _HEADER_BYTES, None, (), len(positions)
-        if flags & _HAS_RATE:
-            (rate,) = _RATE.unpack_from(value, at)
-            at += _RATE.size
-        if flags & _HAS_RESETS:
-            (size,) = _COUNT.unpack_from(value, at)
-            resets = struct.unpack_from(f"<{size}I", value, at + _COUNT.size)
-            at += _COUNT.size * (1 + size)
         kind, at = value[at : at + _COUNT.size], at + _COUNT.size
-        columns, rows, feed = None, None, Feed.EVENTS
         if flags & _IS_INPUTS:
-            feed = Feed.INPUTS
             if kind != self._width:
                 raise CodecError(f"expected rows of {self._features} features in the history")
-            rows = np.frombuffer(value, _F4, offset=at).reshape(count, self._features)
         elif self._schema is None or kind != self._fields:
             raise CodecError("the events of the history have other fields than the model")
-        else:
-            columns = _read_columns(self._schema, count, value, at)
-        steps = Steps(feed, count, columns, rows, resets, rate)
-        return HistoryEntry(positions.start, steps, bool(flags & _IS_FINAL), bool(flags & _STARTS))
+        return _Encoded(value, positions, flags, rate, resets, at)
+
+    def _build(self, parts: Sequence[_Encoded]) -> HistoryEntry:
+        """The events of consecutive entries."""
+        first, last = parts[0], parts[-1]
+        start, count = first.positions.start, last.positions.stop - first.positions.start
+        columns, rows, feed = None, None, Feed.EVENTS
+        try:
+            if first.flags & _IS_INPUTS:
+                feed = Feed.INPUTS
+                data = b"".join([part.value[part.at :] for part in parts])
+                rows = np.frombuffer(data, _F4).reshape(count, self._features)
+            elif self._schema is not None:
+                columns = _read_columns(self._schema, count, parts)
+        except (struct.error, ValueError) as error:
+            raise CodecError(f"an entry of the history is invalid: {error}") from error
+        resets = tuple([part.positions.start - start + at for part in parts for at in part.resets])
+        steps = Steps(feed, count, columns, rows, resets, first.rate)
+        return HistoryEntry(start, steps, bool(last.flags & _IS_FINAL), bool(first.flags & _STARTS))
 
     def keep_until(self, entries: Sequence[bytes], position: int) -> list[bytes]:
         """The entries up to a position, at most the stream's: the last one may be cut.
@@ -215,25 +270,34 @@ class HistoryCodec:
         return kept
 
 
-def _read_columns(schema: EventSchema, count: int, value: bytes, at: int) -> EventColumns:
-    """Decode canonical bytes, which end with the value."""
+def _read_columns(schema: EventSchema, count: int, parts: Sequence[_Encoded]) -> EventColumns:
+    """Decode the canonical bytes of entries, with which their values end."""
     present: dict[str, BoolArray] = {}
     values: dict[str, NDArray[Any]] = {}
+    sources = [(part.value, len(part.positions)) for part in parts]
+    places = [part.at for part in parts]
     for field in schema.fields:
-        present[field.name] = np.frombuffer(value, np.bool_, count, at)
-        values[field.name], at = _read_values(field, count, value, at + count)
-    if at != len(value):
-        raise CodecError(f"expected {at} bytes in an entry of the history, got {len(value)}")
+        dtype = _DTYPES.get(field.kind, _LENGTH)
+        marks: list[bytes] = []
+        numbers: list[bytes] = []
+        strings: list[str] = []
+        for index, (value, steps) in enumerate(sources):
+            start = places[index] + steps
+            stop = start + steps * dtype.itemsize
+            marks.append(value[places[index] : start])
+            numbers.append(value[start:stop])
+            if dtype is _LENGTH:
+                for length in struct.unpack(f"<{steps}I", numbers[-1]):
+                    strings.append(value[stop : stop + length].decode())
+                    stop += length
+            places[index] = stop
+        present[field.name] = np.frombuffer(b"".join(marks), np.bool_, count)
+        values[field.name] = (
+            np.array(strings, object)
+            if dtype is _LENGTH
+            else np.frombuffer(b"".join(numbers), dtype, count)
+        )
+    for place, (value, _) in zip(places, sources, strict=True):
+        if place != len(value):
+            raise CodecError(f"expected {place} bytes in an entry of the history, got {len(value)}")
     return EventColumns(count, present, values)
-
-
-def _read_values(field: EventField, count: int, value: bytes, at: int) -> tuple[NDArray[Any], int]:
-    """The values of a field, and where the next one begins."""
-    if field.kind != "categorical":
-        kinds = {"numeric": "<f8", "timestamp": "<i8", "boolean": "?"}
-        numbers: NDArray[Any] = np.frombuffer(value, kinds[field.kind], count, at)
-        return numbers, at + numbers.nbytes
-    lengths = np.frombuffer(value, "<u4", count, at).tolist()
-    ends = list(accumulate(lengths, initial=at + 4 * count))
-    strings = [value[start:stop].decode() for start, stop in pairwise(ends)]
-    return np.array(strings, object), ends[-1]

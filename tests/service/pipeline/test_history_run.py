@@ -26,6 +26,7 @@ from service.pipeline.history_run import (
     HistoryGap,
     HistoryRun,
     advance_many,
+    decode_entries,
 )
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
@@ -197,6 +198,15 @@ async def stored_states(
     return states
 
 
+def run_of(
+    served: ServedModel, state: State, start: int, chunks: list[HistoryEntry], stop: int
+) -> HistoryRun:
+    """A run over entries as the store has them."""
+    encode = served.history_codec.encode
+    values = [encode(at, steps, final=final, starts=starts) for at, steps, final, starts in chunks]
+    return HistoryRun(state, start, list(decode_entries(served, values)), stop)
+
+
 async def advance(served: ServedModel, compute: Compute, run: HistoryRun) -> State:
     """The state at the end of one run; raises its error."""
     [result] = await advance_many(served, compute, [run])
@@ -228,7 +238,7 @@ async def test_states_are_those_of_the_pipeline(
         states = await stored_states(pipeline, artifact, f"advanced-{seed}", chunks)
         ends = [int(at) for at in random.choice(list(states), 3)]
         for start, stop in [(0, LENGTH), *pairwise(sorted({*ends, LENGTH}))]:
-            runs.append(HistoryRun(states[start], start, chunks, stop))
+            runs.append(run_of(served, states[start], start, chunks, stop))
             expected.append(states[stop])
     for run, result, state in zip(
         runs, await advance_many(served, compute, runs), expected, strict=True
@@ -246,7 +256,7 @@ async def test_a_run_may_begin_and_end_within_chunks(
     states = await stored_states(pipeline, artifact, "single", single)
     long = chunks_of(artifact, 5, [0, 7, LENGTH])
     for start, stop in [(0, 5), (3, 11), (9, 200), (10, 10)]:
-        state = await advance(served, compute, HistoryRun(states[start], start, long, stop))
+        state = await advance(served, compute, run_of(served, states[start], start, long, stop))
         assert_same(artifact, state, states[stop])
 
 
@@ -258,7 +268,7 @@ async def test_chunks_that_the_network_sees_whole_stay_as_they_came(
     chunks = [
         each._replace(steps=_without_resets(each.steps)) for each in chunks_of(artifact, 2, cuts)
     ]
-    state = await advance(served, compute, HistoryRun(served.initial, 0, chunks, LENGTH))
+    state = await advance(served, compute, run_of(served, served.initial, 0, chunks, LENGTH))
     exact: Any = served.initial.floats
     for chunk in chunks:
         rows: Any = chunk.steps.rows
@@ -266,7 +276,7 @@ async def test_chunks_that_the_network_sees_whole_stay_as_they_came(
     np.testing.assert_allclose(state.floats, exact, rtol=1e-4, atol=1e-5)
     end = chunks[-1].start + 1
     with pytest.raises(HistoryGap):
-        await advance(served, compute, HistoryRun(served.initial, 0, chunks, end))
+        await advance(served, compute, run_of(served, served.initial, 0, chunks, end))
 
 
 def _without_resets(steps: Steps) -> Steps:
@@ -281,13 +291,13 @@ async def test_a_final_chunk_without_events_closes_a_stream_with_blocks(
     rows = np.zeros((0, 3), np.float32)
     chunks.append(HistoryEntry(LENGTH, Steps(Feed.INPUTS, 0, rows=rows), final=True))
     states = await stored_states(pipeline, artifact, "closed", chunks)
-    state = await advance(served, compute, HistoryRun(served.initial, 0, chunks, LENGTH))
+    state = await advance(served, compute, run_of(served, served.initial, 0, chunks, LENGTH))
     assert served.blocks is not None
     assert served.blocks.is_closed(state)
     assert_same(artifact, state, states[LENGTH])
-    open_ = await advance(served, compute, HistoryRun(served.initial, 0, chunks[:-1], LENGTH))
+    open_ = await advance(served, compute, run_of(served, served.initial, 0, chunks[:-1], LENGTH))
     assert not served.blocks.is_closed(open_)
-    ended = await advance(served, compute, HistoryRun(open_, LENGTH, chunks, LENGTH))
+    ended = await advance(served, compute, run_of(served, open_, LENGTH, chunks, LENGTH))
     assert_same(artifact, ended, states[LENGTH])
 
 
@@ -298,7 +308,7 @@ async def test_missing_chunks_are_an_error(
     chunks = chunks_of(artifacts["rows"], 1, [0, 10, 20, 30, LENGTH])
     for gone in (chunks[1:], chunks[:1] + chunks[2:], chunks[:-1]):
         with pytest.raises(HistoryGap):
-            await advance(served, compute, HistoryRun(served.initial, 0, gone, LENGTH))
+            await advance(served, compute, run_of(served, served.initial, 0, gone, LENGTH))
 
 
 async def test_only_resets_that_are_certain_make_a_state_independent_of_its_start(
@@ -308,13 +318,13 @@ async def test_only_resets_that_are_certain_make_a_state_independent_of_its_star
     seen: dict[str, list[bool]] = {}
     for name, start in (("rows", 0), ("rows", LENGTH // 2), ("every", LENGTH // 2)):
         served, chunks = numpy_served(artifacts[name]), chunks_of(artifacts[name], 3, [0, LENGTH])
-        run = HistoryRun(served.initial, start, chunks, LENGTH)
+        run = run_of(served, served.initial, start, chunks, LENGTH)
         [result] = await advance_many(served, compute, [run])
         assert not isinstance(result, Exception)
         seen.setdefault(name, []).append(result.was_reset)
     sessions = numpy_served(artifacts["sessions"])
     chunks = chunks_of(artifacts["sessions"], 3, [0, LENGTH])
-    run = HistoryRun(sessions.initial, LENGTH - 20, chunks, LENGTH)
+    run = run_of(sessions, sessions.initial, LENGTH - 20, chunks, LENGTH)
     [result] = await advance_many(sessions, compute, [run])
     assert not isinstance(result, Exception)
     assert seen == {"rows": [True, False], "every": [True]}
@@ -332,9 +342,9 @@ async def test_streams_fail_alone(compute: Compute, artifacts: dict[str, Artifac
     bad = [HistoryEntry(0, Steps(Feed.EVENTS, LENGTH, broken))]
     state = served.initial._replace(floats=np.full_like(served.initial.floats, np.inf))
     runs = [
-        HistoryRun(served.initial, 0, good, LENGTH),
-        HistoryRun(served.initial, 0, bad, LENGTH),
-        HistoryRun(state, 91, huge, 92),
+        run_of(served, served.initial, 0, good, LENGTH),
+        run_of(served, served.initial, 0, bad, LENGTH),
+        run_of(served, state, 91, huge, 92),
     ]
     results = await advance_many(served, compute, runs)
     assert isinstance(results[1], InvalidInput)
@@ -352,7 +362,7 @@ async def test_long_histories_do_not_keep_others_waiting(
     """Short calls of other batches run between those of a history."""
     served = numpy_served(artifacts["rows"])
     chunks = chunks_of(artifacts["rows"], 1, [0, LENGTH])
-    runs = [HistoryRun(served.initial, 0, chunks, LENGTH)] * 24
+    runs = [run_of(served, served.initial, 0, chunks, LENGTH)] * 24
     order: list[str] = []
     began = asyncio.Event()
 
