@@ -152,6 +152,7 @@ def evaluate(
     from models.artifact.writing import add_measurements
     from models.training import evaluate as scoring
     from models.training import measurements
+    from models.training.burn_in import burn_in_lines
     from models.training.files import read_data
     from models.training.progress import Progress
 
@@ -199,6 +200,8 @@ def evaluate(
             artifact, {**measurements.entry_of(found.get("burn_in")), "ranges": found["ranges"]}
         )
     burn_in = scores.get("burn_in")
+    if burn_in is not None:
+        progress.say(burn_in_lines(burn_in)[0])
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         if burn_in is not None:

@@ -246,7 +246,7 @@ def test_the_command_measures_a_model_that_takes_rows(tmp_path):
         commands.evaluate(artifact.path, tmp_path / "data.csv", quiet=True)
 
 
-def test_the_command_measures_a_model_with_events(tmp_path):
+def test_the_command_measures_a_model_with_events(tmp_path, capsys):
     label = {"kind": "label", "name": "up", "input": "sum"}
     heads = [{"kind": "sequence", "name": "kept"}, label]
     spec = parse_spec(
@@ -257,7 +257,10 @@ def test_the_command_measures_a_model_with_events(tmp_path):
     weights["heads.up.bias"] = np.zeros(1, np.float32)
     path = write_artifact(tmp_path / "labelled", spec, weights).path
     table().with_columns(up=pl.col("x") > 0).write_csv(tmp_path / "data.csv")
-    found = commands.evaluate(path, tmp_path / "data.csv", record=True, quiet=True)
+    found = commands.evaluate(path, tmp_path / "data.csv", record=True)
+    printed = capsys.readouterr()
+    assert f"burn-in: {found['burn_in']['events']} events" in printed.err
+    assert printed.out == ""
     outputs = found["burn_in"]["outputs"]
     assert [each["relative_to"] for each in outputs.values()] == ["deviation", "probability"]
     assert load_artifact(path).burn_in == found["burn_in"]["events"]
