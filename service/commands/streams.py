@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,10 +139,10 @@ def reset_streams(
     yes: Yes = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Delete streams whose state was written by another version of the model.
+    """Delete streams whose state was written by a version of the model that is not served.
 
     A stream is deleted only if it has not changed since its version was read; its next chunk then
-    starts at position 0. Streams of the version that is served now are kept.
+    starts at position 0. Streams of the versions that are served now are kept.
     """
     from carry_client import model_path, stream_path
 
@@ -149,10 +150,11 @@ def reset_streams(
     outcomes: Counter[str] = Counter()
     # a failure ends the command; a second run continues from there
     with open_service(url) as client, ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        served: Any = client.request("GET", model_path(model))
+        served: Any = client.request("GET", f"{model_path(model)}/versions")
+        kept = {each["fingerprint"]: each["version"] for each in served["versions"]}
 
         def reset(name: str) -> str:
-            return _reset(client, stream_path(model, name), served["fingerprint"])
+            return _reset(client, stream_path(model, name), kept)
 
         named = client.model(model).streams(prefix or "") if stream is None else [stream]
         names = list(named)
@@ -165,7 +167,7 @@ def reset_streams(
         raise OperatorError(f"model {model} has no stream {stream}")
     typer.echo(
         f"reset {outcomes[DELETED]:,} streams, kept {outcomes[KEPT]:,} of version "
-        f"{served['version']}"
+        f"{', '.join(kept.values())}"
     )
     if outcomes[DAMAGED]:
         raise OperatorError(
@@ -186,14 +188,14 @@ def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, ques
         typer.confirm(question.format(f"{which} of model {model}"), abort=True)
 
 
-def _reset(client: Carry, path: str, fingerprint: str) -> str:
-    """Delete a stream unless its state has this fingerprint; returns the outcome."""
+def _reset(client: Carry, path: str, kept: Collection[str]) -> str:
+    """Delete a stream unless its state has one of these fingerprints; returns the outcome."""
     from carry_client.errors import StateChanged, StateDamaged, StreamNotFound
 
     while True:
         try:
             stream: Any = client.request("GET", path)
-            if stream["fingerprint"] == fingerprint:
+            if stream["fingerprint"] in kept:
                 return KEPT
             etag = f'"{stream["epoch"]}-{stream["tag"]}"'
             client.request("DELETE", path, headers={"if-match": etag})

@@ -22,6 +22,7 @@ from service.codec.media import Media, dumps
 from service.codec.pieces import encode_in_turns
 from service.codec.reply_writer import ReplyOptions
 from service.core.values import StreamHead, StreamKey
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.transports.v1.call import Call, invalid_value
 from service.transports.v1.context import ModelCodec
@@ -69,7 +70,8 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         async with AsyncExitStack() as stack:
             watch = await stack.enter_async_context(watches.watch(call.caller, call.key, start))
             stack.callback(call.api.access.notify_end(call.caller, watch.end))
-            events = _EventWriter(call.codec, call.key, options, encoding).encode(watch)
+            versions = call.api.pipeline.versions[call.key.model]
+            events = _EventWriter(call.codec, versions, call.key, options, encoding).encode(watch)
             return _WatchResponse(events, stack.pop_all())
 
     route = Route(
@@ -128,14 +130,23 @@ class _EventWriter:
     """
 
     def __init__(
-        self, codec: ModelCodec, key: StreamKey, options: ReplyOptions, lock: asyncio.Lock
+        self,
+        codec: ModelCodec,
+        versions: ModelVersions,
+        key: StreamKey,
+        options: ReplyOptions,
+        lock: asyncio.Lock,
     ):
-        served = codec.served
         self._writer = codec.writer
+        self._versions = versions
+        self._stream = key.stream
         self._options = options
         self._lock = lock
-        self._names = {"model": served.name, "version": served.version, "stream": key.stream}
-        self._encoding = (served.version, options)
+
+    def _names(self) -> dict[str, Any]:
+        """The members that events begin with; the version is the one that answers now."""
+        answering = self._versions.route.answering(self._stream)
+        return {"model": answering.name, "version": answering.version, "stream": self._stream}
 
     async def encode(self, watch: Watch) -> AsyncIterator[bytes]:
         """The whole response, in pieces that each wait for the client to read."""
@@ -147,11 +158,11 @@ class _EventWriter:
 
     async def _event(self, event: WatchEvent) -> bytes:
         if isinstance(event, Outputs):
-            return event.encoded.get(self._encoding) or await self._encode_outputs(event)
+            return event.encoded.get(self._options) or await self._encode_outputs(event)
         if isinstance(event, Idle):
             return b": idle\n\n"
         if isinstance(event, Watched):
-            document = {**self._names, **_head(event.head)}
+            document = {**self._names(), **_head(event.head)}
             return _event_text(b"stream", event.position, dumps(Media.JSON, document))
         if isinstance(event, Gap):
             document = {"from": event.start, "to": event.end}
@@ -161,13 +172,13 @@ class _EventWriter:
     async def _encode_outputs(self, event: Outputs) -> bytes:
         """An event of outputs, encoded once for all watches of the stream with these options."""
         outputs = self._writer.outputs(event.outputs, self._options)
-        document = {**self._names, "from": event.start, **_head(event.head), "outputs": outputs}
+        document = {**self._names(), "from": event.start, **_head(event.head), "outputs": outputs}
         async with self._lock:
-            if (encoded := event.encoded.get(self._encoding)) is not None:
+            if (encoded := event.encoded.get(self._options)) is not None:
                 return encoded
             data = await encode_in_turns(document)
             encoded = _event_text(b"outputs", event.head.position, data)
-            event.encoded[self._encoding] = encoded
+            event.encoded[self._options] = encoded
         return encoded
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -15,7 +16,7 @@ from carry.cli import app
 from models.artifact.artifact import Artifact
 from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import port_of, serving
-from tests.support.pipelines import make_artifact
+from tests.support.pipelines import make_artifact, rows_of, send
 from tests.support.servers import RealServer, becomes
 from tests.support.versions import Versions
 
@@ -61,6 +62,25 @@ async def test_version_is_loaded_promoted_rolled_back_and_retired(carry: Command
         assert [line[3] for line in lines] == expected
         assert lines[0][:2] == ["probe", old.version]
         assert {line[4] for line in lines} == {"loaded by 1 of 1"}
+
+
+async def test_streams_of_every_version_survive_a_reset(carry: Commands) -> None:
+    """`carry streams reset` deletes what no version of the service can continue."""
+    rows = rows_of(np.random.default_rng(1), 3)
+    await send(carry.api.pipeline, "of-the-old", rows, 0)
+    await carry("load", "probe", carry.artifacts[1].path.name, "--label", "new")
+    await carry("promote", "probe", "new")
+    await send(carry.api.pipeline, "of-the-new", rows, 0)
+    reset = ["streams", "reset", "probe", "--prefix", "", "--yes", "--url", carry.url]
+
+    async def run() -> str:
+        return (await asyncio.to_thread(CliRunner().invoke, app, reset)).stdout
+
+    versions = ", ".join(artifact.version for artifact in carry.artifacts)
+    assert f"reset 0 streams, kept 2 of version {versions}" in await run()
+    await carry("retire", "probe", carry.artifacts[0].version)
+    version = carry.artifacts[1].version
+    assert f"reset 1 streams, kept 1 of version {version}" in await run()
 
 
 async def test_rejections_are_one_line(carry: Commands) -> None:
