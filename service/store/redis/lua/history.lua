@@ -66,16 +66,18 @@ end
 -- the last one stay, if there are others.
 local function thin_snapshots(versions_key, index, most)
   while #index > 16 * most do
-    local newest, chosen, least = position_of(index, #index - 15), 1, math.huge
-    for at = 17, #index - 31, 16 do
-      local gap = position_of(index, at + 16) - position_of(index, at - 16)
-      local score = gap / (newest - position_of(index, at))
+    -- positions and parts of fingerprints in turns, in one call: each call of a function counts
+    local values = {struct.unpack('<' .. string.rep('I8', #index / 8), index)}
+    local last, chosen, least = #index / 8 - 1, 1, math.huge
+    for at = 3, last - 2, 2 do
+      local score = (values[at + 2] - values[at - 2]) / (values[last] - values[at])
       if score < least then
         chosen, least = at, score
       end
     end
-    redis.call('HDEL', versions_key, 's' .. string.sub(index, chosen, chosen + 7))
-    index = string.sub(index, 1, chosen - 1) .. string.sub(index, chosen + 16)
+    local first = 8 * chosen - 7
+    redis.call('HDEL', versions_key, 's' .. string.sub(index, first, first + 7))
+    index = string.sub(index, 1, first - 1) .. string.sub(index, first + 16)
   end
   return index
 end
