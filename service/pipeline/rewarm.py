@@ -125,8 +125,6 @@ class Rewarming:
             if isinstance(state, CarryError):
                 job.resolve(state)
             else:
-                # the first time is no attempt: no other writer was in the way
-                job.attempts -= job.rewarmed is None
                 job.rewarmed = state
         return [job for job in waiting if not job.is_resolved]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,33 @@ def test_events_are_read_back_as_they_came(schema: EventSchema, data: st.DataObj
     ):
         np.testing.assert_equal(got, expected)
     assert codec.encode(2**62, read, final=True, starts=not chunk) == value
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(1, 12))
+def test_joined_entries_are_those_of_longer_chunks(
+    schema: EventSchema, data: st.DataObject, most: int
+) -> None:
+    chunk = data.draw(events(schema, 12))
+    resets = tuple(at for at in range(len(chunk)) if data.draw(st.booleans()))
+    cuts = sorted({0, len(chunk), *data.draw(st.lists(st.integers(0, len(chunk)), max_size=6))})
+    whole = HistoryEntry(5, steps_of(schema, chunk, resets=resets), final=True, starts=True)
+    codec = HistoryCodec(schema, 9)
+
+    def encoded(entry: HistoryEntry) -> bytes:
+        return codec.encode(entry.start, entry.steps, final=entry.final, starts=entry.starts)
+
+    parts = [whole.cut(5 + first, 5 + stop) for first, stop in pairwise(cuts)]
+    joined = list(codec.decode_joined(map(encoded, parts), most))
+    assert [encoded(each) for each in joined] == [
+        encoded(whole.cut(each.start, each.stop)) for each in joined
+    ]
+    assert [each.start for each in joined[1:]] == [each.stop for each in joined[:-1]]
+    assert not parts or (joined[0].start, joined[-1].stop) == (5, 5 + len(chunk))
+    longest = max([most, *(part.steps.length for part in parts)])
+    assert all(each.steps.length <= longest for each in joined)
+    assert all(first.steps.length + then.steps.length > most for first, then in pairwise(joined))
 
 
 @pytest.mark.parametrize("options", [{}, {"resets": (0, 3, 4)}, {"false_alarms_per_day": 0.25}])
