@@ -22,6 +22,7 @@ from service.store.base import Committed, Conflicted, Store
 from service.store.redis import monitor
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
+from tests.service.store.test_history import keep, ranges, read
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster, ClusterNode
 from tests.support.servers import emptied, opened, rejection, until, until_async
 from tests.support.streams import (
@@ -157,6 +158,28 @@ async def test_ask_is_followed_once_with_asking(
     finally:
         migration.finish()
         migration.reversed().run()
+
+
+async def test_a_history_moves_with_its_stream(
+    store: Store, streams: Streams, cluster: Cluster
+) -> None:
+    first = streams.creation(key("a"))
+    await keep(store, first)
+    migration = SlotMigration(cluster, names(cluster.url, "a")[0])
+    migration.start()
+    migration.migrate_all_keys()
+    try:
+        second = streams.next(first)
+        await keep(store, second)
+        assert ranges(await read(store, second.new, key("a"))) == [range(4), range(4, 8)]
+    finally:
+        migration.finish()
+        migration.reversed().run()
+    third = streams.next(second)
+    await keep(store, third)
+    found = await read(store, third.new, key("a"))
+    assert ranges(found) == [range(4), range(4, 8), range(8, 12)]
+    assert await store.delete(key("a")) == Committed()
 
 
 async def test_tryagain_is_retried_until_the_migration_ends(

@@ -126,6 +126,17 @@ async def test_ring_and_snapshots_follow_the_rules(
     assert (await read(store, before, key("a"), oracle.snapshots[0] - 1)).snapshot is None
 
 
+async def test_a_history_follows_changed_settings(store: Store, streams: Streams) -> None:
+    last = await filled(store, streams, key("a"), [1] * 100)
+    for events, snapshots, kept in ((10, 3, 10), (64, 8, 11)):
+        last = Commit(key("a"), last.new.head, streams.after(last.new, 1), None)
+        await keep(store, last, events=events, snapshots=snapshots)
+        found = await read(store, last.new, key("a"))
+        stop = last.new.head.position
+        assert ranges(found) == [range(at, at + 1) for at in range(stop - kept, stop)]
+        assert 3 <= len(found.positions) <= 4
+
+
 async def test_a_history_of_many_streams_is_committed_together(
     open_on: OpenStore, streams: Streams
 ) -> None:
