@@ -77,6 +77,30 @@ async def test_the_token_key_is_drawn_once_for_all_workers(
         await store.keys.token_key()
 
 
+async def test_record_of_a_model_is_written_only_over_the_version_that_was_read(
+    store: Store,
+) -> None:
+    models = store.models
+    assert await models.read(None) == (b"", {})
+    assert await models.read(b"") is None
+    assert await models.write(b"", "flights", b"1")
+    assert not await models.write(b"", "flights", b"2")
+    version, records = await models.read(b"") or (b"", {})
+    assert records == {"flights": b"1"}
+    assert await models.read(version) is None
+    assert await models.write(version, "rivers", b"3")
+    assert not await models.write(version, "flights", b"4")
+    assert (await models.read(version) or ())[1] == {"flights": b"1", "rivers": b"3"}
+
+
+async def test_reports_of_processes_that_are_alive_are_read_by_each(store: Store) -> None:
+    models = store.models
+    assert await models.report("a", b"of a") == [b"of a"]
+    assert sorted(await models.report("b", b"of b:1")) == [b"of a", b"of b:1"]
+    assert sorted(await models.report("a", b"of a, new")) == [b"of a, new", b"of b:1"]
+    assert await models.report("b", b"") == [b"of a, new"]
+
+
 async def test_access_keys_are_read_when_their_version_has_changed(
     store: Store, open_on: OpenStore, server: RealServer | Cluster
 ) -> None:
