@@ -198,25 +198,32 @@ async def test_a_stream_that_is_replaced_is_watched_in_its_new_epoch(api: Harnes
         assert (await events.expect("outputs"))["outputs"] == reply["outputs"]
 
 
-async def test_a_watcher_is_told_of_a_rewind(
+async def test_a_watcher_is_told_of_a_rewind_at_once(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> None:
+    """It would notice by itself only when it reads the stream again, after its interval."""
     history = HistorySpec(events=8)
     async with live_application(pipeline_server, models, history=history) as api:
         await send(api, 3)
         await send(api, 2)
-        async with watched(api) as events:
-            before = await events.expect("stream")
-            rewound = await api.client.post(
-                "/v1/models/probe/streams/s/rewind", json={"position": 4}
-            )
-            assert rewound.status_code == 200
-            after = await events.expect("stream")
-            assert before["epoch"] != after["epoch"] == rewound.json()["epoch"]
-            assert await events.expect("gap") == {"from": 0, "to": 4}
-            reply = await send(api, 2, position=4)
-            outputs = await events.expect("outputs")
-    assert outputs["outputs"] == reply["outputs"]
+        watches = watching.Watches(api.store, api.store.outputs, api.counts)
+        async with following(api, watches, interval_s=3600) as events:
+            [watch] = watches._watches
+            waiting = asyncio.ensure_future(anext(events))
+            # until it has read the stream again after its subscription
+            await becomes(lambda: watch._turn is not None and not watch._must_read, "it waits")
+            path = "/v1/models/probe/streams/s/rewind"
+            rewound = (await api.client.post(path, json={"position": 4})).json()
+            async with asyncio.timeout(60):
+                watched = await waiting
+            assert isinstance(watched, watching.Watched)
+            assert watched.head is not None
+            assert watched.head.epoch.hex() == rewound["epoch"]
+            assert await anext(events) == watching.Gap(0, 4)
+            await send(api, 2, position=4)
+            outputs = await anext(events)
+            assert isinstance(outputs, watching.Outputs)
+            assert (outputs.start, outputs.head.position) == (4, 6)
 
 
 async def test_a_slow_watcher_gets_a_gap_and_continues(
