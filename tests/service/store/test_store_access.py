@@ -23,7 +23,7 @@ from service.store.codec import encode_state, pack_head
 from service.store.history import HistoryCopy
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
-from tests.service.store.test_history import as_version, filled, read
+from tests.service.store.test_history import as_version, filled, keep, read
 from tests.support.certificates import Certificates, certificates, make_certificates
 from tests.support.cluster import Cluster
 from tests.support.servers import (
@@ -38,7 +38,7 @@ from tests.support.servers import (
     start_store,
     until,
 )
-from tests.support.streams import Streams, assert_stored, committed, key, same_stream
+from tests.support.streams import Commit, Streams, assert_stored, committed, key, same_stream
 
 __all__ = ["certificates"]
 
@@ -201,11 +201,15 @@ async def test_streams_survive_a_restart_with_the_access_control_list(
             for version in (b"v", b"w", b"x"):
                 other = encode_state(as_version(last.new, version * 16))
                 assert await store.histories.commit_versions([key("b")], [other]) == [True]
+            ahead = streams.after(last.new, 3)
+            await keep(store, Commit(key("b"), last.new.head, ahead, streams.reply(ahead)))
+            late = encode_state(as_version(last.new, b"y" * 16))
+            assert await store.histories.commit_versions([key("b")], [late]) == [True]
             back = encode_state(streams.begin(position=110))
-            entries = (await read(store, last.new, key("b"))).entries[:-4]
+            entries = (await read(store, ahead, key("b"))).entries[:-5]
             written = await store.histories.write(
                 key("b"),
-                pack_head(last.new.head),
+                pack_head(ahead.head),
                 back,
                 HistoryCopy(entries),
                 keeps_snapshots=True,
