@@ -164,7 +164,7 @@ class History(NamedTuple):
         base, served, since = self.past.find_base(position), self.served, None
         if base is None:
             raise ValueError(f"expected a position with a base, got {position}")
-        if base == self.stream.head.position:
+        if base == self.stream.head.position and served.is_compatible(self.stream):
             return self.stream
         if self.snapshot is not None and self.snapshot.head.position == base:
             state, since = self.snapshot.state, self.snapshot.since

@@ -137,3 +137,23 @@ async def test_a_version_that_is_not_loaded_offers_nothing(
         assert available_positions(await pipeline.streams.histories(ANYONE, KEY)) == []
         with pytest.raises(PositionUnavailable):
             await pipeline.streams.rewind(ANYONE, KEY, 18, None)
+
+
+async def test_a_rewind_to_where_another_version_took_the_stream_up_takes_the_own_state(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    """A fork has the state of the version that forked, and snapshots of the one before."""
+    old, new = artifacts
+    fork = StreamKey("probe", "fork")
+    async with worker(store_url, old, history=HISTORY) as before:
+        await send_all(before, 6, 6)
+    async with worker(store_url, new, history=HISTORY) as after:
+        forked = await after.streams.fork(ANYONE, KEY, "fork", None)
+        assert forked.fingerprint == new.fingerprint
+    async with worker(store_url, old, history=HISTORY) as before:
+        rewound = await before.streams.rewind(ANYONE, fork, 12, None)
+        assert rewound.fingerprint == old.fingerprint
+        reply = await send(before, "fork", ROWS[12:16], 12)
+    np.testing.assert_allclose(
+        reply.outputs, oracle_outputs(old, ROWS[:16])[12:], rtol=1e-5, atol=1e-5
+    )
