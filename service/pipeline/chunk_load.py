@@ -380,8 +380,7 @@ class ChunkLoader:
             return stored
         if policy == "reset" or (chunk.starts_over and chunk.epoch is None):
             return None
-        keeps_more = self._served.history is not None or self._versions.route.challenger is not None
-        if policy == "rewarm" and keeps_more:
+        if policy == "rewarm":
             rewarmed = job.rewarmed
             return rewarmed if rewarmed and rewarmed.head == stored.head else stored
         if policy == "keep" and self._may_keep(stored):

@@ -79,7 +79,7 @@ async def test_reset_stream_starts_over_at_position_0_only(
         assert again.replayed
         # The other way it is rejected: that service does not reset.
         with pytest.raises(StateIncompatible):
-            await send(before, "s", rows[:4], 0)
+            await send(before, "s", rows[:4])
 
 
 async def test_concurrent_resets_reset_the_stream_once(

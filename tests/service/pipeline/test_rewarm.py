@@ -254,7 +254,7 @@ async def test_streams_are_rejected_by_choice_or_without_a_history(
     rows = rows_of(np.random.default_rng(10), 8)
     history = ALL if policy == "refuse" else None
     async with (
-        worker(store_url, versions[0], history=ALL) as before,
+        worker(store_url, versions[0], history=history) as before,
         worker(store_url, versions[1], on_model_change=policy, history=history) as after,
     ):
         await send(before, "s", rows[:4], 0)

@@ -144,6 +144,20 @@ async def test_promotion_and_rollback_continue_at_the_exact_state_without_rewarm
         assert sum(each.caught_up for each in service.counts.shadows) == 0
 
 
+async def test_states_that_a_shadow_computed_are_continued_after_the_other_version_is_retired(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    """Also without a history, and by a stream that sends its next chunk only afterwards."""
+    rows = rows_of(np.random.default_rng(15), 8)
+    async with shadowed(store_url, artifacts, history=None) as service:
+        await service.send("s", rows[:4], 0)
+        assert (await service.settled())["computed"] == 1
+        service.route(service.challenger, None)
+        outputs = await service.send("s", rows[4:], 4)
+        expected = oracle_outputs(artifacts[1], rows)[4:]
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
 async def test_champion_is_the_shadow_of_canaries(
     store_url: str, artifacts: tuple[Artifact, Artifact]
 ) -> None:
