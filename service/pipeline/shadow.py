@@ -51,6 +51,9 @@ BATCH_ROWS: Final = 32
 BATCH_STEPS: Final = 1024
 """Most chunks and padded steps of one call, which the event loop may have to wait for."""
 
+LINGER_S: Final = 0.02
+"""How long chunks wait for others, since nobody waits for them and full batches cost less."""
+
 RETRY_S: Final = 0.01
 """How often a waiting queue asks whether the challenger may compute."""
 
@@ -200,12 +203,19 @@ class Shadow:
         try:
             while (pair := self._current_pair()) is not None and self._queue:
                 pair.budget.note_clocks(time.monotonic(), pair.clock.read_s())
-                if self._is_busy() or not pair.budget.has_time:
-                    await asyncio.sleep(RETRY_S)
-                else:
+                if self._is_due() and pair.budget.has_time and not self._is_busy():
                     await self._compute_next(pair)
+                else:
+                    await asyncio.sleep(RETRY_S)
         finally:
             self._task = None
+
+    def _is_due(self) -> bool:
+        """Whether enough streams wait, or one has waited long enough."""
+        if len(self._queue) >= BATCH_ROWS:
+            return True
+        oldest = next(iter(self._queue.values()))[0]
+        return time.monotonic() - oldest.answered_s >= LINGER_S
 
     def _take(self) -> list[OfferedChunk]:
         """Take the oldest chunk of each of the streams that wait longest."""
