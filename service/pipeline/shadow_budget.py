@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from typing import Final
 
-BURST_S: Final = 0.1
+BURST_S: Final = 0.02
 """Most seconds that are saved up: how long the challenger computes at once after a pause."""
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+from scipy.stats import sem
 
 from tests.bench.generator import Load
 from tests.bench.workloads import FEW, MANY
@@ -230,3 +231,9 @@ def write_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for line in (head, rule, *rows)
     ]
     return "".join(f"| {line} |\n" for line in lines) if rows else ""
+
+
+def geometric_mean(ratios: Sequence[float]) -> tuple[float, float]:
+    """The geometric mean of ratios, and its relative standard error (0 of one alone)."""
+    logs = np.log(ratios)
+    return float(np.exp(logs.mean())), float(sem(logs)) if len(ratios) > 1 else 0.0

@@ -5,7 +5,7 @@ Most are rows in turns (`Bench.measure_rounds`) and ratios of them. `SECTIONS` n
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.stats import sem
 
 from models.artifact.graphs import GRAPH_NAME
 from tests.bench import workloads
@@ -22,8 +21,9 @@ from tests.bench.cost import counted_server
 from tests.bench.curves import CURVE, CURVES, measure_curve
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
 from tests.bench.peer import measure_peer
-from tests.bench.results import MIB
+from tests.bench.results import MIB, geometric_mean
 from tests.bench.run import CONNECTIONS, WARM_S, Bench, Row, Server, helper_process
+from tests.bench.shadow import measure_shadow
 from tests.bench.traffic import Traffic, read_positions, write_request
 from tests.bench.workloads import PLAIN, STEPS, Bodies, make_traffic
 from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
@@ -125,12 +125,6 @@ def measure_beside(bench: Bench, kind: str) -> None:
                 middle, error = geometric_mean([getattr(a, of) / getattr(b, of) for a, b in pairs])
                 spread = [middle / (1 + error), middle, middle * (1 + error)]
                 results.figure(f"beside/{load} {count}: {shown}, this over the other", spread)
-
-
-def geometric_mean(ratios: Sequence[float]) -> tuple[float, float]:
-    """The geometric mean of ratios, and its relative standard error (0 of one alone)."""
-    logs = np.log(ratios)
-    return float(np.exp(logs.mean())), float(sem(logs)) if len(ratios) > 1 else 0.0
 
 
 def measure_cost(bench: Bench, kind: str) -> None:
@@ -467,6 +461,7 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "workers": measure_workers,
     "events": measure_events,
     "history": measure_history,
+    "shadow": measure_shadow,
     "kinds": measure_kinds,
     "overload": measure_overload,
     "consume": measure_consume,
@@ -484,6 +479,7 @@ ONCE = (
     "overload",
     "consume",
     "history",
+    "shadow",
     "peer",
     BESIDE,
 )

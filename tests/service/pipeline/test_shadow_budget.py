@@ -19,21 +19,21 @@ def empty_budget(share: float = 0.5) -> ShadowBudget:
 def test_busy_process_gives_the_share_of_the_champion_and_no_more() -> None:
     budget = empty_budget()
     for _ in range(10):
-        budget.earn(0.01)
+        budget.earn(0.002)
     # all the time that passed was spent by the process
     budget.note_clocks(now_s=100.2, busy_s=7.2)
-    budget.spend(0.049)
+    budget.spend(0.0098)
     assert budget.has_time
-    budget.spend(0.0011)
+    budget.spend(0.0003)
     assert not budget.has_time
 
 
 def test_idle_time_counts_and_is_never_negative() -> None:
     budget = empty_budget()
-    budget.note_clocks(now_s=100.1, busy_s=7.05)
-    budget.spend(0.024)
+    budget.note_clocks(now_s=100.02, busy_s=7.01)
+    budget.spend(0.0048)
     assert budget.has_time
-    budget.spend(0.002)
+    budget.spend(0.0004)
     assert not budget.has_time
     budget.note_clocks(now_s=100.2, busy_s=8.0)
     budget.earn(0.003)
