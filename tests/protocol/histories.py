@@ -63,17 +63,18 @@ def add_snapshot(
     scenario: Scenario, snapshots: tuple[Version, ...], new: Version, newest: int
 ) -> tuple[Version, ...]:
     """The snapshots after a commit: one more if it is far enough beyond the newest. Of too many,
-    the one is dropped that is missed least."""
+    the older one is dropped that is missed least."""
     most = scenario.max_snapshots
-    if new.head.position - newest < max(1, scenario.max_events // (2 * most)):
+    near = most - most // 4
+    if new.head.position - newest < max(1, scenario.max_events // near):
         return snapshots
     kept = [*snapshots, new]
     positions = [each.head.position for each in kept]
     while len(kept) > most:
-        inner = range(1, len(kept) - 1)
+        older = range(1, len(kept) - near)
         gaps = {
             at: (positions[at + 1] - positions[at - 1]) / (positions[-1] - positions[at])
-            for at in inner
+            for at in older
         }
         dropped = min(gaps, key=lambda at: (gaps[at], at)) if gaps else 0
         del kept[dropped], positions[dropped]

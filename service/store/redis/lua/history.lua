@@ -61,15 +61,21 @@ local function add_snapshot(versions_key, index, state)
   return index .. string.sub(state, 57, 64) .. string.sub(state, 17, 24)
 end
 
--- Drop snapshots beyond the number to keep: each time the one that is missed least, whose neighbours
--- are closest to each other compared with its age. So they are dense near the head. The first and
--- the last one stay, if there are others.
+-- How many of the snapshots to keep are the newest, at equal distances over the events; the others
+-- are older.
+local function newest_of(most)
+  return most - math.floor(most / 4)
+end
+
+-- Drop snapshots beyond the number to keep: each time the older one that is missed least, whose
+-- neighbours are closest to each other compared with its age, and never the first one; without older
+-- ones the first.
 local function thin_snapshots(versions_key, index, most)
   while #index > 16 * most do
     -- positions and parts of fingerprints in turns, in one call: each call of a function counts
     local values = {struct.unpack('<' .. string.rep('I8', #index / 8), index)}
     local last, chosen, least = #index / 8 - 1, 1, math.huge
-    for at = 3, last - 2, 2 do
+    for at = 3, last - 2 * newest_of(most), 2 do
       local score = (values[at + 2] - values[at - 2]) / (values[last] - values[at])
       if score < least then
         chosen, least = at, score
@@ -162,7 +168,7 @@ local function keep_history(
     if index ~= '' then
       newest = position_of(index, #index - 15)
     end
-    if position - newest >= math.max(1, math.floor(events / (2 * snapshots))) then
+    if position - newest >= math.max(1, math.floor(events / newest_of(snapshots))) then
       index = add_snapshot(versions_key, index, state)
       index = thin_snapshots(versions_key, index, snapshots)
     end
