@@ -10,7 +10,7 @@ from tests.docs.settings_reference import describe_settings, settings_tables
 from tests.support.pages import PAGES, ROOT
 
 PAGE = ROOT / "docs" / "reference" / "settings.md"
-OTHERS = {"CARRY_SERVICE_HOST", *CLIENT_VARIABLES}
+OTHERS = {"CARRY_SERVICE_HOST", "CARRY_URL", *CLIENT_VARIABLES}
 """Variables that the pages name although they are no settings."""
 
 
