@@ -44,7 +44,7 @@ REQUIRED_COMMANDS: Final = {
     "rates of access keys": ("TIME", "HSET {key} f v", "HDEL {key} f"),
     "the history of streams": (
         *("HSET {key} f v", "HDEL {key} f", "HKEYS {key}"),
-        *("RPUSH {key} v", "LRANGE {key} 0 1", "LTRIM {key} 0 1", "LLEN {key}"),
+        *("RPUSH {key} v", "LRANGE {key} 0 1", "LTRIM {key} 0 1", "LLEN {key}", "LINDEX {key} 0"),
     ),
     "the topics of consumers": (
         *("TYPE {key}", "HVALS {key}", "HMGET {key} f", "XINFO GROUPS {key}", "XLEN {key}"),
