@@ -132,6 +132,7 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.record_error("flights", Conflict(""))
     recorder.record_shares("flights", {"a1b2": 1.0})
     recorder.record_shadow("flights", "c3d4", shadow_batch())
+    recorder.record_drift("flights", "a1b2", 1, {"lstm_1": 0}, {"lstm_1": 0.5})
     sampler = sampler_of(recorder, ObservedStore(), StateCache(0))
     sampler.sample()
     sampler.record_streams({})
