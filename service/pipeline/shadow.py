@@ -186,15 +186,15 @@ class Shadow:
             return self._pair
         self._drop_pair()
         max_bytes = self._settings.state_cache_bytes // 4
+        clock, share = BusyClock(), self._settings.shadow_budget
+        budget = ShadowBudget(share, time.monotonic(), clock.read_s())
         stages = {
             served: (
-                ShadowStates(served, self._store.histories, self._compute, max_bytes),
+                ShadowStates(served, self._store.histories, self._compute, max_bytes, budget),
                 Inference(served, self._compute, self._recorder, _ignore_call),
             )
             for served in (champion, challenger)
         }
-        clock, share = BusyClock(), self._settings.shadow_budget
-        budget = ShadowBudget(share, time.monotonic(), clock.read_s())
         self._pair = _Pair(champion, challenger, clock, budget, comparator, stages)
         return self._pair
 
@@ -239,9 +239,11 @@ class Shadow:
         offered = self._take()
         for answered_by in dict.fromkeys([each.served for each in offered]):
             group = [each for each in offered if each.served is answered_by]
+            began_s = time.monotonic()
             try:
                 await self._compute_group(pair, answered_by, group)
             except Exception as error:
+                pair.budget.spend(time.monotonic() - began_s)
                 self._record(pair, {"failed": len(group)})
                 log.error("shadow_failed", model=self._versions.name, exc_info=error)
         await asyncio.sleep(0)

@@ -21,6 +21,7 @@ from service.engine.compute import Compute
 from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many
 from service.pipeline.rewarm import RewarmStart, end_rewarming, find_rewarm_start
 from service.pipeline.served_model import ServedModel
+from service.pipeline.shadow_budget import ShadowBudget
 from service.pipeline.state_cache import StateCache
 from service.store.base import decode_value
 from service.store.codec import (
@@ -69,13 +70,22 @@ class ShadowStates:
 
     Args:
         max_bytes: bound on the states in memory.
+        budget: pays for what is computed from histories.
     """
 
-    def __init__(self, served: ServedModel, histories: Histories, compute: Compute, max_bytes: int):
+    def __init__(
+        self,
+        served: ServedModel,
+        histories: Histories,
+        compute: Compute,
+        max_bytes: int,
+        budget: ShadowBudget,
+    ):
         self._served = served
         self._histories = histories
         self._compute = compute
         self._cache = StateCache(max_bytes)
+        self._budget = budget
 
     async def find(
         self, offered: Sequence[OfferedChunk]
@@ -118,7 +128,7 @@ class ShadowStates:
         ready = [(each, start) for each, start in zip(missing, starts, strict=True) if start]
         runs = [start.run for _, start in ready]
         events = 0
-        results = await advance_many(self._served, self._compute, runs)
+        results = await advance_many(self._served, self._compute, runs, self._spend)
         for (each, start), result in zip(ready, results, strict=True):
             stream = end_rewarming(self._served, start, result)
             if isinstance(stream, StreamState):
@@ -126,6 +136,9 @@ class ShadowStates:
                 found[each] = ShadowStream(stream.head, stream.feed, value, stream.since)
                 events += start.run.until - start.run.position
         return events
+
+    def _spend(self, rows: int, steps: int, padded_steps: int, seconds: float) -> None:
+        self._budget.spend(seconds)
 
     async def _find_start(self, each: OfferedChunk) -> RewarmStart | None:
         """Where the version takes a stream up, to reach the state that a chunk continues; None if

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.core.errors import InferenceTimeout
+from service.engine.runtimes.base import FloatBatch, Lengths
+from service.pipeline.shadow_budget import ShadowBudget
+from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import (
     make_artifact,
     oracle_outputs,
@@ -17,11 +21,29 @@ from tests.support.pipelines import (
 )
 from tests.support.servers import becomes
 from tests.support.shadows import (
+    Rows,
     Unruly,
     assert_state,
     shadowed,
     unruly,
 )
+
+
+class Timed(NumpyRuntime):
+    """A runtime that knows how long its calls took, and may fail at their end."""
+
+    seconds = 0.0
+    fails = False
+
+    def step(self, rows: FloatBatch, lengths: Lengths, states: Rows) -> tuple[FloatBatch, Rows]:
+        began_s = time.monotonic()
+        try:
+            result = super().step(rows, lengths, states)
+            if self.fails:
+                raise ValueError("planted")
+            return result
+        finally:
+            self.seconds += time.monotonic() - began_s
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +80,36 @@ async def test_failing_challenger_fails_nothing_and_catches_up(
         await service.send("s", rows[9:], 9)
         assert await service.settled() == {"computed": 2, "dropped": 0, "failed": 1}
         assert_state(await service.state("s", service.challenger), artifacts[1], rows)
+
+
+async def test_challenger_pays_for_failed_calls_and_for_catching_up(
+    store_url: str, artifacts: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(np.random.default_rng(16), 31)
+    spent_s = 0.0
+    spend = ShadowBudget.spend
+
+    def note(budget: ShadowBudget, seconds: float) -> None:
+        nonlocal spent_s
+        spent_s += seconds
+        spend(budget, seconds)
+
+    monkeypatch.setattr(ShadowBudget, "spend", note)
+    async with shadowed(store_url, artifacts, runtime=Timed) as service:
+        runtime = service.challenger.runtime
+        assert isinstance(runtime, Timed)
+        await service.send("s", rows[:1], 0)
+        await service.settled()
+        runtime.fails = True
+        await service.send("s", rows[1:30], 1)
+        assert (await service.settled())["failed"] == 1
+        assert spent_s >= runtime.seconds > 0
+        runtime.fails = False
+        spent_s, runtime.seconds = 0.0, 0.0
+        await service.send("s", rows[30:], 30)
+        assert (await service.settled())["computed"] == 2
+        assert sum(each.caught_up for each in service.counts.shadows) == 29
+        assert spent_s >= runtime.seconds > 0
 
 
 async def test_slow_challenger_holds_up_no_chunk_and_may_be_retired_meanwhile(
