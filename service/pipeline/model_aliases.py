@@ -286,9 +286,13 @@ class ModelAliases:
                     challenger=challenger and challenger.version,
                     share=share,
                 )
-        versions.keep(map(bytes.fromhex, record.versions))
+        self._forget_others(name)
         for on_switch in self.on_switch:
             on_switch(versions)
+
+    def _forget_others(self, name: str) -> None:
+        """Unload the versions of a model that are not recorded."""
+        self._versions[name].keep(map(bytes.fromhex, self._record(name).versions))
 
     def _failure(self, name: str) -> str | None:
         """Why this process does not answer as the record says; None if it does."""
@@ -337,8 +341,11 @@ class ModelAliases:
         caller.check(MANAGE, model)
         served = await self._load(model, path)
         fingerprint, source = served.fingerprint.hex(), VersionSource(self._path(served), label)
-        with self._audited(caller, "model_version_loaded", model, version=served.version):
-            await self._change(model, lambda record: record.add(fingerprint, source))
+        try:
+            with self._audited(caller, "model_version_loaded", model, version=served.version):
+                await self._change(model, lambda record: record.add(fingerprint, source))
+        finally:
+            self._forget_others(model)
         return fingerprint
 
     async def change(

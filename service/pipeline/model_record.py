@@ -119,15 +119,17 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         """The fingerprint of a version by its label, or by the first digits of its fingerprint.
 
         Raises:
-            VersionNotFound: there is none, or there are several.
+            VersionNotFound: there is none, or there are several: a label may look like the first
+                digits of another version.
         """
-        labelled = [key for key, source in self.versions.items() if source.label == name]
-        if labelled:
-            return labelled[0]
-        found = [key for key in self.versions if key.startswith(name) and len(name) >= MIN_DIGITS]
+        found = [
+            key
+            for key, source in self.versions.items()
+            if source.label == name or (key.startswith(name) and len(name) >= MIN_DIGITS)
+        ]
         if len(found) != 1:
             known = [source.label or short(key) for key, source in self.versions.items()]
-            which = "several have these digits" if found else "there is none"
+            which = "several have this name" if found else "there is none"
             raise VersionNotFound(
                 f"expected one of the versions {known}, got {name[:64]!r}: {which}",
                 expected=known,

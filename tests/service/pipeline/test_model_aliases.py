@@ -157,6 +157,8 @@ async def test_version_that_cannot_serve_the_model_is_rejected(
         await one.aliases.load(ANYONE, "probe", new.path.name, "taken")
         with pytest.raises(VersionRejected, match="label"):
             await one.aliases.load(ANYONE, "probe", artifacts[2].path.name, "taken")
+        # nor does it stay in memory
+        assert one.versions["probe"].loaded.keys() == {old.fingerprint, new.fingerprint}
         for name in ("", "no-label", old.version[:3]):
             with pytest.raises(VersionNotFound):
                 await one.aliases.change(ANYONE, "probe", "promote", name)
@@ -164,6 +166,19 @@ async def test_version_that_cannot_serve_the_model_is_rejected(
             await one.aliases.retire(ANYONE, "probe", old.version)
         with pytest.raises(InvalidInput, match="champion"):
             await one.aliases.change(ANYONE, "probe", "shadow", old.version)
+
+
+async def test_label_that_looks_like_another_version_names_neither(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    old, new, third = artifacts
+    async with processes(store_url, old, 1) as [(one, _)]:
+        await one.aliases.load(ANYONE, "probe", new.path.name, None)
+        await one.aliases.load(ANYONE, "probe", third.path.name, new.version)
+        with pytest.raises(VersionNotFound, match="several"):
+            await one.aliases.change(ANYONE, "probe", "promote", new.version)
+        await change(one, "promote", new.fingerprint.hex())
+        assert answers(one)[0] == new.version
 
 
 async def test_changes_of_two_processes_at_once_are_both_applied(
