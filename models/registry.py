@@ -85,7 +85,7 @@ def log_model(
 
 
 def pull_model(uri: str, out: Path | str, *, overwrite: bool = False) -> Artifact:
-    """Take an artifact from an MLflow registry and verify it.
+    """Download an artifact from an MLflow registry and verify it.
 
     Args:
         uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.

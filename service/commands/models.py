@@ -88,7 +88,7 @@ def pull_version(
         bool, typer.Option("--overwrite", help="Replace an artifact at OUT.")
     ] = False,
 ) -> None:
-    """Take an artifact from an MLflow registry, that of MLFLOW_TRACKING_URI."""
+    """Download an artifact from an MLflow registry, that of MLFLOW_TRACKING_URI."""
     from models.registry import pull_model
 
     artifact = pull_model(uri, out, overwrite=overwrite)
@@ -120,7 +120,7 @@ def promote_version(model: Model, version: Version, url: Url = DEFAULT_URL) -> N
 
 @models_app.command("rollback")
 def roll_back(model: Model, url: Url = DEFAULT_URL) -> None:
-    """Take the last promotion back."""
+    """Undo the last promotion."""
     _change(url, model, {"action": "rollback"})
 
 
