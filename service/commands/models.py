@@ -157,7 +157,7 @@ def _report_text(report: Any) -> str:
     counts = "  ".join(f"{outcome} {count:,}" for outcome, count in report["chunks"].items())
     lines = [f"challenger {report['challenger']}", f"chunks      {counts or 'none'}"]
     lines.append(
-        f"events      compared {report['events']:,}  from history {report['caught_up_events']:,}"
+        f"events      computed {report['events']:,}  from history {report['caught_up_events']:,}"
     )
     times = "  ".join(f"{side} {us:.1f} us" for side, us in report["us_per_event"].items())
     lag_s = "-" if report["lag_s"] is None else f"{report['lag_s']:.3f} s"

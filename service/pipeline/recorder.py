@@ -104,7 +104,7 @@ class ShadowReport(TypedDict):
     chunks: dict[str, int]
     """By outcome: `computed`, `dropped`, `failed`."""
     events: int
-    """Events that both versions computed."""
+    """Events that the challenger computed, in the shadow or as an answer."""
     caught_up_events: int
     """Events that were computed from the histories of streams."""
     us_per_event: dict[str, float]

@@ -120,7 +120,7 @@ def read_report(metrics: Iterable[Metric], model: str, challenger: str) -> Shado
     return {
         "challenger": challenger,
         "chunks": {outcome: int(count) for (outcome,), count in found["chunks_total"].items()},
-        "events": int(next(iter(differences.values()), 0)),
+        "events": int(found["events_total"].get(("challenger",), 0)),
         "caught_up_events": int(found["caught_up_events_total"].get((), 0)),
         "us_per_event": {
             side: 1e6 * seconds[side,] / events

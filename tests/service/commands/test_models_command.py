@@ -113,6 +113,7 @@ async def test_report_compares_the_challenger_with_the_champion(carry: Commands)
     report, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
     assert report["challenger"] == new.version
     assert report["chunks"] == {"computed": 3, "dropped": 0, "failed": 0}
+    assert report["events"] == 6
     assert report["differences"]["out"]["mean"] > 0
     text = (await carry("report", "probe", new.version[:5])).stdout.splitlines()
     assert f"challenger {new.version}" in text
