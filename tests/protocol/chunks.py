@@ -41,7 +41,7 @@ class ChunkSpace:
         for name, stored in zip(STREAMS, state.store, strict=True):
             lines.append(f"store {name}: {stored.state}, reply: {stored.reply}")
             _, entries, *states = stored.history
-            events = (f"{start}: {events}" for start, events, _ in entries)
+            events = (f"{start}: {events}" for start, events, *_ in entries)
             for what, values in zip(
                 ("events", "snapshots", "states"), (events, *states), strict=True
             ):

@@ -1,13 +1,35 @@
 """Histories of streams: what a commit keeps, and the states that follow from what is kept.
 
-Pure functions over `History`. Only the oracle of `invariants` computes from all events of a stream;
-everything here sees what the store has.
+Pure functions over `History`. From where a model computes a state is decided by the service
+(`pipeline.rewarm`, `pipeline.rewind`). Only the oracle of `invariants` computes from all events of
+a stream; everything here sees what the store has.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tests.protocol.state import NO_HISTORY, NOTHING, Entry, History, Keys, Scenario, Version
+import numpy as np
+
+from models.spec.state import State
+from service.core.values import Feed, Steps, StreamKey, StreamState, Tombstone
+from service.pipeline.history_run import Advanced, HistoryRun
+from service.pipeline.rewarm import end_rewarming, find_rewarm_start
+from service.pipeline.rewind import Past
+from service.store.codec import encode_state, encode_tombstone
+from service.store.history import StoredHistory
+from service.store.history_codec import HistoryCodec
+from tests.protocol.state import (
+    FINGERPRINTS,
+    NO_HISTORY,
+    NOTHING,
+    Entry,
+    History,
+    Keys,
+    Scenario,
+    Version,
+)
+
+HISTORY_CODEC = HistoryCodec(None, 1)
 
 Computed = tuple[float, int | None]
 """The float of a state, and the position since which it is computed; None if it is exact."""
@@ -20,7 +42,23 @@ class HistoryRead(NamedTuple):
     is_valid: bool = False
     entries: tuple[Entry, ...] = ()
     snapshot: Version = NOTHING
+    positions: tuple[int, ...] = ()
     version_state: Version = NOTHING
+
+    def encode(self) -> StoredHistory:
+        """What the service reads."""
+        stored = self.record.stored
+        encode = encode_tombstone if isinstance(stored, Tombstone) else encode_state
+        if not self.is_valid:
+            return StoredHistory(stored and encode(stored))
+        return StoredHistory(
+            encode(stored),
+            True,
+            [encode_entry(entry) for entry in self.entries],
+            encode_state(self.snapshot.stored) if self.snapshot else None,
+            list(self.positions),
+            encode_state(self.version_state.stored) if self.version_state else None,
+        )
 
 
 def is_valid(keys: Keys) -> bool:
@@ -128,58 +166,88 @@ def read(keys: Keys, artifact: int, position: int | None = None) -> HistoryRead:
     record, (_, entries, snapshots, states) = keys.state, keys.history
     if not is_valid(keys):
         return HistoryRead(record)
-    before = [
-        each
-        for each in snapshots
-        if each.artifact == artifact and position is not None and each.head.position <= position
-    ]
+    written = [each for each in snapshots if each.artifact == artifact]
+    positions = tuple(each.head.position for each in written)
+    before = [each for each in written if position is not None and each.head.position <= position]
     own = [
         each
         for each in states
         if each.artifact == artifact and each.head.epoch == record.head.epoch
     ]
-    return HistoryRead(
-        record, True, entries, before[-1] if before else NOTHING, own[0] if own else NOTHING
-    )
+    snapshot, version_state = before[-1] if before else NOTHING, own[0] if own else NOTHING
+    return HistoryRead(record, True, entries, snapshot, positions, version_state)
 
 
 def state_of(stored: HistoryRead, artifact: int) -> Computed:
-    """The state of a model at the head of a stream: the record, a version state, one that the
-    events lead to, or the initial state."""
-    bases, head, state = [stored.record], stored.record.head, stored.version_state
-    if state and (state.head == head or state.head.position < head.position):
-        bases.append(state)
-    computed = compute_state(stored, artifact, bases, head.position)
-    assert computed is not None
-    return computed
+    """The state of a model at the head of a stream, as the service finds it."""
+    served: Any = ServedModel(artifact)
+    key = StreamKey("", "")
+    start = find_rewarm_start(served, key, stored.record.stream, stored.encode())
+    run = start.run
+    value = (_advance_over(artifact, run) or [float(run.state.floats[0])])[-1]
+    after = end_rewarming(served, start, Advanced(state(value), was_reset=False))
+    assert isinstance(after, StreamState)
+    return value, after.since
 
 
 def rewound_state(stored: HistoryRead, artifact: int, position: int) -> Computed | None:
     """The state of a model at an earlier position; None if it is not available."""
-    bases = [each for each in (stored.record, stored.snapshot) if each]
-    return compute_state(stored, artifact, bases, position)
-
-
-def compute_state(
-    stored: HistoryRead, artifact: int, bases: Iterable[Version], position: int
-) -> Computed | None:
-    """The state at a position: from the nearest base at or before it, else from the first event
-    that is kept; None if these events do not reach it."""
-    entries = stored.entries
-    start = entries[0].start if entries else stored.record.head.position
-    events = [event for entry in entries for event in entry.events]
-    nearest = None
-    for base in bases:
-        is_before = base.artifact == artifact and base.head.position <= position
-        is_reached = base.head.position == position or base.head.position >= start
-        is_nearer = nearest is None or nearest.head.position < base.head.position
-        if is_before and is_reached and is_nearer:
-            nearest = base
-    if nearest is not None:
-        rest = events[nearest.head.position - start : position - start]
-        value = float(nearest.value)
-        return (advance(artifact, value, rest) or [value])[-1], nearest.since
-    if start > position:
+    entries, record = stored.entries, stored.record
+    start, states = entries[0].start if entries else record.head.position, [*stored.positions]
+    if record.artifact == artifact:
+        states.append(record.head.position)
+    if entries and entries[0].starts:
+        states.append(start)
+    base = Past(sorted(states), start, record.head.position).find_base(position)
+    if base is None:
         return None
-    value = (advance(artifact, 0.0, events[: position - start]) or [0.0])[-1]
-    return value, start or None
+    source = NOTHING  # the initial state
+    if record.artifact == artifact and base == record.head.position:
+        source = record
+    elif base in stored.positions:
+        source = stored.snapshot
+    value = float(source.value) if source else 0.0
+    decoded = [HISTORY_CODEC.decode(encode_entry(entry)) for entry in entries]
+    run = HistoryRun(state(value), base, decoded, position)
+    return (_advance_over(artifact, run) or [value])[-1], source.since
+
+
+def _advance_over(artifact: int, run: HistoryRun) -> list[float]:
+    """What a model gives over recent events."""
+    events = [
+        int(row[0])
+        for entry in run.entries
+        for at, row in enumerate(entry.steps.rows, entry.start)
+        if run.position <= at < run.until
+    ]
+    return advance(artifact, float(run.state.floats[0]), events)
+
+
+def state(value: float) -> State:
+    """A state with one float."""
+    return State(np.array([value], np.float32), np.zeros(0, np.int64))
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """An entry as it is stored, without its tag."""
+    rows = np.array(entry.events, np.float32)[:, np.newaxis]
+    steps = Steps(Feed.INPUTS, len(rows), rows=rows)
+    return HISTORY_CODEC.encode(entry.start, steps, starts=entry.starts)
+
+
+class ServedModel:
+    """What the service asks of a version of a model; it never forgets a start."""
+
+    blocks, chunk_limit, initial, history_codec = None, None, state(0.0), HISTORY_CODEC
+    history = True
+
+    def __init__(self, artifact: int):
+        self.fingerprint = FINGERPRINTS[artifact]
+
+    def is_compatible(self, stored: StreamState) -> bool:
+        """Whether the version wrote a state."""
+        return stored.fingerprint == self.fingerprint
+
+    def warmth(self, since: int, position: int) -> object:
+        """How warm a state is."""
+        return position - since, 0

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 
-from models.spec.state import State
 from service.core import delivery, values
 from service.core.errors import CarryError, OutcomeUnknown
 from service.core.values import StreamState, Tombstone
@@ -168,6 +167,7 @@ class Model:
         self.calls: dict[ScriptCall, Effect] = {}
         self._versions: dict[Any, Version] = {}
         self.chunk, self.advance = cache(self._chunk), cache(self._advance)
+        self.switch = cache(self._switch)
 
     def _chunk(self, request: Request) -> values.Chunk:
         """The chunk as a transport would make it."""
@@ -195,7 +195,7 @@ class Model:
         outputs = histories.advance(artifact, value, request.operation.events)
         written = {**WRITTEN, "fingerprint": FINGERPRINTS[artifact]}
         new = self.rules.apply_chunk(
-            self.chunk(request), base.stream, _state(outputs[-1]), **written
+            self.chunk(request), base.stream, histories.state(outputs[-1]), **written
         )
         new = new._replace(since=base.since)
         if base.stream is None:
@@ -209,10 +209,14 @@ class Model:
         new = _with_epoch(delivery.start_epoch(source.stream, **written), request)
         return self._version(new, source.chunks)
 
-    def switch(self, stored: HistoryRead, artifact: int) -> Version:
+    def _switch(self, stored: HistoryRead, artifact: int) -> Version:
         """The stored version as another model would have it."""
         value, since = self.rules.state_of(stored, artifact)
-        fields = {"fingerprint": FINGERPRINTS[artifact], "state": _state(value), "since": since}
+        fields = {
+            "fingerprint": FINGERPRINTS[artifact],
+            "state": histories.state(value),
+            "since": since,
+        }
         return self._version(stored.record.stream._replace(**fields), stored.record.chunks)
 
     def rewind(self, request: Request, stored: HistoryRead, artifact: int) -> Version | None:
@@ -222,7 +226,7 @@ class Model:
         computed = histories.rewound_state(stored, artifact, position)
         if computed is None or computed[1] is not None:
             return None
-        source = stored.record.stream._replace(state=_state(computed[0]), since=None)
+        source = stored.record.stream._replace(state=histories.state(computed[0]), since=None)
         written = {**WRITTEN, "fingerprint": FINGERPRINTS[artifact], "position": position}
         new = _with_epoch(delivery.start_epoch(source, **written), request)
         if self.rules.keep_epoch:
@@ -270,10 +274,6 @@ class Model:
         call = ScriptCall("read history", stream, stored, artifact=artifact, position=position)
         self.calls[call] = Effect(stored, True)
         return histories.read(stored, artifact, position)
-
-
-def _state(value: float) -> State:
-    return State(np.array([value], np.float32), np.zeros(0, np.int64))
 
 
 def _with_epoch(new: StreamState, request: Request) -> StreamState:

@@ -11,25 +11,22 @@ import struct
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import redis
 from msgspec.structs import replace
 
-from service.core.values import Feed, Steps, StreamKey, Tombstone
+from service.core.values import StreamKey, Tombstone
 from service.store.base import Committed, Conflicted
 from service.store.codec import HEADER_BYTES, encode_state, encode_tombstone, pack_head
-from service.store.history import HistoryColumns, HistoryCopy, StoredHistory
-from service.store.history_codec import HistoryCodec
+from service.store.history import HistoryColumns, HistoryCopy
 from service.store.redis import redis_store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.protocol import histories
 from tests.protocol.model import MODEL, Effect, Model, ScriptCall
-from tests.protocol.state import FINGERPRINTS, Entry, Keys, Scenario
+from tests.protocol.state import FINGERPRINTS, Keys, Scenario
 from tests.support.streams import columns, encode_reply
 
 STATE_TTL_MS, REPLY_TTL_MS, TOMBSTONE_TTL_MS = 3_600_000, 600_000, 300_000
-CODEC = HistoryCodec(None, 1)
 TAG_BYTES = 8  # of the tag before a chunk that an entry begins with
 
 
@@ -93,7 +90,7 @@ async def _make_call(
     if call.script.startswith("delete"):
         with patch.object(redis_store, "new_epoch", return_value=new.stored.head.epoch):
             return (await store._write_tombstones({key: call.condition}, math.inf))[key].value
-    entries = [_encode_entry(entry) for entry in history.entries]
+    entries = [histories.encode_entry(entry) for entry in history.entries]
     if call.script == "rewind":
         expected, state = pack_head(call.expected.stored.head), encode_state(new.stored)
         history_copy = HistoryCopy(entries)
@@ -106,7 +103,7 @@ async def _make_call(
         return await store.histories.write(key, expected, state, copy)
     if call.entry is not None:
         most = scenario.max_events, scenario.max_snapshots
-        kept = HistoryColumns([_encode_entry(call.entry)], *most)
+        kept = HistoryColumns([histories.encode_entry(call.entry)], *most)
         commits = replace(commits, histories=kept)
     return (await store.commit(commits))[0]
 
@@ -136,38 +133,13 @@ def _expected_outcome(call: ScriptCall, done: bool) -> Any:
     if call.script == "read":
         return head, head and reply and reply.head
     if call.script == "read history":
-        return _encode_read(call)
+        return histories.read(call.stored, call.artifact, call.position).encode()
     if call.script == "shadow":
         return [done]
     if call.script in ("commit", "copy", "rewind"):
         return Committed() if done else Conflicted(head)
     [state, _], *_ = _encode(call.stored)
     return [1] if done else [0, *([state[:HEADER_BYTES]] if state else [])]
-
-
-def _encode_read(call: ScriptCall) -> StoredHistory:
-    stored = histories.read(call.stored, call.artifact, call.position)
-    [record, _], *_ = _encode(call.stored)
-    if not stored.is_valid:
-        return StoredHistory(record)
-    snapshot, state = (
-        encode_state(each.stored) if each else None
-        for each in (stored.snapshot, stored.version_state)
-    )
-    snapshots = [each for each in call.stored.history.snapshots if each.artifact == call.artifact]
-    return StoredHistory(
-        record,
-        True,
-        [_encode_entry(entry) for entry in stored.entries],
-        snapshot,
-        [each.head.position for each in snapshots],
-        state,
-    )
-
-
-def _encode_entry(entry: Entry) -> bytes:
-    rows = np.array(entry.events, np.float32)[:, np.newaxis]
-    return CODEC.encode(entry.start, Steps(Feed.INPUTS, len(rows), rows=rows))
 
 
 def _encode(keys: Keys) -> tuple[tuple[bytes | None, ...], list[bytes], dict[bytes, bytes]]:
@@ -185,4 +157,8 @@ def _encode(keys: Keys) -> tuple[tuple[bytes | None, ...], list[bytes], dict[byt
     if head:
         fields[b"head"] = head + index
     values = stored and encode(stored), reply and encode_reply(reply)
-    return values, [entry.tag[:TAG_BYTES] + _encode_entry(entry) for entry in entries], fields
+    return (
+        values,
+        [entry.tag[:TAG_BYTES] + histories.encode_entry(entry) for entry in entries],
+        fields,
+    )

@@ -123,6 +123,7 @@ class Entry(NamedTuple):
     start: int
     events: tuple[int, ...]
     tag: bytes  # of the head before them
+    starts: bool = False  # whether the chunk created its stream
 
     @property
     def stop(self) -> int:

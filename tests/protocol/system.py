@@ -109,7 +109,8 @@ class System:
         worker.cache[operation.stream] = new
         events = operation.events if route.has_history else ()
         start, tag = new.head.position - len(events), base.head.tag if base.head else FIRST_TAG
-        entry = Entry(start, events, tag) if events else None
+        is_created = not base.stream or operation.starts_over
+        entry = Entry(start, events, tag, is_created) if events else None
         worker.connection.append(Command("commit", request, base, new, entry))
 
     def evaluate(self, request: Request, stored: Version) -> Process | Replay:
