@@ -1,10 +1,10 @@
-"""The deployment under test: two workers on a store, and proxies between all processes."""
+"""The deployment under test: workers on a store, and proxies between all processes."""
 
 import asyncio
 import contextlib
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,6 +83,10 @@ class RunOptions:
     appenders: int = 2
     append_pause_s: float = 0.3  # mean pause between two bursts of an appender
     longest_s: float = 10.0  # no pause is longer
+    workers: int = len(WORKERS)
+    settings: Mapping[str, str] = field(default_factory=dict)  # further ones, of the workers
+    model: str = network.MODEL  # folder of its artifact, in that of the models
+    burn_in: int | None = None  # of the model
 
 
 class Worker(Service):
@@ -133,6 +137,7 @@ class Deployment:
     """Workers on a store, and the client of each, through its proxy."""
 
     store: Stores
+    models: Path
 
     def __init__(self) -> None:
         self.workers: list[Worker] = []
@@ -159,8 +164,8 @@ class Deployment:
 
 @asynccontextmanager
 async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
-    """Two workers that serve on a store; all processes are ended in any case."""
-    settings, deployment = dict(_SETTINGS), Deployment()
+    """Workers that serve on a store; all processes are ended in any case."""
+    settings, deployment = _SETTINGS | options.settings, Deployment()
     if options.strict and options.store == "cluster":
         settings["CARRY_DURABILITY"] = "replicated"
     if options.plant is not None:
@@ -169,7 +174,9 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
     async with AsyncExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="carry-faults-", ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(temporary))
-        models, traffic = network.write(folder / "models"), deployment.traffic
+        models = deployment.models = folder / "models"
+        network.write(models, options.model, burn_in=options.burn_in)
+        traffic = deployment.traffic
         (folder / "store").mkdir()
         store = make_store(options.store, folder / "store", models, settings, traffic)
         deployment.store = store
@@ -181,7 +188,7 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
         if any(each.startswith("grpc") for each in options.transports):
             protocols.append("grpc")
             settings = {**settings, "CARRY_GRPC_PORT": "0"}
-        for name in WORKERS:
+        for name in WORKERS[: options.workers]:
             worker = Worker(name, folder / name, models, store.url_for(name), settings)
             urls = []
             for protocol in protocols:

@@ -67,6 +67,10 @@ class Reply(Head):
     outputs: Outputs | None = None
     replayed: bool = False
     code: str = ""
+    version: str | None = None  # of the model, which answered; None if the reply does not name it
+    # how many events before the chunk its state had seen, and after how many all are forgotten;
+    # None if it had seen all, or enough
+    warm: tuple[int, int] | None = None
 
 
 class Span(NamedTuple):

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import block_diag
 
-from models.artifact.writing import write_artifact
+from models.artifact.writing import add_measurements, write_artifact
 from models.spec.model import parse_spec
 
 MODEL: Final = "keeps-all"
@@ -52,12 +52,13 @@ ENTERING: Final = np.random.default_rng(11).integers(1, 4, (FEATURES, UNITS)) * 
 """W, [F, H]: small whole numbers, no column like another, each cycle fed by each value."""
 
 
-def write(folder: Path, name: str = MODEL, gain: int = 1) -> Path:
+def write(folder: Path, name: str = MODEL, gain: int = 1, burn_in: int | None = None) -> Path:
     """The artifact below a folder of models; returns that folder.
 
     Args:
         name: of the artifact's folder.
         gain: a version whose outputs and states are this many times those of the first.
+        burn_in: events after which the start counts as forgotten, which it never is.
     """
     layer = {
         "kind": "lstm",
@@ -79,6 +80,8 @@ def write(folder: Path, name: str = MODEL, gain: int = 1) -> Path:
         "cell.bias": bias.reshape(-1).astype(np.float32),
     }
     write_artifact(folder / name, spec, weights)
+    if burn_in is not None:
+        add_measurements(folder / name, {"burn_in": {"events": burn_in}})
     return folder
 
 

@@ -286,8 +286,12 @@ class WorkerClient:
                 raise
             members, code = problem.document, problem.code
         answered_s, replayed = time.monotonic(), bool(members.get("replayed"))
-        head = _read_head(members)
-        return Reply(*head, chunk, self._name, sent_s, answered_s, outputs, replayed, code)
+        # version 2 names only another version than the champion
+        version = members.get("version", members.get("carry_version"))
+        head, answered = _read_head(members), (version, _read_warmth(members))
+        return Reply(
+            *head, chunk, self._name, sent_s, answered_s, outputs, replayed, code, *answered
+        )
 
     async def read_head(self, stream: str) -> Head:
         """The stream's head."""
@@ -305,6 +309,10 @@ class WorkerClient:
         path = stream_path(MODEL, stream)
         await self._in_time(self._carry.request("DELETE", path, headers=headers))
 
+    async def request(self, method: str, path: str, body: object) -> Members:
+        """Any other request of version 1."""
+        return await self._in_time(self._carry.request(method, path, body))
+
     async def close(self) -> None:
         await asyncio.gather(*(each.close() for each in (self._carry, *self._transports)))
 
@@ -314,6 +322,15 @@ class WorkerClient:
                 return await request
         except TimeoutError as error:
             raise NoAnswer(error) from error
+
+
+def _read_warmth(members: Members) -> tuple[int, int] | None:
+    """How warm the state was before the chunk; None if it was warm."""
+    if "carry_warm" in members:
+        events, _, of = members["carry_warm"].partition("/")
+        return int(events), int(of)
+    warm = members.get("warm")
+    return None if warm is None else (warm["events"], warm["of"])
 
 
 def _read_head(members: Members) -> tuple[str | None, bytes | None, int]:

@@ -1,7 +1,7 @@
 """Plants the bug that `PLANTED_BUG` names in a worker; the service knows nothing of it.
 
 A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` and `TOPIC_SCRIPTS` are changes of the
-store's Lua scripts; `CODE` calls functions of the service's modules.
+store's Lua scripts; `CODE` and `VERSION_CODE` call functions of the service's modules.
 """
 
 import os
@@ -84,9 +84,55 @@ CODE: dict[str, Callable[[], None]] = {
 }
 
 
+def continue_any_version() -> None:
+    """A chunk continues the cached state of its stream, whichever version computed that."""
+    from service.pipeline.chunk_load import WRITER, ChunkLoader
+
+    cached = ChunkLoader._cached
+
+    def cached_by_any(self: Any, job: Any) -> Any:
+        own, copy = self._fingerprint, self._cache.get(job.payload.key)
+        if copy is not None:
+            self._fingerprint = copy.value[WRITER]
+        try:
+            return cached(self, job)
+        finally:
+            self._fingerprint = own
+
+    ChunkLoader._cached = cached_by_any
+
+
+def use_state_behind() -> None:
+    """A version's own state is used as it is, although its head is behind the stream's."""
+    from service.pipeline import rewarm
+    from service.store.base import decode_value
+
+    own_state = rewarm._own_state
+
+    def state_at_head(served: Any, key: Any, history: Any) -> Any:
+        state, record = own_state(served, key, history), decode_value(key, history.record)
+        return state and state._replace(head=record.head)
+
+    rewarm._own_state = state_at_head
+
+
+def announce_nothing() -> None:
+    """No reply says that its state has not seen all events."""
+    from service.pipeline.served_model import ServedModel
+
+    ServedModel.warmth = lambda *_: None
+
+
+VERSION_CODE: dict[str, Callable[[], None]] = {
+    "any-cache": continue_any_version,
+    "state-behind": use_state_behind,
+    "unannounced": announce_nothing,
+}
+
+
 def plant(bug: str) -> None:
     """Change the code at once, and each script where it is read."""
-    CODE.get(bug, lambda: None)()
+    (CODE | VERSION_CODE).get(bug, lambda: None)()
     read = Path.read_bytes
 
     def read_changed(path: Path) -> bytes:

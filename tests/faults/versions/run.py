@@ -1,0 +1,256 @@
+"""One run: streams under load, versions that are loaded, canaries, promoted and rolled back, and
+workers and stores that are killed all the while."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from carry_client import Problem
+from models.artifact.artifact import load_artifact
+from tests.faults import network
+from tests.faults.checker import Finding
+from tests.faults.client import Sender
+from tests.faults.deployment import Deployment, RunOptions, deploy
+from tests.faults.faults import KILL, FaultInjector, make_fault
+from tests.faults.history import NO_HEAD, Chunk, History
+from tests.faults.traffic import STAGES
+from tests.faults.transports import Conditions
+from tests.faults.versions.check import Stream, check
+
+VERSIONS: Final = {"z": 1, "a": 2, "b": 3, "c": 5}
+"""Folders of the versions and their gains; a process without aliases starts with the last name."""
+HISTORY_EVENTS: Final = 24
+BURN_IN: Final = 60
+"""Longer than a history, so that there are states that announce what they have seen."""
+CANARY: Final = 0.1
+PLAN: Final = tuple(
+    (action, version)
+    for version, actions in (
+        ("a", ("load", "shadow", "canary", "promote", "rollback", "promote")),
+        ("b", ("load", "canary", "promote")),
+        ("c", ("load", "shadow", "promote", "rollback", "canary", "promote")),
+    )
+    for action in actions
+)
+"""Three retrained versions in a row."""
+
+SENDERS: Final = 32
+LONGEST: Final = 8
+LONGEST_PAUSE_S: Final = 1.5
+"""Between two tries: on a busy machine many tries would keep the workers from starting."""
+
+DUPLICATES: Final = 0.1
+FINISH_S: Final = 120.0
+_SETTINGS: Final = {"CARRY_HISTORY_EVENTS": str(HISTORY_EVENTS), "CARRY_HISTORY_SNAPSHOTS": "4"}
+
+
+def options_of(store: str, **options: Any) -> RunOptions:
+    """The options of a run; on a cluster, what was acknowledged survives a failover."""
+    return RunOptions(
+        store,
+        strict=store == "cluster",
+        settings=_SETTINGS,
+        model=f"{network.MODEL}/z",
+        burn_in=BURN_IN,
+        **options,
+    )
+
+
+def kinds_of(store: str) -> list[str]:
+    """The faults of a run, in turn; none loses what was acknowledged."""
+    loses_nothing = "failover" if store == "cluster" else "store killed"
+    return [*(KILL[stage] for stage in STAGES), loses_nothing, "worker terminated", "replies cut"]
+
+
+@dataclass(slots=True, eq=False)
+class StreamSender(Sender):
+    """Sends a chunk of one stream after the other, each until it is answered."""
+
+    streams: deque[Stream]
+    run: "VersionRun"
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def send_all(self, stop: asyncio.Event) -> None:
+        """Send chunks until `stop` is set."""
+        while not stop.is_set():
+            stream = self.streams.popleft()
+            async with self.lock:
+                await self.deliver(stream)
+            self.streams.append(stream)
+            self.run.delivered += 1
+
+    async def deliver(self, stream: Stream) -> None:
+        """Send the stream's next chunk until it is answered; some to two workers at once."""
+        rows = network.random_events(self.random, int(self.random.integers(1, LONGEST + 1)))
+        chunk, pause_s = Chunk(stream.name, stream.position, rows), 0.04
+        stream.chunks.append(chunk)
+        last = stream.replies[-1] if stream.replies else NO_HEAD
+        conditions = Conditions(epoch=last.epoch if self._draw(0.5) else None)
+        while True:
+            workers = [self._any_worker()]
+            if self._draw(DUPLICATES):
+                workers.append(self._any_worker())
+                self._count("sent twice at once")
+            attempts = (self._attempt(chunk, worker, conditions) for worker in workers)
+            replies = [each for each in await asyncio.gather(*attempts) if each is not None]
+            if replies:
+                break
+            self._count("blind retries")
+            await asyncio.sleep(pause_s * self.random.uniform(0.5, 1))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        stream.replies += replies
+        for reply in replies:
+            self._count(f"rejected {reply.code}" if reply.code else f"by {reply.version}")
+            self._count("replays", reply.replayed)
+
+    async def read_final(self, stream: Stream) -> None:
+        """Read the stream's head at the end."""
+        stream.final = await self._read_head(stream.name, self._any_worker())
+
+
+class VersionRun:
+    """A run on a deployment."""
+
+    def __init__(self, options: RunOptions, deployment: Deployment):
+        self.options, self.deployment, self.history = options, deployment, History()
+        self.streams = [Stream(f"s{number:04d}") for number in range(options.streams)]
+        self.delivered = 0
+        self.gains: dict[str, int] = {}
+        random = np.random.default_rng(options.seed)
+        self._random, queue = random, deque(self.streams)
+        self.senders = [
+            StreamSender(f"sender{number}", deployment.clients, self.history, child, queue, self)
+            for number, child in enumerate(random.spawn(min(SENDERS, options.streams)))
+        ]
+
+    async def drive(self) -> None:
+        """Send chunks while versions change and processes are killed."""
+        stop, changed = asyncio.Event(), asyncio.Event()
+        injector = FaultInjector(
+            self.deployment, self.senders, self.history, *self._random.spawn(1)
+        )
+        self._find_version("z")
+        async with asyncio.TaskGroup() as group:
+            sending = [group.create_task(sender.send_all(stop)) for sender in self.senders]
+            breaking = group.create_task(self._break(injector, changed))
+            await self._change_versions()
+            changed.set()
+            await breaking
+            await self.deployment.wait_until_up()
+            stop.set()
+            _, late = await asyncio.wait(sending, timeout=FINISH_S)
+            self.history.unexpected += [f"a sender did not end in {FINISH_S} s" for _ in late]
+            for task in late:
+                task.cancel()
+        for first in range(0, len(self.streams), len(self.senders)):
+            pairs = zip(self.senders, self.streams[first:], strict=False)
+            await asyncio.gather(*(sender.read_final(stream) for sender, stream in pairs))
+
+    async def _break(self, injector: FaultInjector, changed: asyncio.Event) -> None:
+        """Inject one fault after the other until all versions were changed and each kind of fault
+        has occurred."""
+        kinds, number = kinds_of(self.options.store), 0
+        while not changed.is_set() or number < len(kinds):
+            target = self.delivered + self.options.events // (2 * len(PLAN))
+            fault = make_fault(kinds[number % len(kinds)], self._random, self.options.longest_s)
+            if self.options.verbose:
+                print(
+                    f"  {self._now_s():7.2f} s {self.delivered:8d} chunks  {fault.kind}", flush=True
+                )
+            await injector.inject(fault)
+            number += 1
+            await _wait(lambda target=target: self.delivered >= target or changed.is_set())
+
+    async def _change_versions(self) -> None:
+        """Carry out the plan, one action for each part of the chunks."""
+        for number, (action, version) in enumerate(PLAN):
+            target = self.options.events * (number + 1) // (len(PLAN) + 1)
+            await _wait(lambda target=target: self.delivered >= target)
+            if action == "load":
+                folder = f"{network.MODEL}/{version}"
+                models, gain = self.deployment.models, VERSIONS[version]
+                await asyncio.to_thread(network.write, models, folder, gain, BURN_IN)
+                self._find_version(version)
+                await self._post("versions", path=folder, label=version)
+            elif action == "rollback":
+                await self._post("aliases", action=action)
+            else:
+                share = {"share": CANARY} if action == "canary" else {}
+                await self._post("aliases", action=action, version=version, **share)
+            self.history.seen[f"{action} of a version"] += 1
+            if self.options.verbose:
+                print(
+                    f"  {self._now_s():7.2f} s {self.delivered:8d} chunks  {action} {version}",
+                    flush=True,
+                )
+        await _wait(lambda: self.delivered >= self.options.events)
+
+    def _find_version(self, name: str) -> None:
+        """Remember the gain of a version by its fingerprint."""
+        folder = self.deployment.models / network.MODEL / name
+        self.gains[load_artifact(folder).version] = VERSIONS[name]
+
+    async def _post(self, place: str, **body: object) -> None:
+        """Change versions, once every worker is able to."""
+        sender, deadline_s = self.senders[0], time.monotonic() + FINISH_S
+        path = f"/v1/models/{network.MODEL}/{place}"
+        while True:
+            worker = self.deployment.clients[sender._any_worker()]
+            try:
+                await worker.request("POST", path, body)
+                return
+            except Problem as problem:
+                self.history.seen[f"operator: {problem.code or 'no reply'}"] += 1
+                is_late = time.monotonic() > deadline_s
+                if is_late or (problem.status and not problem.is_retryable):
+                    self.history.unexpected.append(f"{body}: {dict(problem.document)}")
+                    return
+            await asyncio.sleep(0.1)
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self.history.began_s
+
+
+async def _wait(is_met: Callable[[], bool]) -> None:
+    """Wait for a condition."""
+    while True:
+        if is_met():
+            return
+        await asyncio.sleep(0.02)
+
+
+async def run(options: RunOptions) -> tuple[History, list[Finding]]:
+    """A run, and what its check finds."""
+    async with deploy(options) as deployment:
+        one = VersionRun(options, deployment)
+        await one.drive()
+        for worker in deployment.workers:
+            logged = (line for line in worker.whole_log().splitlines() if '"exception":' in line)
+            one.history.unexpected += [f"{worker.name} logged {line}" for line in logged]
+    return one.history, await asyncio.to_thread(check_all, one)
+
+
+def check_all(one: VersionRun) -> list[Finding]:
+    """The violations in all streams."""
+    seen = one.history.seen
+    seen["chunks"], seen["seconds"] = one.delivered, round(one._now_s())
+    seen["events"] = sum(stream.position for stream in one.streams)
+    return [
+        finding for stream in one.streams for finding in check(stream, one.gains, BURN_IN, seen)
+    ]
+
+
+def describe_failures(
+    options: RunOptions, history: History, findings: Sequence[Finding]
+) -> list[str]:
+    """Why a run failed; empty if it passed."""
+    reasons = [f"{kind}: {what}" for kind, what in findings]
+    reasons += [f"unexpected: {each}" for each in history.unexpected]
+    return reasons + [
+        f"{kind} did not occur" for kind in kinds_of(options.store) if not history.seen[kind]
+    ]
