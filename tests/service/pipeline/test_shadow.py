@@ -19,6 +19,7 @@ from service.core.values import Chunk, Feed, Steps, StreamKey
 from service.pipeline import shadow
 from service.pipeline.comparison import SIDES
 from service.pipeline.pipeline import Pipeline
+from tests.support.cluster import shared_cluster
 from tests.support.models import random_weights, small_spec
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import (
@@ -28,7 +29,7 @@ from tests.support.pipelines import (
     rows_of,
     send,
 )
-from tests.support.servers import becomes
+from tests.support.servers import becomes, emptied
 from tests.support.shadows import (
     Rows,
     assert_state,
@@ -36,6 +37,8 @@ from tests.support.shadows import (
     shadowed,
     state_after,
 )
+
+__all__ = ["shared_cluster"]
 
 
 @pytest.fixture(scope="session")
@@ -179,13 +182,22 @@ async def test_champion_is_the_shadow_of_canaries(
         assert sides == set(SIDES)
 
 
+@pytest.fixture(params=["single", "cluster"])
+def any_url(request: pytest.FixtureRequest) -> str:
+    """An empty server or cluster."""
+    if request.param == "single":
+        url: str = request.getfixturevalue("store_url")
+        return url
+    return emptied(request.getfixturevalue("shared_cluster")).url
+
+
 async def test_states_are_exact_with_two_workers_and_a_worker_that_ends_in_between(
-    store_url: str, artifacts: tuple[Artifact, Artifact]
+    any_url: str, artifacts: tuple[Artifact, Artifact]
 ) -> None:
     random = np.random.default_rng(7)
     streams = {f"s{n}": rows_of(random, 30) for n in range(6)}
-    async with shadowed(store_url, artifacts) as one:
-        async with shadowed(store_url, artifacts) as two:
+    async with shadowed(any_url, artifacts) as one:
+        async with shadowed(any_url, artifacts) as two:
             for at in range(0, 24, 4):
                 for index, (name, rows) in enumerate(streams.items()):
                     service = (one, two)[(index + at // 4) % 2]
