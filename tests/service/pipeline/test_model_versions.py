@@ -11,7 +11,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
-from service.core.errors import CarryError
+from service.core.errors import InternalError
 from service.core.values import Reply, StreamKey
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.pipeline import Pipeline
@@ -104,8 +104,11 @@ async def test_failing_version_does_not_fail_the_other_one(
             return_exceptions=True,
         )
     for stream, result in zip(STREAMS, results, strict=False):
-        is_canary = route.answering(stream) is route.challenger
-        assert isinstance(result, CarryError if is_canary else Reply)
+        if route.answering(stream) is route.challenger:
+            assert isinstance(result, InternalError)
+            assert result.detail == "the batch failed: RuntimeError"
+        else:
+            assert isinstance(result, Reply)
 
 
 async def test_switch_between_batches_keeps_the_order_and_states_of_streams(
