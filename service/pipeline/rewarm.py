@@ -121,6 +121,8 @@ class Rewarming:
                 states = await self._states(served, requests)
         finally:
             self._waiting -= len(jobs)
+        found = [state.since is None for state in states if isinstance(state, StreamState)]
+        self._recorder.record_rewarmed(served.name, found.count(True), found.count(False))
         for job, state in zip(waiting, states, strict=True):
             if isinstance(state, CarryError):
                 job.resolve(state)

@@ -103,6 +103,11 @@ class PrometheusRecorder:
         self._events = counter("carry_events", "Events of the chunks committed.", MODEL)
         self._replays = counter("carry_replays", "Retries answered from the stored reply.", MODEL)
         self._conflicts = counter("carry_conflicts", "Version conflicts of commits.", MODEL)
+        self._rewarmed = counter(
+            "carry_rewarmed",
+            "Streams that a version took up from another one, by their state.",
+            ("model", "state"),
+        )
         self._problems = counter(
             "carry_refusals",
             "Requests, or items of a request, answered with a problem.",
@@ -204,6 +209,8 @@ class PrometheusRecorder:
         self._add_calls(name, [])
         for each in (self._replays, self._conflicts, self._websockets, self._watchers):
             each.labels(name)
+        for state in ("exact", "inexact"):
+            self._rewarmed.labels(name, state)
         for kind in leaf_errors(ServiceFailure):
             # an alert on an increase does not see one from no series to 1
             self._problems_of(name, kind.code)
@@ -252,6 +259,11 @@ class PrometheusRecorder:
     def record_conflict(self, model: str) -> None:
         """Count a version conflict; the chunk is re-evaluated."""
         self._conflicts.labels(model).inc()
+
+    def record_rewarmed(self, model: str, exact: int, inexact: int) -> None:
+        """Count streams that a version took up from another one."""
+        self._rewarmed.labels(model, "exact").inc(exact)
+        self._rewarmed.labels(model, "inexact").inc(inexact)
 
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Count the states of a batch that this worker's cache contains and lacks."""

@@ -92,6 +92,10 @@ class Counts:
     def record_conflict(self, model: str) -> None:
         self.seen["conflicts"] += 1
 
+    def record_rewarmed(self, model: str, exact: int, inexact: int) -> None:
+        self.seen["rewarmed"] += exact
+        self.seen["rewarmed_inexact"] += inexact
+
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         self.seen["hits"] += hits
         self.seen["misses"] += misses

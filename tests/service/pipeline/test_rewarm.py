@@ -154,8 +154,9 @@ async def test_an_inexact_state_says_how_warm_it_is(store_url: str, versions: Ve
         await send(without, "s", rows[:10], 0)
     async with worker(store_url, old, history=FEW) as before:
         await send(before, "s", rows[10:12], 10)
+    counts = Counts()
     async with (
-        worker(store_url, new, history=FEW) as one,
+        worker(store_url, new, counts, history=FEW) as one,
         worker(store_url, new, history=FEW) as other,
     ):
         dry = await one.process(ANYONE, replace(chunk_of("s", rows[12:14], 12), dry_run=True))
@@ -170,6 +171,8 @@ async def test_an_inexact_state_says_how_warm_it_is(store_url: str, versions: Ve
             assert (again.replayed, again.warm) == (True, reply.warm)
         stored = await other.streams.read(ANYONE, KEY)
         assert stored.since is None
+    # the dry run and the first chunk
+    assert counts.seen["rewarmed_inexact"] == 2
 
 
 async def test_a_history_that_is_long_enough_needs_no_mark(
@@ -287,7 +290,7 @@ async def test_many_streams_of_a_batch_are_rewarmed_together_and_apart_from_othe
         exact = oracle_outputs(new, each)
         assert_outputs(replies[1 + at], exact[8:10])
         assert_outputs(replies[51 + at], exact[10:])
-    assert counts.seen["conflicts"] == 0
+    assert (counts.seen["conflicts"], counts.seen["rewarmed"]) == (0, 50)
 
 
 async def test_versions_share_a_cluster(shared_cluster: Cluster, versions: Versions) -> None:

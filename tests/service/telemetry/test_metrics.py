@@ -115,6 +115,7 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports.record_replay("flights")
     reports.record_conflict("post")
     reports.record_conflict("post")
+    reports.record_rewarmed("flights", exact=3, inexact=2)
     reports.record_cache_lookups("flights", hits=5, misses=2)
     reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
     reports.record_error("flights", PositionAhead(""))
@@ -131,6 +132,8 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
         assert found[series(f"carry_{name}_total", **FLIGHTS)] == count, name
     assert found[series("carry_chunks_total", model="post")] == 1
     assert found[series("carry_conflicts_total", model="post")] == 2
+    assert found[series("carry_rewarmed_total", **FLIGHTS, state="exact")] == 3
+    assert found[series("carry_rewarmed_total", **FLIGHTS, state="inexact")] == 2
     assert found[series("carry_batch_rows_bucket", **FLIGHTS, le="2.0")] == 0
     assert found[series("carry_batch_rows_bucket", **FLIGHTS, le="4.0")] == 1
     assert found[series("carry_batch_seconds_sum", **FLIGHTS)] == pytest.approx(0.006)
