@@ -18,7 +18,7 @@ class HistorySpec(Frozen):
     """The history of each stream; no part of the fingerprint.
 
     Attributes:
-        events: the last so many events are kept as they came; a chunk is kept as a whole.
+        events: how many of the last events are kept as they came; a chunk is kept as a whole.
         snapshots: most states that are kept, each at an earlier position: dense near the end, and
             sparse behind.
     """

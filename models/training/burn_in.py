@@ -31,7 +31,7 @@ from models.training.horizon import table_lines
 
 WINDOWS: Final = 128
 LONGEST_EVENTS: Final = 2048
-"""Windows that are compared, at least if the streams have so many, and their longest one."""
+"""Fewest windows that are compared, if the streams are long enough, and events of the longest."""
 
 SHORTEST_EVENTS: Final = 16
 """Shorter windows are not compared."""

@@ -287,7 +287,7 @@ class VersionBody(Body):
         Annotated[
             str,
             Meta(
-                description="A name for people, unique among the versions of the model.",
+                description="A readable name, unique among the versions of the model.",
                 examples=["nightly-2026-11-30"],
                 pattern=VERSION_NAME,
             ),

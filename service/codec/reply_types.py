@@ -109,7 +109,7 @@ class Warmth(TypedDict):
     events: int
     """That the version had seen of the stream before the chunk."""
     of: int
-    """After so many the start is forgotten."""
+    """Events after which the start is forgotten."""
 
 
 @closed

@@ -69,7 +69,7 @@ def run_on_store(
 
 @contextmanager
 def open_service(url: str) -> Iterator[Carry]:
-    """Open a client; its errors become `OperatorError`, one line for people."""
+    """Open a client; its errors become `OperatorError`, one readable line."""
     # Imported here: it would take a third of the start-up time of every other command.
     from carry_client import Carry, Problem
 

@@ -33,7 +33,7 @@ class OutputWriter:
     """Writes the outputs of one model, an entry for each event.
 
     Args:
-        warm_events: after so many events a version has forgotten where its state began.
+        warm_events: after how many events a version has forgotten where its state began.
         where: which of them are written (`parse_condition`); all without one.
 
     Raises:

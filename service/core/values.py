@@ -219,7 +219,7 @@ class Warmth(NamedTuple):
 
     Attributes:
         events: before the chunk.
-        of: after so many the start does not matter.
+        of: after how many the start does not matter.
     """
 
     events: int

@@ -42,6 +42,10 @@ SMOOTHING: Final = 0.2
 """Weight of the newest call in the moving average of call times."""
 
 
+def ignore_call(rows: int, steps: int, padded_steps: int, seconds: float) -> None:
+    """The `OnCall` that records nothing."""
+
+
 class InferenceResult(msgspec.Struct, frozen=True, gc=False):
     """The results of a batch.
 

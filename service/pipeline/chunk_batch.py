@@ -454,7 +454,7 @@ def _reject_unknown_codes(served: ServedModel, jobs: list[ChunkJob]) -> list[Chu
 
 def _mark_inexact(served: ServedModel, job: ChunkJob, base: EncodedStream, state: bytes) -> bytes:
     """Mark the state after a chunk, unless its start is forgotten or was a reset in the chunk."""
-    steps, position = job.payload.steps, base.head.position
-    if base.since is None or served.is_reset(steps, position):
-        return state
-    return mark_inexact(state, base.since) if served.warmth(base.since, position) else state
+    position = base.head.position
+    was_reset = served.is_reset(job.payload.steps, position)
+    since = served.find_since(base.since, position, was_reset=was_reset)
+    return state if since is None else mark_inexact(state, since)

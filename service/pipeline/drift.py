@@ -66,7 +66,7 @@ class DriftSampler:
         )
 
 
-def drift_sampler(served: ServedModel, recorder: Recorder) -> DriftSampler | None:
-    """The sampler of a version; None if its artifact has no ranges."""
+def make_drift_sampler(served: ServedModel, recorder: Recorder) -> DriftSampler | None:
+    """Make the sampler of a version; None if its artifact has no ranges."""
     ranges = served.artifact.ranges
     return None if ranges is None else DriftSampler(served, ranges, recorder)

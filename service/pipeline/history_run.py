@@ -16,7 +16,7 @@ import structlog
 
 from models.spec.state import State
 from service.core.errors import CarryError, InternalError, NotFinite
-from service.engine.compute import Compute, OnCall, TimeSlicer
+from service.engine.compute import Compute, OnCall, TimeSlicer, ignore_call
 from service.pipeline.inference import infer_batch
 from service.pipeline.served_model import Segment, ServedModel
 from service.store.codec import CodecError
@@ -82,7 +82,7 @@ async def advance_many(
     rows = min(PIECE_ROWS, served.runtime.max_batch)
     for first in range(0, len(runs), rows):
         group = runs[first : first + rows]
-        results += await _Group(served, compute, group, on_call or _ignore_call, slicer).advance()
+        results += await _Group(served, compute, group, on_call or ignore_call, slicer).advance()
     return results
 
 
@@ -208,7 +208,3 @@ def _cut(entry: HistoryEntry) -> Iterator[HistoryEntry]:
         return
     for start in range(entry.start, entry.stop, PIECE_STEPS):
         yield entry.cut(start, min(start + PIECE_STEPS, entry.stop))
-
-
-def _ignore_call(rows: int, steps: int, padded_steps: int, seconds: float) -> None:
-    """Record nothing."""

@@ -34,7 +34,7 @@ from service.core.errors import CarryError, InternalError, InvalidInput, NotFini
 from service.core.values import FloatRows
 from service.engine.compute import Compute, OnCall, TimeSlicer
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
-from service.pipeline.drift import drift_sampler
+from service.pipeline.drift import make_drift_sampler
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import Segment, ServedModel
 from service.store.codec import HEADER_BYTES, decode_states
@@ -66,7 +66,7 @@ class Inference:
         self._initial = bytes(HEADER_BYTES) + initial.ints.tobytes() + initial.floats.tobytes()
         self._sizes = layout.int_size, layout.float_size
         self._runtime_state = served.runtime_state
-        self._drift = drift_sampler(served, recorder)
+        self._drift = make_drift_sampler(served, recorder)
         self._has_blocks = served.blocks is not None
         self._has_alarms = served.artifact.spec.detection is not None
         self._resets_automatically = served.artifact.spec.resets.is_active

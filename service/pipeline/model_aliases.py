@@ -32,7 +32,7 @@ from service.pipeline.model_record import (
     ModelRecord,
     VersionSource,
     check_accepts_same_requests,
-    short,
+    shorten,
 )
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.recorder import Audit, no_audit
@@ -47,9 +47,6 @@ REPORT_S: Final = 2.0
 
 READ_S: Final = 0.4
 """Longest wait for the store when it is polled."""
-
-VERSION_FOLDER: Final = "/"
-"""In the path of a version that has a folder of its own in that of its model."""
 
 MANAGE: Final = (Verb.MANAGE_MODELS,)
 
@@ -116,7 +113,7 @@ class ModelAliases:
         self._audit = audit
         self.on_switch: list[OnSwitch] = []
         self._process = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(2)}"
-        self._version: bytes | None = None
+        self._records_version: bytes | None = None
         self._records: dict[str, ModelRecord] = {}
         self._failed: dict[str, dict[str, str]] = {}
         self._reported: tuple[float, bytes] = (-math.inf, b"")
@@ -135,8 +132,8 @@ class ModelAliases:
         """
         await self._read(math.inf)
         for name, versions in self._versions.items():
-            if VERSION_FOLDER in self._path(versions.route.champion):
-                # so that a version that is added later does not answer by a restart
+            if "/" in self._path(versions.route.champion):
+                # from a folder of versions: one that is added later must not answer by a restart
                 await self._change(name, lambda record: record)
         for name, record in self._records.items():
             answering = [record.champion, *([record.challenger] if record.challenger else [])]
@@ -187,7 +184,7 @@ class ModelAliases:
             self._is_failing = False
 
     async def _read(self, deadline_s: float) -> None:
-        stored = await self._stored.read(self._version, deadline_s)
+        stored = await self._stored.read(self._records_version, deadline_s)
         if stored is None:
             return
         version, records = stored
@@ -203,7 +200,7 @@ class ModelAliases:
                 self._records[name] = record
                 self._failed.pop(name, None)  # tried again: a folder may have been corrected
                 self._apply(name)
-        self._version = version
+        self._records_version = version
 
     async def _report(self, deadline_s: float = math.inf, *, always: bool = False) -> list[bytes]:
         """Report what is loaded, if that has changed or the last report is old; returns the
@@ -240,13 +237,13 @@ class ModelAliases:
             served = await self._load(name, source.path)
             if served.fingerprint.hex() != fingerprint:
                 raise VersionRejected(
-                    f"{source.path}: expected version {short(fingerprint)}, got {served.version}"
+                    f"{source.path}: expected version {shorten(fingerprint)}, got {served.version}"
                 )
         except VersionRejected as error:
             log.error(
                 "model_version_not_loaded",
                 model=name,
-                version=short(fingerprint),
+                version=shorten(fingerprint),
                 reason=error.detail,
             )
             self._failed.setdefault(name, {})[fingerprint] = error.detail
@@ -402,7 +399,7 @@ class ModelAliases:
                 after = change(before)
                 if after == before and model in self._records:
                     return
-                version, encoded = self._version or b"", msgspec.json.encode(after)
+                version, encoded = self._records_version or b"", msgspec.json.encode(after)
                 # if it fails, another process has changed a record since
                 if await self._stored.write(version, model, encoded):
                     await self._read(math.inf)
@@ -451,8 +448,8 @@ def _not_loaded(
 ) -> VersionNotReady:
     reason = failed.get(fingerprint, "it is being loaded")
     return VersionNotReady(
-        f"process {process} has not loaded version {short(fingerprint)} of model {model!r}: "
+        f"process {process} has not loaded version {shorten(fingerprint)} of model {model!r}: "
         f"{reason}",
-        expected=short(fingerprint),
+        expected=shorten(fingerprint),
         process=process,
     )

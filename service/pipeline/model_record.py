@@ -28,7 +28,7 @@ class VersionSource(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         path: its folder, relative to that of the models.
-        label: a name for people, as unique in its model as the fingerprint.
+        label: a readable name, as unique in its model as the fingerprint.
     """
 
     path: str
@@ -60,11 +60,12 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
                 continue
             if source.label is not None and known.label == source.label:
                 raise VersionRejected(
-                    f"label: version {short(other)} has the label {source.label!r}; retire it first"
+                    f"label: version {shorten(other)} has the label {source.label!r}; retire it "
+                    "first"
                 )
             if known.path == source.path:
                 raise VersionRejected(
-                    f"path: version {short(other)} was loaded from {source.path!r}; each needs a "
+                    f"path: version {shorten(other)} was loaded from {source.path!r}; each needs a "
                     "folder of its own"
                 )
         return replace(self, versions={**self.versions, fingerprint: source})
@@ -82,7 +83,7 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         if action == "rollback":
             version = self.previous
         if version is None:
-            raise InvalidInput(f"{action}: expected a version, there is none", at="version")
+            raise InvalidInput(f"{action}: expected a version, got none", at="version")
         if action in ("promote", "rollback"):
             if version == self.champion:
                 return self
@@ -90,7 +91,7 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
             return replace(self, champion=champion, challenger=old, share=0.0, previous=old)
         if version == self.champion:
             raise InvalidInput(
-                f"version: expected another one than the champion, got {short(version)}",
+                f"version: expected another one than the champion, got {shorten(version)}",
                 at="version",
             )
         return replace(self, challenger=version, share=share or 0.0)
@@ -103,7 +104,7 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         """
         if fingerprint == self.champion:
             raise InvalidInput(
-                f"version: expected another one than the champion {short(fingerprint)}; promote "
+                f"version: expected another one than the champion {shorten(fingerprint)}; promote "
                 "another one first",
                 at="version",
             )
@@ -128,7 +129,7 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
             if source.label == name or (key.startswith(name) and len(name) >= MIN_DIGITS)
         ]
         if len(found) != 1:
-            known = [source.label or short(key) for key, source in self.versions.items()]
+            known = [source.label or shorten(key) for key, source in self.versions.items()]
             which = "several have this name" if found else "there is none"
             raise VersionNotFound(
                 f"expected one of the versions {known}, got {name[:64]!r}: {which}",
@@ -138,8 +139,8 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         return found[0]
 
 
-def short(fingerprint: str) -> str:
-    """The version: the first digits of a fingerprint."""
+def shorten(fingerprint: str) -> str:
+    """Shorten a fingerprint, in hex, to the digits that name the version."""
     return fingerprint[:VERSION_DIGITS]
 
 
@@ -162,7 +163,7 @@ def check_accepts_same_requests(champion: ServedModel, served: ServedModel) -> N
 
 
 def _interface(served: ServedModel) -> dict[str, object]:
-    """What requests and replies of a version depend on, by a name for people."""
+    """What requests and replies of a version depend on, by a readable name."""
     spec, decoder = served.spec, served.spec.decoder
     fields = served.events.fields if served.events is not None else ()
     return {

@@ -513,7 +513,7 @@ class Pipeline:
         [result] = await self._forecasts[key.model].submit(specs, deadline_s)
         if isinstance(result, CarryError):
             raise result
-        warm = None if stored.since is None else served.warmth(stored.since, stored.head.position)
+        warm = served.warmth(stored.since, stored.head.position)
         return ForecastReply(key, stored.head, result, covariates.times_ms, warm)
 
 

@@ -1,13 +1,13 @@
-"""Memory over versions: states of streams for a version of their model that did not write them.
+"""Rewarming: computes states of streams for a version of their model that did not write them.
 
-A version takes a stream up at the head of the stored record, from the nearest of
+The state at the head of the stored record is computed from the nearest of
 
     its own state of the stream     which it wrote before, or as the challenger
     the initial state               at the start of the stream, or else of what its history has
 
-and computes it over the recent events in between (`service.pipeline.history_run`). The state is
-exact, unless the history reaches neither the start of the stream nor a reset; then it says since
-which position it is computed, until so many events are behind that the start does not matter.
+over the recent events in between (`service.pipeline.history_run`). It is exact, unless the history
+reaches neither the start of the stream nor a reset; then it says since which position it is
+computed, until its start is forgotten (`ServedModel.warmth`).
 
 Nothing is stored here: the commit of the stream's next chunk writes the first state of the version.
 """
@@ -46,7 +46,7 @@ RETRY_AFTER_S: Final = 1.0
 
 
 class RewarmStart(NamedTuple):
-    """Where a version takes up a stream.
+    """Where a version starts to compute its state of a stream.
 
     Attributes:
         record: as another version wrote it.
@@ -130,14 +130,15 @@ class Rewarming:
                 job.rewarmed = state
         return [job for job in waiting if not job.is_resolved]
 
-    async def take_up(
+    async def load_own_state(
         self,
         served: ServedModel,
         key: StreamKey,
         stored: StreamState,
         deadline_s: float = math.inf,
     ) -> StreamState | None:
-        """A stream that another version wrote, as this one goes on with it, for what is no chunk.
+        """A stream that another version wrote, with the state from which this version continues
+        it, for reads and forecasts.
 
         It may have moved on since it was read; None if it was deleted.
 
@@ -170,7 +171,7 @@ class Rewarming:
     async def _start(
         self, served: ServedModel, key: StreamKey, deadline_s: float
     ) -> RewarmStart | CarryError | None:
-        """Where a version takes a stream up; None if there is no stream."""
+        """Where a version starts to compute a stream; None if there is no stream."""
         try:
             history = await self._store.histories.read(
                 key, served.fingerprint, deadline_s=deadline_s
@@ -239,11 +240,9 @@ def end_rewarming(
     served: ServedModel, start: RewarmStart, result: Advanced | CarryError | HistoryGap
 ) -> StreamState | CarryError:
     """The stream with the state at the end of a run."""
-    record, since = start.record, start.since
+    record = start.record
     if isinstance(result, Exception):
         return served.incompatible(start.key.stream, record, str(result))
-    if result.was_reset or (
-        since is not None and served.warmth(since, record.head.position) is None
-    ):
-        since = None
+    position = record.head.position
+    since = served.find_since(start.since, position, was_reset=result.was_reset)
     return record._replace(fingerprint=served.fingerprint, state=result.state, since=since)

@@ -80,6 +80,7 @@ class History(NamedTuple):
         entries: its recent events, encoded, without gaps up to its position.
         positions: of the snapshots, ascending.
         snapshot: the newest one at or before the position that was asked for, if there is one.
+        reaches_start: whether the state before the first event is the initial one.
     """
 
     key: StreamKey
@@ -88,7 +89,7 @@ class History(NamedTuple):
     entries: Sequence[bytes] = ()
     positions: Sequence[int] = ()
     snapshot: StreamState | None = None
-    starts: bool = False
+    reaches_start: bool = False
 
     @classmethod
     def read(
@@ -99,9 +100,9 @@ class History(NamedTuple):
         Raises:
             StateDamaged: the snapshot is invalid.
         """
-        entries, starts, snapshot = stored.entries, False, None
+        entries, reaches_start, snapshot = stored.entries, False, None
         try:
-            starts = bool(entries) and served.history_codec.decode(entries[0]).starts
+            reaches_start = bool(entries) and served.history_codec.decode(entries[0]).starts
         except CodecError as error:
             log.warning("history_unreadable", model=key.model, stream=key.stream, reason=str(error))
             entries = ()
@@ -110,7 +111,7 @@ class History(NamedTuple):
                 snapshot = decode_stream(stored.snapshot)
             except CodecError as error:
                 raise state_damaged_error(key, error, stored.snapshot) from error
-        return cls(key, served, stream, entries, stored.positions, snapshot, starts)
+        return cls(key, served, stream, entries, stored.positions, snapshot, reaches_start)
 
     @property
     def start(self) -> int:
@@ -126,7 +127,7 @@ class History(NamedTuple):
         states = {*self.positions}
         if self.served.is_compatible(self.stream):
             states.add(head)
-        if self.starts:
+        if self.reaches_start:
             states.add(self.start)
         cuts = None
         if self.served.chunk_limit is not None:
@@ -134,8 +135,8 @@ class History(NamedTuple):
         return Past(sorted(states), self.start, head, cuts)
 
     def cut(self, start: int, limit: int) -> tuple[list[HistoryEntry], int | None]:
-        """Decode the events from a position on, at most so many, by the chunks that they came in;
-        and the position to continue from, None after the last.
+        """Decode the events from a position on, at most `limit`, by the chunks that they came in;
+        also returns the position to continue from, None after the last.
 
         Raises:
             StateDamaged
@@ -168,7 +169,7 @@ class History(NamedTuple):
             return self.stream
         if self.snapshot is not None and self.snapshot.head.position == base:
             state, since = self.snapshot.state, self.snapshot.since
-        elif self.starts and base == self.start:
+        elif self.reaches_start and base == self.start:
             state = served.initial
         else:
             raise self._damaged(f"the snapshot of position {base} is missing")
@@ -179,8 +180,7 @@ class History(NamedTuple):
             raise advanced
         if isinstance(advanced, HistoryGap):
             raise self._damaged(advanced) from advanced
-        if advanced.was_reset or (since is not None and served.warmth(since, position) is None):
-            since = None
+        since = served.find_since(since, position, was_reset=advanced.was_reset)
         return self.stream._replace(state=advanced.state, since=since)
 
     def entries_until(self, position: int) -> list[bytes]:

@@ -88,8 +88,8 @@ class ServedModel:
         history: what the store keeps of a stream besides its state; None for nothing.
         history_codec: encodes and decodes the entries of a history.
         is_warm: whether its runtimes are warm.
-        warm_events: after so many events a state that began as the initial one counts as exact: the
-            burn-in, or if that is not known the events of the history.
+        warm_events: after how many events a state that began as the initial one counts as exact:
+            the burn-in, or if that is not known the events of the history.
     """
 
     def __init__(
@@ -248,13 +248,26 @@ class ServedModel:
             **stream_facts(stream, stored.head),
         )
 
-    def warmth(self, since: int, position: int) -> Warmth | None:
-        """How warm a state is that is computed since a position; None if its start is forgotten.
+    def warmth(self, since: int | None, position: int) -> Warmth | None:
+        """How warm a state is that is computed since a position; None if it is exact, or if its
+        start is forgotten.
 
         If it is not known after how many events that is, it never counts as forgotten.
         """
+        if since is None:
+            return None
         events, enough = position - since, self.warm_events
         return None if enough and events >= enough else Warmth(events, enough)
+
+    def find_since(self, since: int | None, position: int, *, was_reset: bool) -> int | None:
+        """The position since which a state at a later position is computed; None if it is exact
+        by then.
+
+        Args:
+            since: the same of the state from which it was computed.
+            was_reset: whether it was certainly reset on the way, as by `is_reset`.
+        """
+        return None if was_reset or self.warmth(since, position) is None else since
 
     def is_reset(self, steps: Steps, position: int) -> bool:
         """Whether the state is certainly reset within a chunk: by the client or by `reset_every`.

@@ -28,7 +28,7 @@ import structlog
 from service.core.delivery import last_chunk
 from service.core.errors import CarryError
 from service.core.values import Reply, StreamKey
-from service.engine.compute import Compute
+from service.engine.compute import Compute, ignore_call
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.comparison import SIDES, Comparator, ComparedChunk, Comparison
 from service.pipeline.inference import Inference
@@ -161,7 +161,7 @@ class Shadow:
         self._chunks = self._steps = 0
 
     def follow_route(self) -> None:
-        """Take up the versions of the current route, and forget others."""
+        """Switch to the versions of the current route, and forget others."""
         self._current_pair()
 
     def drop_older(self, committed_ms: int) -> None:
@@ -191,7 +191,8 @@ class Shadow:
         stages = {
             served: (
                 ShadowStates(served, self._store.histories, self._compute, max_bytes, budget),
-                Inference(served, self._compute, self._recorder, _ignore_call),
+                # the metrics of runtime calls are those of the chunks that are answered
+                Inference(served, self._compute, self._recorder, ignore_call),
             )
             for served in (champion, challenger)
         }
@@ -334,10 +335,6 @@ def _job(offered: OfferedChunk, base: ShadowStream | None) -> ChunkJob:
     return job
 
 
-def _ignore_call(rows: int, steps: int, padded_steps: int, seconds: float) -> None:
-    """Nothing: the metrics of runtime calls are those of the chunks that are answered."""
-
-
 def _ignore_result(_: Reply | CarryError) -> None:
     """Nothing: a failed job is missing among the computed ones."""
 
@@ -349,13 +346,10 @@ def _by_side(is_challenger: bool, answered: T, own: T) -> tuple[T, T]:
 
 def _since(served: ServedModel, offered: OfferedChunk, base: ShadowStream | None) -> int | None:
     """The position since which the state after a chunk is computed; None if it is exact."""
-    if (
-        base is None
-        or base.since is None
-        or served.is_reset(offered.chunk.steps, base.head.position)
-    ):
+    if base is None:
         return None
-    return base.since if served.warmth(base.since, offered.head.position) else None
+    was_reset = served.is_reset(offered.chunk.steps, base.head.position)
+    return served.find_since(base.since, offered.head.position, was_reset=was_reset)
 
 
 def _find_resets(

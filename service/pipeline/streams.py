@@ -162,8 +162,11 @@ class StreamAdministration:
         precondition: Precondition | None = None,
         version: ServedModel | None = None,
     ) -> StreamState:
-        """Read a stream whose state a loaded version wrote, or this version, or has taken up by
-        the policy for changes of models; as `load`.
+        """Read a stream with a state that a version can continue: a loaded one that wrote it, or
+        the given one, by the policy for changes of models; as `load`.
+
+        Args:
+            version: None for the one that wrote the state.
 
         Raises:
             StateIncompatible: another version of the model wrote the state.
@@ -172,12 +175,12 @@ class StreamAdministration:
         served = version or self._versions(key.model).writer(record.fingerprint)
         if served.is_compatible(record):
             return record
-        taken_up = await self._rewarming.take_up(served, key, record, deadline_s)
-        if taken_up is None:
+        continued = await self._rewarming.load_own_state(served, key, record, deadline_s)
+        if continued is None:
             raise _not_found(key)
         if precondition is not None:
-            _check_precondition(key, taken_up, precondition)
-        return taken_up
+            _check_precondition(key, continued, precondition)
+        return continued
 
     async def page(
         self, caller: Caller, model: str, prefix: str, cursor: str | None, limit: int

@@ -1,8 +1,8 @@
 """The histories of streams: recent events, snapshots, and states for other versions of the model.
 
 A commit writes the history of its streams in the same step if its columns have one. A history that
-a commit did not keep is not valid: it counts as none, and the next commit that keeps one starts it
-anew. The bytes of an entry are those of `service.store.history_codec`.
+a commit did not keep is not valid: it counts as none, and the next commit that keeps one begins
+another. The bytes of an entry are those of `service.store.history_codec`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class HistoryColumns(msgspec.Struct, frozen=True):
 
     Attributes:
         entries: the encoded entry of each chunk; unused without events.
-        events: the last so many events are kept, and what is left of the chunk of the first one; 0
+        events: how many of the last events are kept, and with them the chunk of the first one; 0
             keeps only the states for other versions.
         snapshots: most snapshots that are kept, at least 1.
     """

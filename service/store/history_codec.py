@@ -137,7 +137,7 @@ class HistoryCodec:
         self._width = _COUNT.pack(features)
 
     def estimate_bytes(self, events: int, chunk_events: int = 1) -> int:
-        """The bytes of the entries of so many events, in chunks of a size."""
+        """Estimate the bytes of the entries of some events, in chunks of a size."""
         kinds = [] if self._schema is None else [field.kind for field in self._schema.fields]
         event = sum(map(_FIELD_BYTES.__getitem__, kinds)) or _F4.itemsize * self._features
         event += _STRING_BYTES * kinds.count("categorical")
@@ -174,7 +174,7 @@ class HistoryCodec:
     def encode_last(
         self, start: int, steps: Steps, most: int, *, final: bool = False, starts: bool = False
     ) -> bytes:
-        """Encode the last events of a chunk, at most so many; as `encode`."""
+        """Encode the last events of a chunk, at most `most`; as `encode`."""
         if steps.length > most:
             entry = HistoryEntry(start, steps, final, starts)
             start, steps, final, starts = entry.cut(entry.stop - most, entry.stop)
@@ -189,8 +189,8 @@ class HistoryCodec:
         return self._build([self._read(value)])
 
     def decode_joined(self, values: Iterable[bytes], most: int) -> Iterator[HistoryEntry]:
-        """Decode entries, each of which follows the one before, joined to entries of at most so
-        many events, unless one of them has more; raises as `decode`.
+        """Decode entries, each of which follows the one before, joined to entries of at most
+        `most` events, unless one of them has more; raises as `decode`.
 
         Entries with different rates of alarms are not joined. It takes a third of the time if each
         entry has one event.

@@ -30,7 +30,7 @@ LABELS: Final = ("model", "challenger")
 ORDER: Final = ("side", "head", "loss", "bin", "sum", "output", "outcome", "le")
 """The order of other labels; files of several workers sort them by name."""
 
-Found = dict[str, dict[tuple[str, ...], float]]
+Samples = dict[str, dict[tuple[str, ...], float]]
 """Samples by name and labels in this order."""
 
 
@@ -109,7 +109,7 @@ class ShadowMetrics:
 
 def read_report(metrics: Iterable[Metric], model: str, challenger: str) -> ShadowReport:
     """The report on a challenger, from the samples of all workers."""
-    found: Found = defaultdict(dict)
+    found: Samples = defaultdict(dict)
     for metric in metrics:
         for sample in metric.samples if metric.name.startswith(PREFIX) else ():
             labels = sample.labels
@@ -134,11 +134,11 @@ def read_report(metrics: Iterable[Metric], model: str, challenger: str) -> Shado
     }
 
 
-def _mean(found: Found, name: str, *labels: str) -> float:
+def _mean(found: Samples, name: str, *labels: str) -> float:
     return found[f"{name}_sum"][labels] / found[f"{name}_count"][labels]
 
 
-def _difference(found: Found, output: str) -> DifferenceReport:
+def _difference(found: Samples, output: str) -> DifferenceReport:
     """Mean and quantiles of an output's differences."""
     buckets = found["difference_bucket"].items()
     bounds, counts = np.array(
@@ -158,7 +158,7 @@ def _difference(found: Found, output: str) -> DifferenceReport:
     }
 
 
-def _losses(found: Found) -> dict[str, dict[str, LossReport]]:
+def _losses(found: Samples) -> dict[str, dict[str, LossReport]]:
     losses: dict[str, dict[str, LossReport]] = {}
     for (side, head, loss), events in found["loss_count"].items():
         if events and side == "champion":

@@ -13,7 +13,7 @@ from models.artifact.artifact import Artifact
 from models.artifact.ranges import NormLayout, Ranges
 from service.core.errors import NotFinite
 from service.pipeline import drift
-from service.pipeline.drift import DriftSampler, drift_sampler
+from service.pipeline.drift import DriftSampler, make_drift_sampler
 from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import SPEC, Counts, make_artifact, rows_of, send, worker
@@ -31,7 +31,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def sampler_of(artifact: Artifact, ranges: Ranges, counts: Counts) -> DriftSampler:
     served = ServedModel(replace(artifact, ranges=ranges), NumpyRuntime(artifact))
-    sampler = drift_sampler(served, counts)
+    sampler = make_drift_sampler(served, counts)
     assert sampler is not None
     return sampler
 
