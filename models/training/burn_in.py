@@ -126,13 +126,13 @@ def _measure(
     for output in output_spec(spec).outputs:
         columns = output_spec(spec).slices[output.name]
         unit = _unit(spec, output)
-        found, true = (
+        windowed, true = (
             [values[at : at + length, columns] for at, length in zip(at, lengths, strict=True)]
             for values, at in ((begun, begins), (outputs, [start for start, _ in windows]))
         )
         parts = [
             (np.abs(of_window - of_true) / scale).max(axis=1)
-            for of_window, of_true, scale in zip(found, true, _scales(unit, true), strict=True)
+            for of_window, of_true, scale in zip(windowed, true, _scales(unit, true), strict=True)
         ]
         by_output[output.name] = {
             "tolerance": TOLERANCE,
@@ -202,8 +202,8 @@ def _scales(unit: Unit, true: Sequence[Floats]) -> list[NDArray[np.float64]]:
     if unit == "probability":
         return [np.ones(1)] * len(true)
     of_all = true if unit == "deviation in the stream" else [np.concatenate(true)]
-    found = [np.std(each, axis=0, dtype=np.float64) for each in of_all]
-    return [np.where(each > 0, each, 1) for each in found] * (len(true) // len(found))
+    scales = [np.std(each, axis=0, dtype=np.float64) for each in of_all]
+    return [np.where(each > 0, each, 1) for each in scales] * (len(true) // len(scales))
 
 
 def _settled_after(difference: NDArray[np.float64]) -> float:
@@ -214,10 +214,10 @@ def _settled_after(difference: NDArray[np.float64]) -> float:
 
 
 def _quantiles(events: NDArray[np.float64]) -> dict[str, int | None]:
-    found = np.quantile(events, QUANTILES, method="higher").tolist()
+    values = np.quantile(events, QUANTILES, method="higher").tolist()
     return {
         str(quantile): None if np.isinf(value) else int(value)
-        for quantile, value in zip(QUANTILES, found, strict=True)
+        for quantile, value in zip(QUANTILES, values, strict=True)
     }
 
 
@@ -225,11 +225,11 @@ def _curves(
     parts: Sequence[NDArray[np.float64]], points: NDArray[np.int64]
 ) -> dict[str, list[float]]:
     """The quantiles of the difference after each number of events, over windows of that length."""
-    found = [
+    quantiles = [
         np.quantile([part[at - 1] for part in parts if len(part) >= at], QUANTILES)
         for at in points.tolist()
     ]
-    columns = np.transpose(found).round(6).tolist()
+    columns = np.transpose(quantiles).round(6).tolist()
     return {str(quantile): column for quantile, column in zip(QUANTILES, columns, strict=True)}
 
 

@@ -111,6 +111,11 @@ class Caller:
         self.check(verbs, model, stream)
         return _UNLIMITED if self.limiter is None else self.limiter.request(events)
 
+    def audit_names(self) -> dict[str, str]:
+        """The key and the tenant of the caller, as the audit log names them; empty for anyone."""
+        names = {"key": self.key_id, "subject": self.subject}
+        return {name: value for name, value in names.items() if value is not None}
+
     def forbidden(self, verbs: Iterable[Verb], model: str | None, stream: str | None) -> Forbidden:
         """The error for a use case that the scope does not cover."""
         verb = " or ".join(verbs)

@@ -426,8 +426,7 @@ class ModelAliases:
     @contextmanager
     def _audited(self, caller: Caller, change: str, model: str, **facts: object) -> Iterator[None]:
         """Report a change that was made, or may have been made."""
-        names = {"key": caller.key_id, "subject": caller.subject}
-        facts |= {name: value for name, value in names.items() if value is not None}
+        facts |= caller.audit_names()
         try:
             yield
         except CarryError as error:

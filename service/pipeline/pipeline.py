@@ -40,7 +40,6 @@ from service.core.values import (
     Prediction,
     Reply,
     SequenceInput,
-    Steps,
     StreamKey,
 )
 from service.engine.batcher import Batcher, BatchRunner
@@ -57,6 +56,7 @@ from service.pipeline.predict import (
     ForecastRunner,
     PredictRunner,
     SequenceStart,
+    start_sequence,
 )
 from service.pipeline.recorder import Audit, Recorder, no_audit
 from service.pipeline.rewarm import Rewarming
@@ -429,7 +429,7 @@ class Pipeline:
             if return_tokens:
                 served.check_carries_state("?return_state_token")
             starts = [
-                await self._start(versions, index, steps, token)
+                await start_sequence(self._tokens, versions, index, steps, token)
                 for index, (steps, token) in enumerate(sequences)
             ]
             predictions: list[Prediction] = []
@@ -446,26 +446,6 @@ class Pipeline:
                     result = result._replace(token=await self._tokens.sign(computing, after))
                 predictions.append(result)
             return predictions
-
-    async def _start(
-        self, versions: ModelVersions, index: int, steps: Steps, token: bytes | None
-    ) -> SequenceStart:
-        """A sequence with the verified state of its token, computed by the version that signed it
-        if that is loaded, otherwise by the champion."""
-        served = versions.route.champion
-        if token is None:
-            return SequenceStart(served, steps, None)
-        at = f"sequences[{index}].state_token"
-        served.check_carries_state(at)
-        try:
-            state = await self._tokens.verify(versions, token, steps)
-        except CarryError as error:
-            error.facts = {**error.facts, "at": at}
-            raise
-        writer = versions.writer(state.fingerprint)
-        if versions.checks_codes:
-            writer.check_codes(steps)
-        return SequenceStart(writer, steps, state)
 
     async def forecast(
         self,
@@ -491,15 +471,7 @@ class Pipeline:
         self, key: StreamKey, request: ForecastRequest, deadline_s: float
     ) -> ForecastReply:
         versions = self._versions(key.model)
-        max_horizon = versions.route.champion.require_decoder().max_horizon
-        if request.horizon > max_horizon:
-            raise InvalidInput(
-                f"horizon: expected at most {max_horizon} steps, the max_horizon of model "
-                f"{key.model!r}, got {request.horizon}",
-                at="horizon",
-                expected=max_horizon,
-                got=request.horizon,
-            )
+        versions.route.champion.check_horizon(request.horizon)
         if deadline_s <= time.monotonic():
             raise DeadlineExceeded("the deadline expired before it started")
         stored = await self.streams.load_compatible(key, deadline_s, request.precondition)

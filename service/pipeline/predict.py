@@ -27,8 +27,10 @@ from service.engine.compute import Compute, TimeSlicer
 from service.engine.fair_queue import Job, RunningBatch
 from service.engine.runtimes.base import Runtime
 from service.pipeline.inference import infer_segments
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import Segment, ServedModel
+from service.pipeline.state_tokens import StateTokens
 
 LONG_STEPS: Final = 5_000
 """A sequence with more steps is encoded in a thread: it takes milliseconds, and there may be a
@@ -44,6 +46,34 @@ class SequenceStart(NamedTuple):
     served: ServedModel
     steps: Steps
     before: StreamState | None
+
+
+async def start_sequence(
+    tokens: StateTokens, versions: ModelVersions, index: int, steps: Steps, token: bytes | None
+) -> SequenceStart:
+    """Start a sequence from the verified state of its token, by the version that signed it; without
+    a token from the initial state, by the champion.
+
+    Args:
+        index: of the sequence in its request, for errors.
+
+    Raises:
+        CarryError: the token is rejected, or `steps` cannot continue its state.
+    """
+    served = versions.route.champion
+    if token is None:
+        return SequenceStart(served, steps, None)
+    at = f"sequences[{index}].state_token"
+    served.check_carries_state(at)
+    try:
+        state = await tokens.verify(versions, token, steps)
+    except CarryError as error:
+        error.facts = {**error.facts, "at": at}
+        raise
+    writer = versions.writer(state.fingerprint)
+    if versions.checks_codes:
+        writer.check_codes(steps)
+    return SequenceStart(writer, steps, state)
 
 
 SequenceJob = Job[SequenceStart, Prediction]

@@ -224,6 +224,26 @@ class ServedModel:
             )
         return decoder
 
+    def check_horizon(self, horizon: int) -> None:
+        """Check that the model forecasts so far ahead.
+
+        Args:
+            horizon: in steps.
+
+        Raises:
+            ForecastUnsupported: it has no decoder.
+            InvalidInput: the horizon is too long.
+        """
+        max_horizon = self.require_decoder().max_horizon
+        if horizon > max_horizon:
+            raise InvalidInput(
+                f"horizon: expected at most {max_horizon} steps, the max_horizon of model "
+                f"{self.name!r}, got {horizon}",
+                at="horizon",
+                expected=max_horizon,
+                got=horizon,
+            )
+
     def is_compatible(self, stored: StreamState) -> bool:
         """Whether this version of the model wrote the stored state."""
         return stored.fingerprint == self.fingerprint and self.fits(stored)

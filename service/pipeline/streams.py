@@ -99,10 +99,7 @@ class StreamAdministration:
         self, caller: Caller, verbs: Iterable[Verb], model: str, stream: str
     ) -> Iterator[None]:
         """Admit a call, and name its caller in the lines of the audit log."""
-        names = {} if caller.key_id is None else {"key": caller.key_id}
-        if caller.subject is not None:
-            names["subject"] = caller.subject
-        with caller.admit(verbs, model, stream), bound_contextvars(**names):
+        with caller.admit(verbs, model, stream), bound_contextvars(**caller.audit_names()):
             yield
 
     async def read(

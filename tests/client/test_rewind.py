@@ -69,7 +69,7 @@ async def test_a_client_continues_where_it_rewound_to(url: str) -> None:
     await asyncio.to_thread(use_rewind, url)
 
 
-async def test_the_asynchronous_client_does_the_same(url: str) -> None:
+async def test_the_asynchronous_client_continues_where_it_rewound_to(url: str) -> None:
     async with AsyncCarry(url) as carry:
         stream = carry.model("probe").stream("s")
         await stream.send(ROWS[:4])

@@ -60,7 +60,7 @@ def send(service: Service, position: int) -> Any:
 
 @needs_tools("sh")
 @pytest.mark.timeout(900)  # it trains two networks
-def test_a_night_goes_as_written(
+def test_commands_of_the_nightly_page_run_as_written(
     tmp_path: Path, scripts: list[str], shell: Callable[..., str]
 ) -> None:
     pytest.importorskip("mlflow")

@@ -167,7 +167,7 @@ def test_short_streams_have_no_burn_in(tmp_path):
     assert measure_rows_burn_in(leaky(0.5, tmp_path / "m"), signs(events=20)) is None
 
 
-def test_the_manifest_contains_it_outside_of_the_fingerprint(tmp_path):
+def test_burn_in_is_in_the_manifest_but_not_in_the_fingerprint(tmp_path):
     artifact = leaky(0.9, tmp_path / "m", **EVENTS_OF)
     assert artifact.burn_in is None
     assert artifact.ranges is None

@@ -113,7 +113,7 @@ async def test_the_history_of_a_stream_has_the_events_of_its_topic(
             np.testing.assert_array_equal(joined, each[-len(joined) :])
 
 
-async def test_streams_of_a_topic_go_on_with_a_new_version(
+async def test_streams_of_a_topic_continue_with_a_new_version(
     server: RealServer, client: Any, artifact: Artifact, tmp_path: Path
 ) -> None:
     new, settings = make_artifact(tmp_path, seed=2), {"history_events": "1000"}

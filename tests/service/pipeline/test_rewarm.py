@@ -59,7 +59,7 @@ def assert_outputs(reply: Reply, expected: NDArray[np.float64]) -> None:
     np.testing.assert_allclose(reply.outputs, expected, rtol=1e-4, atol=1e-5)
 
 
-async def test_a_new_version_goes_on_with_an_exact_state(
+async def test_a_new_version_continues_with_an_exact_state(
     store_url: str, versions: Versions
 ) -> None:
     old, new = versions
@@ -399,7 +399,7 @@ async def test_events_are_read_with_the_statistics_and_categories_of_the_new_ver
     np.testing.assert_array_equal(reply.state.ints, exact.state.ints)
 
 
-async def test_events_with_other_fields_are_of_no_use(store_url: str, tmp_path: Path) -> None:
+async def test_histories_with_other_fields_are_rejected(store_url: str, tmp_path: Path) -> None:
     fields = [*EVENTS["events"]["fields"], {"kind": "boolean", "name": "late", "optional": True}]
     later = {**EVENTS, "events": {**EVENTS["events"], "fields": fields}}
     old, new = (
@@ -493,7 +493,7 @@ async def test_blocks_start_where_a_block_does(
     assert_outputs(reply, block_outputs(new, rows[since:])[20 - since :])
 
 
-async def test_a_history_shorter_than_what_waits_for_its_block_is_of_no_use(
+async def test_a_history_without_events_that_wait_for_their_block_is_rejected(
     store_url: str, block_versions: Versions
 ) -> None:
     old, new = block_versions

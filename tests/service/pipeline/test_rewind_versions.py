@@ -73,7 +73,7 @@ async def test_a_stream_is_rewound_to_before_the_version_changed(
     )
 
 
-async def test_a_version_takes_a_rewound_stream_up_from_its_start(
+async def test_a_version_rewarms_a_rewound_stream_from_its_start(
     pipeline: Pipeline, artifacts: tuple[Artifact, Artifact]
 ) -> None:
     await send_all(pipeline, 3, 3)
@@ -139,7 +139,7 @@ async def test_a_version_that_is_not_loaded_offers_nothing(
             await pipeline.streams.rewind(ANYONE, KEY, 18, None)
 
 
-async def test_a_rewind_to_where_another_version_took_the_stream_up_takes_the_own_state(
+async def test_a_rewind_to_the_head_of_another_version_restores_the_own_state(
     store_url: str, artifacts: tuple[Artifact, Artifact]
 ) -> None:
     """A fork has the state of the version that forked, and snapshots of the one before."""
