@@ -87,6 +87,12 @@ class Rewarming:
         # one group at a time, so that the first ones are done soon; a shard that does not answer
         # stops no other
         self._turns: defaultdict[Hashable, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._other_turns: defaultdict[Hashable, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def turn(self, key: StreamKey) -> asyncio.Lock:
+        """To be held while a state of a stream is computed from its history for what is no chunk:
+        one at a time, since each takes a slice of time for every turn of the chunks."""
+        return self._other_turns[self._store.shard(key)]
 
     def detach(self, served: ServedModel, jobs: Sequence[ChunkJob], batch: RunningBatch) -> None:
         """Detach jobs until their streams have states for a version, then requeue them with these.
@@ -150,7 +156,8 @@ class Rewarming:
             return stored._replace(fingerprint=served.fingerprint)
         if self.policy != "rewarm":
             raise served.incompatible(key.stream, stored)
-        [state] = await self._states(served, [(key, deadline_s)])
+        async with self.turn(key):
+            [state] = await self._states(served, [(key, deadline_s)])
         if isinstance(state, CarryError):
             raise state
         return state

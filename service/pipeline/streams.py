@@ -386,29 +386,30 @@ class StreamAdministration:
         """
         with self._use(caller, (Verb.WRITE_STATE,), key.model, key.stream):
             for _ in range(CREATE_ATTEMPTS):
-                histories = await self._load_histories(key, position, precondition)
-                chosen = choose_history(histories, position)
-                new = start_epoch(
-                    await chosen.stream_at(position, self._compute),
-                    fingerprint=chosen.served.fingerprint,
-                    now_ms=self._now_ms(),
-                    position=position,
-                )
-                self._cache.drop(key)
-                result = await self._store.histories.write(
-                    key,
-                    pack_head(chosen.stream.head),
-                    encode_state(new),
-                    HistoryCopy(chosen.entries_until(position)),
-                    keeps_snapshots=True,
-                )
-                self._record("stream_rewound", key, result, position=position)
-                if isinstance(result, CarryError):
-                    raise result
-                if isinstance(result, Committed):
-                    # an output of a new epoch follows only with the next chunk
-                    self._store.outputs.publish(key, 0, b"")
-                    return new
+                async with self._rewarming.turn(key):
+                    histories = await self._load_histories(key, position, precondition)
+                    chosen = choose_history(histories, position)
+                    new = start_epoch(
+                        await chosen.stream_at(position, self._compute),
+                        fingerprint=chosen.served.fingerprint,
+                        now_ms=self._now_ms(),
+                        position=position,
+                    )
+                    self._cache.drop(key)
+                    result = await self._store.histories.write(
+                        key,
+                        pack_head(chosen.stream.head),
+                        encode_state(new),
+                        HistoryCopy(chosen.entries_until(position)),
+                        keeps_snapshots=True,
+                    )
+                    self._record("stream_rewound", key, result, position=position)
+                    if isinstance(result, CarryError):
+                        raise result
+                    if isinstance(result, Committed):
+                        # an output of a new epoch follows only with the next chunk
+                        self._store.outputs.publish(key, 0, b"")
+                        return new
             raise _conflict(key)
 
     async def _load_histories(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
 from service.core.errors import PositionUnavailable
 from service.core.values import Feed, StreamKey, Warmth
+from service.pipeline import rewarm, rewind
+from service.pipeline.history_run import advance_many
 from service.pipeline.model_versions import Route
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.rewind import available_positions
@@ -157,3 +161,36 @@ async def test_a_rewind_to_the_head_of_another_version_restores_the_own_state(
     np.testing.assert_allclose(
         reply.outputs, oracle_outputs(old, ROWS[:16])[12:], rtol=1e-5, atol=1e-5
     )
+
+
+async def test_states_are_computed_from_histories_one_at_a_time(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may read or rewind streams cannot keep the process from its chunks by many requests
+    at once: each takes a slice of time for every turn of the chunks."""
+    running = most = 0
+
+    async def count(*arguments: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return await advance_many(*arguments)
+        finally:
+            running -= 1
+
+    for module in (rewarm, rewind):
+        monkeypatch.setattr(module, "advance_many", count)
+    await send_all(pipeline, *[1] * 8)
+    champion, *others = pipeline.versions["probe"].loaded.values()
+    reads = [
+        pipeline.streams.read_state(ANYONE, KEY, None, version)
+        for version in others * 8
+        if version is not champion
+    ]
+    for name in ("a", "b", "c", "d"):
+        await pipeline.streams.fork(ANYONE, KEY, name, None)
+    rewinds = [pipeline.streams.rewind(ANYONE, StreamKey("probe", n), 5, None) for n in "abcd"]
+    states = await asyncio.gather(*reads, *rewinds)
+    assert [each.head.position for each in states] == [8] * 8 + [5] * 4
+    assert most == 1

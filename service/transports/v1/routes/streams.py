@@ -69,7 +69,8 @@ async def get_state(call: Call) -> Response:
     """
     pipeline, name = call.api.pipeline, call.parameters.get("version")
     version = None if name is None else pipeline.aliases.find(call.key.model, name)
-    record = await pipeline.streams.read_state(call.caller, call.key, call.precondition, version)
+    reading = pipeline.streams.read_state(call.caller, call.key, call.precondition, version)
+    record = await call.until_disconnect(reading)
     writer = pipeline.versions[call.key.model].writer(record.fingerprint)
     document: StateReply = {
         **_stream_record(call.key, record),
