@@ -28,7 +28,9 @@ HISTORY_EVENTS: Final = 24
 BURN_IN: Final = 60
 """Longer than a history, so that there are states that announce what they have seen."""
 CANARY: Final = 0.1
-PLAN: Final = tuple(
+Plan = Sequence[tuple[str, str]]
+"""Actions, each with a version."""
+PLAN: Final[Plan] = tuple(
     (action, version)
     for version, actions in (
         ("a", ("load", "shadow", "canary", "promote", "rollback", "promote")),
@@ -116,10 +118,10 @@ class StreamSender(Sender):
 class VersionRun:
     """A run on a deployment."""
 
-    def __init__(self, options: RunOptions, deployment: Deployment):
+    def __init__(self, options: RunOptions, deployment: Deployment, plan: Plan):
         self.options, self.deployment, self.history = options, deployment, History()
         self.streams = [Stream(f"s{number:04d}") for number in range(options.streams)]
-        self.delivered = 0
+        self.delivered, self.plan = 0, plan
         self.gains: dict[str, int] = {}
         random = np.random.default_rng(options.seed)
         self._random, queue = random, deque(self.streams)
@@ -156,7 +158,7 @@ class VersionRun:
         has occurred."""
         kinds, number = kinds_of(self.options.store), 0
         while not changed.is_set() or number < len(kinds):
-            target = self.delivered + self.options.events // (2 * len(PLAN))
+            target = self.delivered + self.options.events // (2 * len(self.plan))
             fault = make_fault(kinds[number % len(kinds)], self._random, self.options.longest_s)
             if self.options.verbose:
                 print(
@@ -168,8 +170,8 @@ class VersionRun:
 
     async def _change_versions(self) -> None:
         """Carry out the plan, one action for each part of the chunks."""
-        for number, (action, version) in enumerate(PLAN):
-            target = self.options.events * (number + 1) // (len(PLAN) + 1)
+        for number, (action, version) in enumerate(self.plan):
+            target = self.options.events * (number + 1) // (len(self.plan) + 1)
             await _wait(lambda target=target: self.delivered >= target)
             if action == "load":
                 folder = f"{network.MODEL}/{version}"
@@ -224,10 +226,10 @@ async def _wait(is_met: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def run(options: RunOptions) -> tuple[History, list[Finding]]:
+async def run(options: RunOptions, plan: Plan = PLAN) -> tuple[History, list[Finding]]:
     """A run, and what its check finds."""
     async with deploy(options) as deployment:
-        one = VersionRun(options, deployment)
+        one = VersionRun(options, deployment, plan)
         await one.drive()
         for worker in deployment.workers:
             logged = (line for line in worker.whole_log().splitlines() if '"exception":' in line)

@@ -20,6 +20,7 @@ GAINS = {"one": 1, "two": 2}
 BURN_IN = 20
 STEPS = 4  # of each chunk
 EPOCH = "aa" * 8
+SHORT_PLAN = [(action, "a") for action in ("load", "canary", "promote", "rollback")]
 
 
 def serve(*answers: tuple[str, int, bool]) -> Stream:
@@ -116,14 +117,14 @@ def test_the_plan_promotes_three_versions_and_rolls_back() -> None:
 @pytest.mark.parametrize("bug", VERSION_CODE)
 async def test_planted_bug_is_detected(bug: str) -> None:
     options = options_of("redis", streams=24, events=800, transports=("json",), plant=bug)
-    _, findings = await run(options)
+    _, findings = await run(options, SHORT_PLAN)
     assert MIXED in {kind for kind, _ in findings}
 
 
 @needs_redis
 async def test_versions_change_while_workers_and_the_store_are_killed() -> None:
     options = options_of("redis", streams=24, events=800, longest_s=0.5)
-    history, findings = await run(options)
+    history, findings = await run(options, SHORT_PLAN)
     print(*report(options, history, findings), sep="\n")
     assert describe_failures(options, history, findings) == []
     assert history.seen.keys() >= {EXACT, *kinds_of("redis")}
