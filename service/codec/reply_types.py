@@ -104,10 +104,10 @@ AttentionWeights = Annotated[
 
 @closed
 class Warmth(TypedDict):
-    """How far the version is from not depending on the start of its memory."""
+    """How many events of the stream the version had seen, if not its start."""
 
     events: int
-    """That the version had seen of the stream before the chunk."""
+    """Events of the stream that the version had seen before the chunk."""
     of: int
     """Events after which the start is forgotten."""
 

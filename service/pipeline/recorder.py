@@ -138,8 +138,7 @@ class Recorder(Protocol):
         """Record a version conflict: another commit came first, and the chunk is retried."""
 
     def record_rewarmed(self, model: str, exact: int, inexact: int) -> None:
-        """Record that a version took up streams that another one wrote, with exact or inexact
-        states."""
+        """Record that streams were rewarmed, with exact or inexact states."""
 
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Record how many states of a batch were in this worker's cache, and how many not."""

@@ -141,7 +141,7 @@ class ShadowStates:
         self._budget.spend(seconds)
 
     async def _find_start(self, each: OfferedChunk) -> RewarmStart | None:
-        """Where the version takes a stream up, to reach the state that a chunk continues; None if
+        """Where the version starts, to compute the state that a chunk continues; None if
         it cannot, or if others went on from there."""
         served, key, base = self._served, each.chunk.key, each.base
         deadline_s = time.monotonic() + STORE_S

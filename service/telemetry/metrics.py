@@ -105,7 +105,7 @@ class PrometheusRecorder:
         self._conflicts = counter("carry_conflicts", "Version conflicts of commits.", MODEL)
         self._rewarmed = counter(
             "carry_rewarmed",
-            "Streams that a version took up from another one, by their state.",
+            "Streams rewarmed for a chunk, by whether their state is exact.",
             ("model", "state"),
         )
         self._problems = counter(
@@ -261,7 +261,7 @@ class PrometheusRecorder:
         self._conflicts.labels(model).inc()
 
     def record_rewarmed(self, model: str, exact: int, inexact: int) -> None:
-        """Count streams that a version took up from another one."""
+        """Count streams that were rewarmed, with exact or inexact states."""
         self._rewarmed.labels(model, "exact").inc(exact)
         self._rewarmed.labels(model, "inexact").inc(inexact)
 

@@ -49,7 +49,7 @@ class Epoch:
         first: the first position whose state is known; 0 if the stream began from nothing.
         states: float64 [N] by position from `first` on, for each version for which they are known.
         rows: the events from `first` on.
-        rewarmed: versions that took the stream up without having seen its start, and where.
+        rewarmed: versions that rewarmed the stream without having seen its start, and where.
     """
 
     version: Artifact
