@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.fingerprint import compute_fingerprint, version_of
 from models.artifact.graphs import (
     Graphs,
     write_graphs,
@@ -57,7 +57,6 @@ from models.spec.state import FloatArray, StateSpec
 
 WEIGHTS_NAME = "weights.safetensors"
 
-_VERSION_DIGITS = 12
 _DEFAULTS = {"chunking": "invisible"}
 """Values of keys that older manifests do not have."""
 
@@ -105,7 +104,7 @@ class Artifact:
             return None
         weights = MappingProxyType(strip_decoder_prefix(self.weights))
         digest = compute_fingerprint(spec, weights)
-        return Artifact(self.path, spec, weights, digest, _version(digest), self.manifest)
+        return Artifact(self.path, spec, weights, digest, version_of(digest.hex()), self.manifest)
 
     @cached_property
     def graphs(self) -> Graphs:
@@ -219,7 +218,7 @@ def load_artifact(path: Path) -> Artifact:
         spec,
         MappingProxyType(weights),
         digest,
-        _version(digest),
+        version_of(digest.hex()),
         manifest,
         network,
         ranges_of(spec, manifest, where),
@@ -254,7 +253,7 @@ def derived_entries(spec: ModelSpec, digest: bytes) -> dict[str, Any]:
             for output in output_spec(spec).outputs
         },
         "fingerprint": digest.hex(),
-        "version": _version(digest),
+        "version": version_of(digest.hex()),
     }
 
 
@@ -268,10 +267,6 @@ def check_fitted(spec: ModelSpec, where: str) -> None:
             f"{where}: expected a fitted event schema, but these fields lack their numbers: "
             f"{open_fields}"
         )
-
-
-def _version(digest: bytes) -> str:
-    return digest.hex()[:_VERSION_DIGITS]
 
 
 def _short(value: Any) -> str:

@@ -22,6 +22,7 @@ from models.spec.layers import Layer
 from models.spec.model import ModelSpec
 
 FINGERPRINT_BYTES = 16
+VERSION_DIGITS = 12
 
 _NUMERICS = 1
 """Incremented when the same spec and weights have other outputs (encoding, gate order)."""
@@ -52,6 +53,11 @@ def compute_fingerprint(
     if network is not None:
         digest.update(hashlib.sha256(network).digest())
     return digest.digest()[:FINGERPRINT_BYTES]
+
+
+def version_of(fingerprint: str) -> str:
+    """The version that a fingerprint, in hex, names: its first digits."""
+    return fingerprint[:VERSION_DIGITS]
 
 
 def canonical_json(value: Any) -> bytes:

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from models.artifact.artifact import Artifact
+from models.artifact.fingerprint import version_of
 from service.codec.media import Media, dumps
 from service.codec.reply_writer import ReplyOptions, ReplyWriter
 from service.consumers.where import parse_condition
@@ -68,7 +69,7 @@ class OutputWriter:
         """
         fields = (
             "stream", stream, "epoch", head.epoch.hex(), "tag", head.tag.hex(), "model", self._name,
-            "version", state[WRITER].hex()[:12], "time", time.time_ns() // 1_000_000,
+            "version", version_of(state[WRITER].hex()), "time", time.time_ns() // 1_000_000,
         )  # fmt: skip
         since = read_since(state)
         if since is None:

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from models.artifact.fingerprint import version_of
 from models.decoding.forecasts import Forecast
 from models.events.columns import EventColumns
 from models.spec.state import State, StateSpec
@@ -250,7 +251,7 @@ class UnknownVersion(NamedTuple):
     @property
     def version(self) -> str:
         """The first 12 hex digits of its fingerprint."""
-        return self.fingerprint.hex()[:12]
+        return version_of(self.fingerprint.hex())
 
 
 class Reply(msgspec.Struct, frozen=True, gc=False):

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 import structlog
 
+from models.artifact.fingerprint import version_of
 from service.access.caller import Caller, Verb
 from service.core.errors import CarryError, VersionNotReady, VersionRejected
 from service.core.values import Check
@@ -32,7 +33,6 @@ from service.pipeline.model_record import (
     ModelRecord,
     VersionSource,
     check_accepts_same_requests,
-    shorten,
 )
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.recorder import Audit, no_audit
@@ -237,13 +237,14 @@ class ModelAliases:
             served = await self._load(name, source.path)
             if served.fingerprint.hex() != fingerprint:
                 raise VersionRejected(
-                    f"{source.path}: expected version {shorten(fingerprint)}, got {served.version}"
+                    f"{source.path}: expected version {version_of(fingerprint)}, got "
+                    f"{served.version}"
                 )
         except VersionRejected as error:
             log.error(
                 "model_version_not_loaded",
                 model=name,
-                version=shorten(fingerprint),
+                version=version_of(fingerprint),
                 reason=error.detail,
             )
             self._failed.setdefault(name, {})[fingerprint] = error.detail
@@ -447,8 +448,8 @@ def _not_loaded(
 ) -> VersionNotReady:
     reason = failed.get(fingerprint, "it is being loaded")
     return VersionNotReady(
-        f"process {process} has not loaded version {shorten(fingerprint)} of model {model!r}: "
+        f"process {process} has not loaded version {version_of(fingerprint)} of model {model!r}: "
         f"{reason}",
-        expected=shorten(fingerprint),
+        expected=version_of(fingerprint),
         process=process,
     )

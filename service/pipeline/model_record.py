@@ -13,12 +13,12 @@ from typing import Final, Literal
 import msgspec
 from msgspec.structs import replace
 
+from models.artifact.fingerprint import version_of
 from service.core.errors import InvalidInput, VersionNotFound, VersionRejected
 from service.pipeline.served_model import ServedModel
 
 Action = Literal["shadow", "canary", "promote", "rollback"]
 
-VERSION_DIGITS: Final = 12
 MIN_DIGITS: Final = 4
 """Fewest digits of a fingerprint that name a version."""
 
@@ -60,13 +60,13 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
                 continue
             if source.label is not None and known.label == source.label:
                 raise VersionRejected(
-                    f"label: version {shorten(other)} has the label {source.label!r}; retire it "
+                    f"label: version {version_of(other)} has the label {source.label!r}; retire it "
                     "first"
                 )
             if known.path == source.path:
                 raise VersionRejected(
-                    f"path: version {shorten(other)} was loaded from {source.path!r}; each needs a "
-                    "folder of its own"
+                    f"path: version {version_of(other)} was loaded from {source.path!r}; each "
+                    "needs a folder of its own"
                 )
         return replace(self, versions={**self.versions, fingerprint: source})
 
@@ -91,7 +91,7 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
             return replace(self, champion=champion, challenger=old, share=0.0, previous=old)
         if version == self.champion:
             raise InvalidInput(
-                f"version: expected another one than the champion, got {shorten(version)}",
+                f"version: expected another one than the champion, got {version_of(version)}",
                 at="version",
             )
         return replace(self, challenger=version, share=share or 0.0)
@@ -104,8 +104,8 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         """
         if fingerprint == self.champion:
             raise InvalidInput(
-                f"version: expected another one than the champion {shorten(fingerprint)}; promote "
-                "another one first",
+                f"version: expected another one than the champion {version_of(fingerprint)}; "
+                "promote another one first",
                 at="version",
             )
         kept = {name: source for name, source in self.versions.items() if name != fingerprint}
@@ -129,7 +129,7 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
             if source.label == name or (key.startswith(name) and len(name) >= MIN_DIGITS)
         ]
         if len(found) != 1:
-            known = [source.label or shorten(key) for key, source in self.versions.items()]
+            known = [source.label or version_of(key) for key, source in self.versions.items()]
             which = "several have this name" if found else "there is none"
             raise VersionNotFound(
                 f"expected one of the versions {known}, got {name[:64]!r}: {which}",
@@ -137,11 +137,6 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
                 got=name[:64],
             )
         return found[0]
-
-
-def shorten(fingerprint: str) -> str:
-    """Shorten a fingerprint, in hex, to the digits that name the version."""
-    return fingerprint[:VERSION_DIGITS]
 
 
 def check_accepts_same_requests(champion: ServedModel, served: ServedModel) -> None:

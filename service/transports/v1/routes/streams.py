@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from starlette.responses import Response
 
+from models.artifact.fingerprint import version_of
 from models.errors import DataError, StateError
 from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
@@ -37,7 +38,6 @@ from service.transports.v1.reply_types import (
 PAGE_STREAMS = 100
 PAGE_EVENTS = 1000
 MAX_DELETED = 100_000
-VERSION_DIGITS = 12
 
 
 async def get_stream(call: Call) -> Response:
@@ -223,7 +223,7 @@ def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
     fingerprint = record.fingerprint.hex()
     document: StreamRecord = {
         "model": key.model,
-        "version": fingerprint[:VERSION_DIGITS],
+        "version": version_of(fingerprint),
         "fingerprint": fingerprint,
         "stream": key.stream,
         "feed": record.feed.value,

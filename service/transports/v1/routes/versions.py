@@ -7,8 +7,8 @@ from typing import Literal
 
 from starlette.responses import Response
 
+from models.artifact.fingerprint import version_of
 from service.pipeline.model_aliases import ModelStatus
-from service.pipeline.model_record import shorten
 from service.transports.v1.call import Call
 from service.transports.v1.reply_types import VersionInfo, VersionList
 
@@ -50,7 +50,7 @@ async def get_report(call: Call) -> Response:
     time and lag: of all workers of the service that answers, since they were started.
     """
     status = await call.api.pipeline.aliases.describe(call.caller, call.served.name)
-    version = shorten(status.record.find(call.path["version"]))
+    version = version_of(status.record.find(call.path["version"]))
     report = call.api.recorder.shadow_report
     return call.reply(await asyncio.to_thread(report, call.served.name, version))
 
@@ -74,7 +74,7 @@ async def _reply(call: Call) -> Response:
     document: VersionList = {
         "model": call.served.name,
         "processes": len(status.processes),
-        "rollback": None if record.previous is None else shorten(record.previous),
+        "rollback": None if record.previous is None else version_of(record.previous),
         "versions": [_version(call.served.name, key, status) for key in record.versions],
     }
     return call.reply(document)
@@ -90,7 +90,7 @@ def _version(model: str, fingerprint: str, status: ModelStatus) -> VersionInfo:
         alias, share = "challenger", record.share
     reports = status.processes
     return {
-        "version": shorten(fingerprint),
+        "version": version_of(fingerprint),
         "fingerprint": fingerprint,
         "label": source.label,
         "path": source.path,
