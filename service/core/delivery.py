@@ -45,6 +45,7 @@ from service.core.errors import (
     StateChanged,
     StreamExists,
     StreamFinal,
+    StreamNotFound,
 )
 from service.core.values import (
     DIGEST_BYTES,
@@ -57,6 +58,7 @@ from service.core.values import (
     Steps,
     StoredReply,
     StreamHead,
+    StreamKey,
     StreamState,
 )
 
@@ -322,6 +324,13 @@ def stream_exists(stream: str, head: StreamHead) -> StreamExists:
         f'stream {stream!r} exists at position {head.position}; send If-Match: "{head.etag}" '
         "to overwrite it",
         **stream_facts(stream, head),
+    )
+
+
+def stream_not_found(key: StreamKey) -> StreamNotFound:
+    """The error for a stream that does not exist."""
+    return StreamNotFound(
+        f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import NamedTuple
 
+from service.core.errors import ModelNotFound
 from service.pipeline.served_model import ServedModel
 
 
@@ -74,6 +75,14 @@ class ModelVersions:
         kept = route.union(fingerprints)
         if not kept.issuperset(self.loaded):
             self.loaded = {key: served for key, served in self.loaded.items() if key in kept}
+
+
+def model_not_found(name: str, models: Iterable[str]) -> ModelNotFound:
+    """The error for a model that is not among these."""
+    expected = sorted(models)
+    return ModelNotFound(
+        f"expected one of the models {expected}, got {name!r}", expected=expected, got=name
+    )
 
 
 def _place(model: str, stream: str) -> float:

@@ -28,7 +28,6 @@ from service.core.errors import (
     CarryError,
     DeadlineExceeded,
     InvalidInput,
-    ModelNotFound,
     Overloaded,
 )
 from service.core.tracing import Tracer
@@ -50,7 +49,7 @@ from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_order import apply_in_order
 from service.pipeline.model_aliases import ModelAliases, VersionLoader
-from service.pipeline.model_versions import ModelVersions
+from service.pipeline.model_versions import ModelVersions, model_not_found
 from service.pipeline.predict import (
     ForecastOrigin,
     ForecastRunner,
@@ -276,7 +275,7 @@ class Pipeline:
         caller.check(verbs, name, stream)
         versions = self.versions.get(name)
         if versions is None:
-            raise _model_not_found(name, filter(caller.covers_model, self.versions))
+            raise model_not_found(name, filter(caller.covers_model, self.versions))
         return versions.route.champion
 
     def describe(self, caller: Caller) -> dict[str, ServedModel]:
@@ -288,7 +287,7 @@ class Pipeline:
     def _versions(self, name: str) -> ModelVersions:
         versions = self.versions.get(name)
         if versions is None:
-            raise _model_not_found(name, self.versions)
+            raise model_not_found(name, self.versions)
         return versions
 
     def max_batch_rows(self, served: ServedModel) -> int:
@@ -487,13 +486,6 @@ class Pipeline:
             raise result
         warm = served.warmth(stored.since, stored.head.position)
         return ForecastReply(key, stored.head, result, covariates.times_ms, warm)
-
-
-def _model_not_found(name: str, models: Iterable[str]) -> ModelNotFound:
-    expected = sorted(models)
-    return ModelNotFound(
-        f"expected one of the models {expected}, got {name!r}", expected=expected, got=name
-    )
 
 
 def _call_both(first: Callable[[], None], on_result: OnReply) -> OnReply:

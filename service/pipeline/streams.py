@@ -17,8 +17,8 @@ from structlog.contextvars import bound_contextvars
 from models.spec.state import State
 from service.access.caller import DESCRIBE, Caller, Verb
 from service.access.limits import StreamQuota
-from service.core.delivery import start_epoch, state_changed, stream_exists, stream_facts
-from service.core.errors import CarryError, Conflict, StateDamaged, StreamNotFound
+from service.core.delivery import start_epoch, state_changed, stream_exists, stream_not_found
+from service.core.errors import CarryError, Conflict, StateDamaged
 from service.core.values import (
     FIRST_TAG,
     Feed,
@@ -130,7 +130,7 @@ class StreamAdministration:
         if precondition is not None:
             _check_precondition(key, stored, precondition)
         if not isinstance(stored, StreamState):
-            raise _not_found(key)
+            raise stream_not_found(key)
         return stored
 
     async def read_state(
@@ -174,7 +174,7 @@ class StreamAdministration:
             return record
         continued = await self._rewarming.load_own_state(served, key, record, deadline_s)
         if continued is None:
-            raise _not_found(key)
+            raise stream_not_found(key)
         if precondition is not None:
             _check_precondition(key, continued, precondition)
         return continued
@@ -210,7 +210,9 @@ class StreamAdministration:
             if isinstance(result, CarryError):
                 raise result
             if isinstance(result, Conflicted):
-                raise state_changed(key.stream, result.stored) if expected else _not_found(key)
+                raise (
+                    state_changed(key.stream, result.stored) if expected else stream_not_found(key)
+                )
 
     async def delete_prefix(
         self,
@@ -422,7 +424,7 @@ class StreamAdministration:
             if precondition is not None:
                 _check_precondition(key, stream, precondition)
             if stream is None:
-                raise _not_found(key)
+                raise stream_not_found(key)
         return histories
 
     def _record(self, change: str, key: StreamKey, result: CommitResult, **facts: int) -> None:
@@ -467,12 +469,6 @@ class StreamAdministration:
         if isinstance(stored, CarryError):
             raise stored
         return stored
-
-
-def _not_found(key: StreamKey) -> StreamNotFound:
-    return StreamNotFound(
-        f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
-    )
 
 
 def _conflict(key: StreamKey) -> Conflict:
