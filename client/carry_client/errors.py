@@ -298,7 +298,7 @@ class VersionRejected(BadRequest, code="version_rejected"):
 
 
 class VersionNotReady(BadRequest, code="version_not_ready"):
-    """A process has not loaded the version."""
+    """The version cannot answer the streams of the model yet."""
 
 
 class AccessDenied(Problem):

@@ -326,6 +326,9 @@ class AliasBody(Body):
         ]
         | None
     ) = None
+    force: Annotated[
+        bool, Meta(description="Whether it may answer streams that it would reject.")
+    ] = False
 
 
 class BodyTypes(NamedTuple):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.5
 
+Force = Annotated[bool, typer.Option("--force", help="Also if it would reject streams that exist.")]
+
 models_app = typer.Typer(
     help="Load versions of models in a running service, and change which one answers.",
     no_args_is_help=True,
@@ -106,16 +108,19 @@ def answer_share(
     model: Model,
     version: Version,
     share: Annotated[float, typer.Argument(help="Share of the streams, above 0 and up to 1.")],
+    force: Force = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Let a version answer a share of the streams."""
-    _change(url, model, {"action": "canary", "version": version, "share": share})
+    _change(url, model, {"action": "canary", "version": version, "share": share, "force": force})
 
 
 @models_app.command("promote")
-def promote_version(model: Model, version: Version, url: Url = DEFAULT_URL) -> None:
+def promote_version(
+    model: Model, version: Version, force: Force = False, url: Url = DEFAULT_URL
+) -> None:
     """Let a version answer all streams; the one that answered so far computes beside it."""
-    _change(url, model, {"action": "promote", "version": version})
+    _change(url, model, {"action": "promote", "version": version, "force": force})
 
 
 @models_app.command("rollback")

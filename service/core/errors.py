@@ -211,7 +211,7 @@ class VersionRejected(BadRequest):
 class VersionNotReady(BadRequest):
     code = "version_not_ready"
     status = 409
-    title = "A process has not loaded the version"
+    title = "The version cannot answer the streams of the model yet"
     retryable = True
     remedy = "Wait until every process has it, or correct what the detail names and load it again."
 

@@ -395,8 +395,7 @@ class ChunkLoader:
         """Whether a state of another version may be one of this, as far as is known of that one."""
         served, writer = self._served, self._versions.writer(stored.fingerprint)
         is_known = writer.fingerprint == stored.fingerprint
-        is_alike = writer.state.parts == served.state.parts and writer.events == served.events
-        return served.fits(stored) and (is_alike or not is_known)
+        return served.fits(stored) and (served.shares_states(writer) or not is_known)
 
     def _check_waiting(self, stored: StreamState) -> None:
         if self._blocks is None:

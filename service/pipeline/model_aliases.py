@@ -93,6 +93,7 @@ class ModelAliases:
     Args:
         versions: by model; their routes are set here.
         load: loads a version; None if none can be loaded.
+        policy: what happens to streams that another version wrote, as in the settings.
         audit: records what was changed.
 
     Attributes:
@@ -105,11 +106,13 @@ class ModelAliases:
         stored: StoredModels,
         load: VersionLoader | None = None,
         *,
+        policy: str,
         audit: Audit = no_audit,
     ):
         self._versions = versions
         self._stored = stored
         self._load_version = load
+        self._policy = policy
         self._audit = audit
         self.on_switch: list[OnSwitch] = []
         self._process = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(2)}"
@@ -353,16 +356,20 @@ class ModelAliases:
         action: Action,
         version: str | None = None,
         share: float | None = None,
+        *,
+        force: bool = False,
     ) -> None:
         """Give an alias to a version.
 
         Args:
             version: its label, or the first digits of its fingerprint; None for a rollback.
             share: of the streams that a canary answers.
+            force: whether to let it answer streams that it would reject.
 
         Raises:
             VersionNotFound, InvalidInput
-            VersionNotReady: a process has not loaded it.
+            VersionNotReady: a process has not loaded it, or it would reject streams of the
+                champion. A rollback is not checked for these.
         """
         caller.check(MANAGE, model)
         processes = await self._processes(model)
@@ -373,12 +380,42 @@ class ModelAliases:
             answering = [changed.champion, changed.challenger]
             for fingerprint in filter(None, answering):
                 _check_loaded(model, fingerprint, processes)
+            if action in ("canary", "promote") and changed != record and not force:
+                self._check_continues(model, self.find(model, record.champion), named or "")
             return changed
 
-        facts = {"version": version, "share": share}
+        facts = {"version": version, "share": share, "force": force or None}
         given = {name: fact for name, fact in facts.items() if fact is not None}
         with self._audited(caller, "model_alias_changed", model, action=action, **given):
             await self._change(model, change)
+
+    def _check_continues(self, model: str, champion: ServedModel, fingerprint: str) -> None:
+        """Check that a version continues the streams of the champion.
+
+        States that it computed in the shadow do not count: without a history, a stream whose last
+        chunk it has not computed is rejected.
+
+        Raises:
+            VersionNotReady
+        """
+        served, settings = self.find(model, fingerprint), f"CARRY_ON_MODEL_CHANGE={self._policy}"
+        if self._policy == "reset" or (self._policy == "rewarm" and champion.history is not None):
+            return
+        if self._policy == "keep":
+            if served.shares_states(champion):
+                return
+            settings += ", but its states or its encoding of events are others"
+        elif self._policy == "rewarm":
+            settings += " without CARRY_HISTORY_EVENTS"
+        error = VersionNotReady(
+            f"version {served.version} would reject streams of version {champion.version} of model "
+            f"{model!r} with state_incompatible: {settings}. Set CARRY_HISTORY_EVENTS with "
+            "CARRY_ON_MODEL_CHANGE=rewarm, or CARRY_ON_MODEL_CHANGE=keep or reset; or change it "
+            "with `force`",
+            expected=served.version,
+        )
+        error.retryable = False
+        raise error
 
     async def retire(self, caller: Caller, model: str, version: str) -> None:
         """Forget and unload a version.

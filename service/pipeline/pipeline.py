@@ -145,7 +145,9 @@ class Pipeline:
             audit=audit,
         )
         self.topics = TopicViews(store.topics)
-        self.aliases = ModelAliases(self.versions, store.models, load_version, audit=audit)
+        self.aliases = ModelAliases(
+            self.versions, store.models, load_version, policy=settings.on_model_change, audit=audit
+        )
         self._tokens = StateTokens(store.keys.token_key)
         self._loop_priority = LoopPriority()
         self._warm = False

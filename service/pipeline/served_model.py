@@ -253,6 +253,10 @@ class ServedModel:
         layout, (floats, ints) = self.state, stored.state
         return (floats.size, ints.size) == (layout.float_size, layout.int_size)
 
+    def shares_states(self, other: ServedModel) -> bool:
+        """Whether the states and the encoding of events are laid out as another version's."""
+        return self.state.parts == other.state.parts and self.events == other.events
+
     def incompatible(self, stream: str, stored: StreamState, reason: str = "") -> StateIncompatible:
         """The error for a state that another version of the model wrote.
 

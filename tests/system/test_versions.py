@@ -131,7 +131,7 @@ async def test_the_console_shows_the_versions_of_a_model(tmp_path: Path, browser
     models = tmp_path / "models"
     write(models, f"{MODEL}/a")
     write(models, f"{MODEL}/b", gain=2)
-    with running(tmp_path, models) as service:
+    with running(tmp_path, models, CARRY_HISTORY_EVENTS="10") as service:
         async with AsyncCarry(service.url) as carry, new_page(browser) as page:
             base, text = f"/v1/models/{MODEL}", "document.querySelector('main')?.innerText"
             body = {"path": f"{MODEL}/a", "label": "older"}

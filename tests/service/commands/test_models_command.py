@@ -49,8 +49,11 @@ async def test_version_is_loaded_promoted_rolled_back_and_retired(carry: Command
     for words, expected in (
         (("load", "probe", new.path.name, "--label", "nightly"), ["champion", "-"]),
         (("shadow", "probe", "nightly"), ["champion", "challenger"]),
-        (("canary", "probe", new.version[:4], "0.25"), ["champion 0.75", "challenger 0.25"]),
-        (("promote", "probe", "nightly"), ["challenger", "champion"]),
+        (
+            ("canary", "probe", new.version[:4], "0.25", "--force"),
+            ["champion 0.75", "challenger 0.25"],
+        ),
+        (("promote", "probe", "nightly", "--force"), ["challenger", "champion"]),
         (("rollback", "probe"), ["champion", "challenger"]),
         (("list",), ["champion", "challenger"]),
         (("retire", "probe", "nightly"), ["champion"]),
@@ -69,7 +72,9 @@ async def test_streams_of_every_version_survive_a_reset(carry: Commands) -> None
     rows = rows_of(np.random.default_rng(1), 3)
     await send(carry.api.pipeline, "of-the-old", rows, 0)
     await carry("load", "probe", carry.artifacts[1].path.name, "--label", "new")
-    await carry("promote", "probe", "new")
+    rejected = await carry("promote", "probe", "new")
+    assert "carry: version_not_ready: " in rejected.output
+    await carry("promote", "probe", "new", "--force")
     await send(carry.api.pipeline, "of-the-new", rows, 0)
     reset = ["streams", "reset", "probe", "--prefix", "", "--yes", "--url", carry.url]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from structlog.testing import capture_logs
 
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
+from models.spec.history import HistorySpec
 from models.spec.model import ModelSpec, parse_spec
 from service.access.caller import ANYONE
 from service.core.errors import (
@@ -21,6 +24,7 @@ from service.core.errors import (
     VersionRejected,
 )
 from service.pipeline.pipeline import Pipeline
+from tests.support.models import random_weights, small_spec
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import SPEC, make_artifact, rows_of, send, worker
 from tests.support.servers import real_server
@@ -35,13 +39,14 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
 
 @asynccontextmanager
 async def processes(
-    url: str, artifact: Artifact, count: int = 2
+    url: str, artifact: Artifact, count: int = 2, **settings: Any
 ) -> AsyncIterator[list[tuple[Pipeline, Versions]]]:
     async with AsyncExitStack() as stack:
         made = []
         for _ in range(count):
             files = Versions(artifact.path.parent)
-            started = worker(url, artifact, load_version=files)
+            given = {"on_model_change": "reset", **settings}
+            started = worker(url, artifact, load_version=files, **given)
             made.append((await stack.enter_async_context(started), files))
         yield made
 
@@ -179,6 +184,59 @@ async def test_label_that_looks_like_another_version_names_neither(
             await one.aliases.change(ANYONE, "probe", "promote", new.version)
         await change(one, "promote", new.fingerprint.hex())
         assert answers(one)[0] == new.version
+
+
+@pytest.mark.parametrize(
+    ("policy", "history", "is_rejected"),
+    [
+        ("rewarm", None, True),
+        ("rewarm", HistorySpec(events=10), False),
+        ("reset", None, False),
+        ("keep", None, False),
+        ("refuse", HistorySpec(events=10), True),
+    ],
+)
+async def test_version_that_would_reject_streams_answers_only_by_force(
+    store_url: str,
+    artifacts: list[Artifact],
+    policy: Literal["rewarm", "keep", "reset", "refuse"],
+    history: HistorySpec | None,
+    is_rejected: bool,
+) -> None:
+    old, new, _ = artifacts
+    settings = {"on_model_change": policy, "history": history}
+    async with processes(store_url, old, 1, **settings) as [(one, _)]:
+        await one.aliases.load(ANYONE, "probe", new.path.name, None)
+        # without a history, states of the shadow are current only while nothing is dropped
+        await change(one, "shadow", new.version)
+        for action, share in (("canary", 0.5), ("promote", None)):
+            if is_rejected:
+                with pytest.raises(VersionNotReady, match="CARRY_HISTORY_EVENTS") as caught:
+                    await one.aliases.change(ANYONE, "probe", action, new.version, share)
+                assert not caught.value.retryable
+            await one.aliases.change(ANYONE, "probe", action, new.version, share, force=is_rejected)
+            # repeated, it changes nothing
+            await one.aliases.change(ANYONE, "probe", action, new.version, share)
+        await one.aliases.change(ANYONE, "probe", "rollback")
+        assert answers(one) == (old.version, new.version, 0.0)
+
+
+async def test_states_are_kept_only_by_a_version_with_the_same_encoding(
+    store_url: str, tmp_path: Path
+) -> None:
+    artifacts = []
+    for name, mean in (("old", 0.0), ("new", 1.0)):
+        data = small_spec().model_dump(mode="json")
+        data["name"] = "probe"
+        [load] = [each for each in data["events"]["fields"] if each["name"] == "load"]
+        load["mean"] = mean
+        spec = parse_spec(data)
+        artifacts.append(write_artifact(tmp_path / name, spec, random_weights(spec)))
+    old, new = artifacts
+    async with processes(store_url, old, 1, on_model_change="keep") as [(one, _)]:
+        await one.aliases.load(ANYONE, "probe", "new", None)
+        with pytest.raises(VersionNotReady, match="encoding"):
+            await one.aliases.change(ANYONE, "probe", "promote", new.version)
 
 
 async def test_changes_of_two_processes_at_once_are_both_applied(

@@ -58,12 +58,13 @@ async def get_report(call: Call) -> Response:
 async def post_alias(call: Call) -> Response:
     """Change which version answers.
 
-    Rejected (`version_not_ready`) until every process that serves the model has loaded the version.
-    Each process switches between two batches, so no request fails.
+    Rejected (`version_not_ready`) until every process that serves the model has loaded the version,
+    and if it would reject streams of the champion, unless `force` is true. Each process switches
+    between two batches, so no request fails.
     """
     body = await call.read(call.codec.reader.alias)
     await call.api.pipeline.aliases.change(
-        call.caller, call.served.name, body.action, body.version, body.share
+        call.caller, call.served.name, body.action, body.version, body.share, force=body.force
     )
     return await _reply(call)
 
