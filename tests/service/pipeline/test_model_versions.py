@@ -12,13 +12,22 @@ from models.artifact.artifact import Artifact
 from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
 from service.core.errors import InternalError
-from service.core.values import Reply, StreamKey
+from service.core.values import FloatRows, Reply, StreamKey
+from service.engine.runtimes.base import FloatBatch, Lengths
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import oracle_step
-from tests.support.pipelines import Counts, make_artifact, oracle_outputs, rows_of, send, worker
+from tests.support.pipelines import (
+    Counts,
+    chunk_of,
+    make_artifact,
+    oracle_outputs,
+    rows_of,
+    send,
+    worker,
+)
 
 STREAMS = [f"s{number}" for number in range(2_000)]
 
@@ -85,6 +94,36 @@ async def test_each_version_answers_its_streams_in_one_batch(
         versions.add(answering.version)
     assert versions == {artifact.version for artifact in artifacts}
     assert sum(counts.seen[version] for version in versions) == 80
+
+
+class Narrow(NumpyRuntime):
+    """A runtime that takes fewer streams in one call than the batches of the model have."""
+
+    max_batch = 3
+
+    def step(
+        self, rows: FloatBatch, lengths: Lengths, states: FloatRows
+    ) -> tuple[FloatBatch, FloatRows]:
+        # with the row of padding
+        assert len(rows) <= self.max_batch + 1
+        return super().step(rows, lengths, states)
+
+
+async def test_version_whose_runtime_takes_fewer_rows_answers_whole_batches(
+    store_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    rows = {stream: rows_of(np.random.default_rng(4), 3) for stream in STREAMS[:40]}
+    old, new = artifacts
+    async with worker(store_url, old) as pipeline:
+        versions, narrow = pipeline.versions["probe"], ServedModel(new, Narrow(new))
+        versions.add(narrow)
+        versions.route = Route(narrow, versions.route.champion)
+        chunks = [chunk_of(stream, each, 0) for stream, each in rows.items()]
+        replies = await pipeline.process_many(ANYONE, chunks)
+    for reply in replies:
+        assert isinstance(reply, Reply)
+        expected = oracle_outputs(new, rows[reply.key.stream])
+        np.testing.assert_allclose(reply.outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 async def test_failing_version_does_not_fail_the_other_one(
