@@ -2,7 +2,8 @@
 
 Pure values: a transition returns the next record, or raises and changes nothing. The champion
 answers. The challenger computes beside it, and answers a share of the streams. `previous` was the
-champion before the last promotion, and is the challenger after it: a rollback turns both back.
+champion before the last promotion, and is the challenger after it: a rollback turns both back,
+once.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         return replace(self, versions={**self.versions, fingerprint: source})
 
     def change(self, action: Action, version: str | None, share: float | None) -> ModelRecord:
-        """Change the aliases; repeated, it changes nothing.
+        """Change the aliases; repeated, it changes nothing, and a rollback is rejected.
 
         Args:
             version: its fingerprint; None for a rollback.
@@ -81,14 +82,19 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
             InvalidInput: the champion cannot be the challenger, or there is nothing to roll back.
         """
         if action == "rollback":
-            version = self.previous
+            if self.previous is None:
+                raise InvalidInput(
+                    "action: expected a promotion to take back, got none", at="action"
+                )
+            champion, old = self.previous, self.champion
+            return replace(self, champion=champion, challenger=old, share=0.0, previous=None)
         if version is None:
             raise InvalidInput(f"{action}: expected a version, got none", at="version")
-        if action in ("promote", "rollback"):
+        if action == "promote":
             if version == self.champion:
                 return self
-            champion, old = version, self.champion
-            return replace(self, champion=champion, challenger=old, share=0.0, previous=old)
+            old = self.champion
+            return replace(self, champion=version, challenger=old, share=0.0, previous=old)
         if version == self.champion:
             raise InvalidInput(
                 f"version: expected another one than the champion, got {version_of(version)}",

@@ -200,6 +200,7 @@ class VersionRun:
     async def _post(self, place: str, **body: object) -> None:
         """Change versions, once every worker is able to."""
         sender, deadline_s = self.senders[0], time.monotonic() + FINISH_S
+        may_be_done = False
         path = f"/v1/models/{network.MODEL}/{place}"
         while True:
             worker = self.deployment.clients[sender._any_worker()]
@@ -208,6 +209,9 @@ class VersionRun:
                 return
             except Problem as problem:
                 self.history.seen[f"operator: {problem.code or 'no reply'}"] += 1
+                if may_be_done and problem.code == "invalid_input":
+                    return  # a rollback whose reply was lost
+                may_be_done = body.get("action") == "rollback" and not problem.status
                 is_late = time.monotonic() > deadline_s
                 if is_late or (problem.status and not problem.is_retryable):
                     self.history.unexpected.append(f"{body}: {dict(problem.document)}")

@@ -80,14 +80,17 @@ async def test_aliases_reach_every_process(store_url: str, artifacts: list[Artif
             ("canary", (new.version[:6], 0.25), (old.version, new.version, 0.25)),
             ("promote", (new.version,), (new.version, old.version, 0.0)),
             ("rollback", (), (old.version, new.version, 0.0)),
-            ("rollback", (), (new.version, old.version, 0.0)),
         ):
             await change(two, action, *arguments)
             await until(lambda expected=expected: answers(one) == answers(two) == expected)  # type: ignore[misc]
+        with pytest.raises(InvalidInput, match="a promotion to take back, got none"):
+            await one.aliases.change(ANYONE, "probe", "rollback")
+        await change(two, "promote", new.version)
+        await until(lambda: answers(one) == answers(two) == (new.version, old.version, 0.0))
         await one.aliases.retire(ANYONE, "probe", old.version)
         await until(lambda: answers(two) == (new.version, None, 0.0))
         assert [*two.versions["probe"].loaded] == [new.fingerprint]
-        with pytest.raises(InvalidInput, match="rollback"):
+        with pytest.raises(InvalidInput, match="a promotion to take back"):
             await one.aliases.change(ANYONE, "probe", "rollback")
 
 
