@@ -21,7 +21,7 @@ from structlog.dev import ConsoleRenderer, plain_traceback
 
 from models.artifact.writing import write_artifact
 from service.access import key_cache, limits
-from service.store.redis import monitor
+from service.store.redis import capabilities, monitor
 from service.telemetry.access_log import access_log
 from tests.support.browser import running_browser
 from tests.support.event_loop import EventLoop
@@ -87,10 +87,11 @@ def access_log_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def store_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of access keys, renewals of rates and checks wait for a store that a busy machine
-    suspends."""
+    suspends; reports of processes outlast their suspension."""
     monkeypatch.setattr(key_cache, "READ_S", 60.0)
     monkeypatch.setattr(limits, "RENEW_TIMEOUT_S", 60.0)
     monkeypatch.setattr(monitor, "PROBE_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(capabilities, "REPORT_LIFETIME_MS", 600_000)
 
 
 @pytest.fixture(scope="session")

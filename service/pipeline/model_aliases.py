@@ -43,7 +43,7 @@ REFRESH_S: Final = 0.5
 """Time between two reads of the records' version."""
 
 REPORT_S: Final = 2.0
-"""Longest time between two reports of a process; the store forgets a report after 10 s."""
+"""Longest time between two reports of a process; the store forgets older ones after a while."""
 
 READ_S: Final = 0.4
 """Longest wait for the store when it is polled."""

@@ -37,6 +37,9 @@ VERSION: Final = "version"
 MODELS_VERSION: Final = ":version"
 """Field beside the records; no name of a model."""
 
+REPORT_LIFETIME_MS = 10_000
+"""After that long a report is of a process that has ended; one that runs renews it before."""
+
 TOKEN_KEY_BYTES: Final = 32
 PAGE_STREAMS: Final = 100
 """Streams that are reconciled together: few, so that chunks hardly wait behind them."""
@@ -109,7 +112,7 @@ class RedisStoredModels(StoredModels):
     async def report(
         self, process: str, report: bytes, deadline_s: float = math.inf
     ) -> Sequence[bytes]:
-        name, arguments = self._keys.loaded_models, (process, report)
+        name, arguments = self._keys.loaded_models, (process, report, REPORT_LIFETIME_MS)
         outcome = await self._run(self._report_script, name, arguments, deadline_s)
         reports: list[bytes] = read_value(outcome)
         return reports

@@ -10,6 +10,7 @@ from service.core.errors import StateDamaged, StoreRefused
 from service.core.values import StreamHead, Tombstone
 from service.store.base import Committed, Conflicted, Store
 from service.store.codec import HEADER_BYTES
+from service.store.redis import capabilities
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async
@@ -99,6 +100,21 @@ async def test_reports_of_processes_that_are_alive_are_read_by_each(store: Store
     assert sorted(await models.report("b", b"of b:1")) == [b"of a", b"of b:1"]
     assert sorted(await models.report("a", b"of a, new")) == [b"of a, new", b"of b:1"]
     assert await models.report("b", b"") == [b"of a, new"]
+
+
+async def test_report_of_a_process_that_has_ended_is_forgotten(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = store.models
+    await models.report("a", b"of a")
+    monkeypatch.setattr(capabilities, "REPORT_LIFETIME_MS", 1)
+
+    async def is_forgotten() -> bool:
+        return await models.report("b", b"of b") == [b"of b"]
+
+    await until_async(is_forgotten, "the end of the report")
+    monkeypatch.undo()
+    assert await models.report("b", b"") == []
 
 
 async def test_access_keys_are_read_when_their_version_has_changed(
