@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from models.artifact.artifact import load_artifact
+from service.pipeline.model_aliases import ModelAliases
 from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import numpy_served
 
@@ -27,3 +30,12 @@ class Versions:
         if path in self.missing:
             raise FileNotFoundError(path)
         return numpy_served(load_artifact(self._folder / path))
+
+
+def stop_polling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no process read records and report versions by itself: only requests use the store."""
+
+    async def refresh(_: ModelAliases) -> None:
+        pass
+
+    monkeypatch.setattr(ModelAliases, "refresh", refresh)

@@ -23,6 +23,7 @@ from service.core.errors import (
     VersionNotReady,
     VersionRejected,
 )
+from service.pipeline import model_aliases
 from service.pipeline.pipeline import Pipeline
 from tests.support.models import random_weights, small_spec
 from tests.support.oracle import contracting_weights
@@ -256,15 +257,18 @@ async def test_changes_of_two_processes_at_once_are_both_applied(
 
 
 async def test_last_known_aliases_hold_while_the_store_does_not_answer(
-    artifacts: list[Artifact],
+    artifacts: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new, _ = artifacts
+    # no poll fails before, on a machine that suspends the server: the first failure is logged
+    monkeypatch.setattr(model_aliases, "READ_S", 60.0)
     with real_server("valkey") as server:
         async with processes(server.url, old) as [(one, _), (two, _)]:
             await one.aliases.load(ANYONE, "probe", new.path.name, None)
             await change(one, "promote", new.version)
             await until(lambda: answers(two)[0] == new.version)
             server.pause()
+            monkeypatch.setattr(model_aliases, "READ_S", 0.1)
             with capture_logs() as lines:
                 await two.aliases.refresh()
                 await two.aliases.refresh()

@@ -31,6 +31,7 @@ from tests.support.cluster import Cluster, own_cluster, shared_cluster
 from tests.support.pipelines import chunk_of, rows_of
 from tests.support.pipelines import worker as pipeline_worker
 from tests.support.servers import RealServer, emptied
+from tests.support.versions import stop_polling
 
 __all__ = ["own_cluster", "shared_cluster"]
 
@@ -240,8 +241,9 @@ async def test_a_quota_counts_existing_streams_under_concurrency(
 
 
 async def test_a_chunk_of_a_stream_that_exists_costs_no_access_to_the_count(
-    pipeline_server: RealServer, artifact: Artifact
+    pipeline_server: RealServer, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stop_polling(monkeypatch)
     async with worker(emptied(pipeline_server), artifact) as alone:
         first = alone.tenant(KEY, 1)
         assert await first.create("s")

@@ -19,6 +19,7 @@ from service.store.redis.histories import RedisHistories
 from tests.support.pipelines import oracle_outputs, rows_of, send, worker
 from tests.support.proxy import LossyPath
 from tests.support.servers import real_server
+from tests.support.versions import stop_polling
 
 HISTORY = HistorySpec(events=16)
 KEY = StreamKey("probe", "s")
@@ -34,7 +35,9 @@ class Lossy(NamedTuple):
 
 
 @pytest.fixture
-async def lossy(artifact: Artifact) -> AsyncIterator[Lossy]:
+async def lossy(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lossy]:
+    # or the path could lose the reply to a report
+    stop_polling(monkeypatch)
     with real_server("valkey") as server:
         async with (
             LossyPath.to(server.socket, server.folder) as path,
