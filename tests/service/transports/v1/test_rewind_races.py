@@ -20,7 +20,7 @@ from tests.service.transports.v1.harness import Harness, harness
 from tests.support.pipelines import oracle_outputs, rows_of
 from tests.support.servers import RealServer
 
-ROUNDS = 40
+REWINDS = 200
 REJECTED = {
     "chunk": {"epoch_mismatch", "position_ahead", "position_behind", "state_changed"},
     "rewind": {"position_unavailable", "state_changed", "stream_not_found"},
@@ -146,10 +146,8 @@ async def test_racing_rewinds_are_exact_or_rejected_over_http(
     outcomes: Counter[str] = Counter()
     async with harness(pipeline_server, {"probe": artifact}, history=history) as api:
         clients = [Client(api, f"s{at}", artifact, seed=at) for at in range(8)]
-        for _ in range(ROUNDS):
+        # until there were enough, and each kind of request was applied
+        while sum(client.rewinds for client in clients) < REWINDS or REJECTED.keys() - outcomes:
             await asyncio.gather(*(client.round() for client in clients))
-        for client in clients:
-            outcomes += client.outcomes
+            outcomes = sum((client.outcomes for client in clients), Counter())
     print(dict(outcomes))
-    assert sum(client.rewinds for client in clients) > 200
-    assert all(outcomes[each] for each in ("chunk", "rewind", "fork", "delete"))
