@@ -69,7 +69,8 @@ def test_commands_of_the_nightly_page_run_as_written(
     shell(first)
     assignment, _, _ = serve.partition(" ")
     name, _, value = assignment.partition("=")
-    with running(tmp_path, tmp_path / "models", **{name: value}) as service:
+    patient = {"CARRY_STORE_WAIT_S": "60"}
+    with running(tmp_path, tmp_path / "models", **{name: value}, **patient) as service:
         old = send(service, 0)
         listed = shell(nightly, service.url).splitlines()
         assert [line.split()[3] for line in listed[-2:]] == ["challenger", "champion"]

@@ -182,7 +182,11 @@ class LiveSockets(ConnectionPool):
 
     async def open(self, key: str) -> ClientConnection:
         socket = await connect(
-            f"{self._url}{key}", ping_interval=None, compression=None, proxy=None
+            f"{self._url}{key}",
+            open_timeout=60,
+            ping_interval=None,
+            compression=None,
+            proxy=None,
         )
         try:
             # the hello

@@ -40,7 +40,9 @@ async def carry(pipeline_server: RealServer, tmp_path: Path) -> AsyncIterator[Co
     artifacts = [make_artifact(tmp_path, seed) for seed in (1, 2)]
     models = {"probe": artifacts[0]}
     load = Versions(tmp_path)
-    async with harness(pipeline_server, models, load_version=load) as api, serving(api) as server:
+    # much, so that a challenger soon repays what its calls cost on a machine that suspends them
+    running = harness(pipeline_server, models, load_version=load, shadow_budget=10)
+    async with running as api, serving(api) as server:
         yield Commands(api, f"http://127.0.0.1:{port_of(server)}", artifacts)
 
 
