@@ -40,7 +40,7 @@ from service.pipeline.served_model import ServedModel
 from service.store.base import Store, decode_value
 from service.store.codec import CodecError
 from service.store.history import StoredHistory
-from service.store.history_codec import HistoryEntry, read_range
+from service.store.history_codec import HistoryEntry, entries_from, read_range
 
 RETRY_AFTER_S: Final = 1.0
 
@@ -205,21 +205,19 @@ def find_rewarm_start(
     """
     head = record.head
     own = record if served.is_compatible(record) else _own_state(served, key, history)
-    ranges = [read_range(value) for value in history.entries]
-    first = ranges[0].start if ranges else head.position
+    kept = history.entries
+    first = read_range(kept[0]).start if kept else head.position
     if own is not None and (own.head == head or first <= own.head.position):
         start, state, since = own.head.position, own.state, own.since
-    elif not ranges and served.history is None:
+    elif not kept and served.history is None:
         raise HistoryGap("the store keeps no recent events of streams of this model")
     else:
         start, state, since = first, served.initial, first
     entries: Iterable[HistoryEntry] = ()
     if own is None or own.head != head:
-        pairs = zip(history.entries, ranges, strict=True)
-        values = [value for value, events in pairs if events.stop >= start]
-        entries = decode_entries(served, values)
+        entries = decode_entries(served, entries_from(kept, start))
     if state is served.initial:
-        if ranges and served.history_codec.decode(history.entries[0]).starts:
+        if kept and served.history_codec.decode(kept[0]).starts:
             since = None
         elif served.blocks is not None:
             start = since = _first_block(served.blocks.blocks, first, head.position)

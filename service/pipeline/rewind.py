@@ -23,7 +23,7 @@ from service.pipeline.served_model import ServedModel
 from service.store.base import decode_value, state_damaged_error
 from service.store.codec import CodecError, decode_stream
 from service.store.history import Histories, StoredHistory
-from service.store.history_codec import HistoryEntry, read_range
+from service.store.history_codec import HistoryEntry, entries_from, read_range
 
 log = structlog.get_logger(__name__)
 
@@ -173,7 +173,7 @@ class History(NamedTuple):
             state = served.initial
         else:
             raise self._damaged(f"the snapshot of position {base} is missing")
-        values = [value for value in self.entries if read_range(value).stop >= base]
+        values = entries_from(self.entries, base)
         run = HistoryRun(state, base, decode_entries(served, values), position)
         [advanced] = await advance_many(served, compute, [run])
         if isinstance(advanced, CarryError):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -119,6 +120,21 @@ def read_range(value: bytes) -> range:
         raise CodecError(f"expected at least {_HEADER_BYTES} bytes, got {len(value)}")
     start, count, _ = _LEAD.unpack_from(value)
     return range(start, start + count)
+
+
+def entries_from(entries: Sequence[bytes], position: int) -> Sequence[bytes]:
+    """The entries of a stream that end at a position or after it.
+
+    It reads few of them: they follow one another, and there may be tens of thousands.
+
+    Raises:
+        CodecError: one is too short.
+    """
+    return entries[bisect_left(entries, position, key=_read_stop) :]
+
+
+def _read_stop(value: bytes) -> int:
+    return read_range(value).stop
 
 
 class HistoryCodec:
@@ -259,14 +275,11 @@ class HistoryCodec:
         Raises:
             CodecError: the entry to cut cannot be decoded.
         """
-        kept: list[bytes] = []
-        for value in entries:
-            positions = read_range(value)
-            if positions.stop <= position:
-                kept.append(value)
-            elif positions.start < position:
-                start, steps, final, starts = self.decode(value).cut(positions.start, position)
-                kept.append(self.encode(start, steps, final=final, starts=starts))
+        count = bisect_right(entries, position, key=_read_stop)
+        kept = [*entries[:count]]
+        if count < len(entries) and (first := read_range(entries[count]).start) < position:
+            start, steps, final, starts = self.decode(entries[count]).cut(first, position)
+            kept.append(self.encode(start, steps, final=final, starts=starts))
         return kept
 
 

@@ -16,7 +16,7 @@ from models.events.encode import Clock, encode
 from models.events.schema import EventSchema, NumericField
 from service.core.values import Feed, Steps
 from service.store.codec import CodecError
-from service.store.history_codec import HistoryCodec, HistoryEntry, read_range
+from service.store.history_codec import HistoryCodec, HistoryEntry, entries_from, read_range
 from tests.support.events import FULL_SCHEMA, NORMALISED, SPARSE_TIMES, events
 from tests.support.strict_events import columns_from_events
 
@@ -137,6 +137,35 @@ def test_a_cut_keeps_the_entries_before_a_position() -> None:
     (cut,) = codec.keep_until([codec.encode(10, steps[0], final=True, starts=True)], 12)
     assert codec.decode(cut).starts
     assert not codec.decode(cut).final
+
+
+class Counted(list[bytes]):
+    """Entries that count how often one is read."""
+
+    reads = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        self.reads += isinstance(at, int)
+        return super().__getitem__(at)
+
+    def __iter__(self) -> Any:
+        self.reads += len(self)
+        return super().__iter__()
+
+
+def test_a_position_is_found_without_reading_every_entry() -> None:
+    codec, generator = HistoryCodec(None, 3), np.random.default_rng(5)
+    values, stop = Counted(), 7
+    for length in generator.integers(1, 4, 1000):
+        list.append(values, codec.encode(stop, rows_of(int(length))))
+        stop += int(length)
+    for position in (7, 8, 500, *generator.integers(7, stop, 20).tolist(), stop):
+        expected = [each for each in list.__iter__(values) if read_range(each).stop >= position]
+        values.reads = 0
+        assert entries_from(values, position) == expected
+        last = codec.keep_until(values, position)[-1:]
+        assert [read_range(each).stop for each in last] == [position] * (position > 7)
+        assert values.reads <= 2 * 12
 
 
 def test_the_bytes_of_an_entry_are_those_of_the_layout() -> None:
