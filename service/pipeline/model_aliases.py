@@ -139,10 +139,12 @@ class ModelAliases:
                 # from a folder of versions: one that is added later must not answer by a restart
                 await self._change(name, lambda record: record)
         for name, record in self._records.items():
-            answering = [record.champion, *([record.challenger] if record.challenger else [])]
-            for fingerprint in answering:
-                await self._load_recorded(name, fingerprint)
+            # the champion is what others are checked against, not the last one in the folder
+            await self._load_recorded(name, record.champion, is_checked=False)
             self._apply(name)
+            if record.challenger is not None:
+                await self._load_recorded(name, record.challenger)
+                self._apply(name)
             if (reason := self._failure(name)) is not None:
                 raise VersionRejected(reason)
         loop = asyncio.get_running_loop()
@@ -231,13 +233,13 @@ class ModelAliases:
         is_loaded = bytes.fromhex(fingerprint) in self._versions[name].loaded
         return is_loaded or fingerprint in self._failed.get(name, {})
 
-    async def _load_recorded(self, name: str, fingerprint: str) -> None:
-        """Load a version that the record names; a failure is reported."""
+    async def _load_recorded(self, name: str, fingerprint: str, *, is_checked: bool = True) -> None:
+        """Load a version that the record names, as `_load` does; a failure is reported."""
         source = self._records[name].versions.get(fingerprint)
         if source is None or self._is_settled(name, fingerprint):
             return
         try:
-            served = await self._load(name, source.path)
+            served = await self._load(name, source.path, is_checked=is_checked)
             if served.fingerprint.hex() != fingerprint:
                 raise VersionRejected(
                     f"{source.path}: expected version {version_of(fingerprint)}, got "
@@ -252,8 +254,12 @@ class ModelAliases:
             )
             self._failed.setdefault(name, {})[fingerprint] = error.detail
 
-    async def _load(self, name: str, path: str) -> ServedModel:
-        """Load a version beside those that answer, without disturbing them."""
+    async def _load(self, name: str, path: str, *, is_checked: bool = True) -> ServedModel:
+        """Load a version beside those that answer, without disturbing them.
+
+        Args:
+            is_checked: whether it has to accept the requests of the champion.
+        """
         versions = self._versions[name]
         async with self._loading:
             if self._load_version is None:
@@ -263,7 +269,8 @@ class ModelAliases:
             except Exception as error:
                 # whatever is wrong with an artifact: the versions that answer go on
                 raise VersionRejected(f"{path}: {error}") from error
-            check_accepts_same_requests(versions.route.champion, served)
+            if is_checked:
+                check_accepts_same_requests(versions.route.champion, served)
             known = versions.loaded.get(served.fingerprint)
             if known is not None:
                 return known

@@ -186,9 +186,9 @@ class Pipeline:
             predict = PredictRunner(name, self._compute, recorder)
             self._chunks[name] = self._batcher(run, limits)
             self._sequences[name] = self._batcher(predict, limits)
-            if served.decoder is not None:
-                forecast = ForecastRunner(name, self._compute, recorder)
-                self._forecasts[name] = self._batcher(forecast, BatchLimits(1, steps))
+            # the recorded champion may have a decoder where the last version in its folder has none
+            forecast = ForecastRunner(name, self._compute, recorder)
+            self._forecasts[name] = self._batcher(forecast, BatchLimits(1, steps))
 
     def _batcher(self, runner: BatchRunner[P, R], limits: BatchLimits) -> Batcher[P, R]:
         return Batcher(

@@ -140,6 +140,23 @@ async def test_process_starts_with_the_recorded_versions(
             assert all(check.ok for check in await three.readiness())
 
 
+async def test_process_starts_beside_a_version_that_the_champion_cannot_replace(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    """The last version in the folder may be one that was rejected."""
+    old, new, _ = artifacts
+    async with processes(store_url, old, 1) as [(one, _)]:
+        await one.aliases.load(ANYONE, "probe", new.path.name, None)
+        await change(one, "promote", new.version)
+    described = SPEC.model_dump(mode="json")
+    spec = parse_spec({**described, "heads": described["heads"][:2]})
+    last = write_artifact(old.path.parent / "last", spec, contracting_weights(spec, 5))
+    async with worker(store_url, last, load_version=Versions(old.path.parent)) as again:
+        assert answers(again) == (new.version, old.version, 0.0)
+        reply = await send(again, "s", rows_of(np.random.default_rng(1), 2), 0)
+        assert reply.outputs.shape[1] == new.outputs.size
+
+
 async def test_version_that_cannot_serve_the_model_is_rejected(
     store_url: str, artifacts: list[Artifact]
 ) -> None:
