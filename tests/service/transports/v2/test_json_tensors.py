@@ -134,7 +134,9 @@ class Paths:
         codec = codec_of(artifact)
         self._name = codec.served.name
         pipeline = SimpleNamespace(
-            model=lambda *of: codec.served, check_admission=lambda *arguments: None
+            model=lambda *of: codec.served,
+            check_admission=lambda *arguments: None,
+            aliases=SimpleNamespace(on_switch=[]),
         )
         api: Any = SimpleNamespace(
             pipeline=pipeline,
