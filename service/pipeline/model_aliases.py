@@ -271,10 +271,8 @@ class ModelAliases:
                 raise VersionRejected(f"{path}: {error}") from error
             if is_checked:
                 check_accepts_same_requests(versions.route.champion, served)
-            known = versions.loaded.get(served.fingerprint)
-            if known is not None:
-                return known
-            versions.add(served)
+            if served.fingerprint not in versions.loaded:
+                versions.add(served)
             return served
 
     def _apply(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -192,6 +193,23 @@ async def test_version_that_cannot_serve_the_model_is_rejected(
             await one.aliases.retire(ANYONE, "probe", old.version)
         with pytest.raises(InvalidInput, match="champion"):
             await one.aliases.change(ANYONE, "probe", "shadow", old.version)
+
+
+async def test_version_that_is_loaded_from_a_copy_is_there_from_then_on(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    """So that the first folder may be removed."""
+    old, new, _ = artifacts
+    folder = old.path.parent
+    shutil.copytree(new.path, folder / "copy")
+    async with processes(store_url, old, 1) as [(one, _)]:
+        await one.aliases.load(ANYONE, "probe", new.path.name, None)
+        await change(one, "promote", new.version)
+        await one.aliases.load(ANYONE, "probe", "copy", None)
+        files = Versions(folder)
+        files.missing.add(new.path.name)
+        async with worker(store_url, old, load_version=files) as again:
+            assert answers(again)[0] == new.version
 
 
 async def test_label_that_looks_like_another_version_names_neither(
