@@ -46,13 +46,19 @@ from models.onnx.messages import (
     Value,
     tensor_value,
 )
+from models.onnx.normalization import (
+    affine,
+    batch_normalization,
+    layer_normalization,
+    rms_normalization,
+    unit_normalization,
+)
 from models.spec.decoder import LAST
 from models.spec.heads import AnomalyHead
 from models.spec.layers import (
     EMPTY_MAXIMUM,
     FEATURES,
     MASKED_SCORE,
-    UNIT_NORM_EPSILON,
     ActivationLayer,
     AffineLayer,
     AttentionLayer,
@@ -392,7 +398,7 @@ class _Step:
                 past = self._before.get(name, "")
                 x, self._after[name] = causal_convolution(nodes, layer, weights, x, LENGTHS, past)
             case AffineLayer():
-                x = self._affine(layer, x)
+                x = affine(nodes, layer, weights, x)
             case PreluLayer():
                 x = nodes.add("PRelu", x, nodes.constant(weights[f"{layer.name}.slope"]))
             case SliceLayer():
@@ -400,15 +406,15 @@ class _Step:
             case DropoutLayer():
                 pass
             case LayerNormalizationLayer():
-                x = self._layer_normalization(layer, x)
+                x = layer_normalization(
+                    nodes, layer, weights, x, layer_widths(self._spec)[layer.name]
+                )
             case RmsNormalizationLayer():
-                x = self._rms_normalization(layer, x)
+                x = rms_normalization(nodes, layer, weights, x)
             case UnitNormalizationLayer():
-                total = nodes.add("ReduceSumSquare", x, nodes.integers(2), keepdims=1)
-                total = nodes.add("Max", total, nodes.number(UNIT_NORM_EPSILON))
-                x = nodes.add("Div", x, nodes.add("Sqrt", total))
+                x = unit_normalization(nodes, x)
             case BatchNormalizationLayer():
-                x = self._batch_normalization(layer, x)
+                x = batch_normalization(nodes, layer, weights, x)
             case MergeLayer():
                 x = self._merge(layer, sources)
         return x
@@ -425,51 +431,6 @@ class _Step:
     def _keep(self, layer: Recurrent, after: list[Value]) -> None:
         names = [f"{layer.name}.{part}" for part in layer.returned_state]
         self._after.update(zip(names, after, strict=True))
-
-    def _layer_normalization(self, layer: LayerNormalizationLayer, x: Value) -> Value:
-        scale = self._weights.get(f"{layer.name}.gamma")
-        offset = self._weights.get(f"{layer.name}.beta")
-        constants = [
-            self.nodes.constant(
-                np.ones(layer_widths(self._spec)[layer.name], np.float32)
-                if scale is None
-                else scale
-            )
-        ]
-        if offset is not None:
-            constants.append(self.nodes.constant(offset))
-        return self.nodes.add("LayerNormalization", x, *constants, axis=-1, epsilon=layer.epsilon)
-
-    def _rms_normalization(self, layer: RmsNormalizationLayer, x: Value) -> Value:
-        nodes = self.nodes
-        squares = nodes.add("ReduceMean", nodes.add("Mul", x, x), nodes.integers(2), keepdims=1)
-        root = nodes.add("Sqrt", nodes.add("Add", squares, nodes.number(layer.epsilon)))
-        own = nodes.constant(self._weights[f"{layer.name}.scale"])
-        return nodes.add("Mul", nodes.add("Div", x, root), own)
-
-    def _affine(self, layer: AffineLayer, x: Value) -> Value:
-        """Constants without effect are left out."""
-        for operator, kind, neutral in (
-            ("Sub", "shift", 0),
-            ("Mul", "scale", 1),
-            ("Add", "offset", 0),
-        ):
-            constant = self._weights[f"{layer.name}.{kind}"]
-            if (constant != neutral).any():
-                x = self.nodes.add(operator, x, self.nodes.constant(constant))
-        return x
-
-    def _batch_normalization(self, layer: BatchNormalizationLayer, x: Value) -> Value:
-        """With its moving statistics it is one factor and one offset per column."""
-        exact = {
-            kind: np.asarray(self._weights[f"{layer.name}.{kind}"], np.float64)
-            for kind in ("gamma", "beta", "moving_mean", "moving_variance")
-            if f"{layer.name}.{kind}" in self._weights
-        }
-        factor = exact.get("gamma", 1.0) / np.sqrt(exact["moving_variance"] + layer.epsilon)
-        offset = exact.get("beta", 0.0) - exact["moving_mean"] * factor
-        product = self.nodes.add("Mul", x, self.nodes.constant(factor.astype(np.float32)))
-        return self.nodes.add("Add", product, self.nodes.constant(offset.astype(np.float32)))
 
     def _merge(self, layer: MergeLayer, sources: list[Value]) -> Value:
         if layer.kind == "concatenate":
