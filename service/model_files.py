@@ -43,6 +43,11 @@ class VersionFiles:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise ArtifactError("expected a path inside the folder of the models")
         folder = self._folder / path
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"expected a folder inside that of the models ({self._folder}), such as "
+                f"{model}/VERSION; there is none"
+            )
         name = read_manifest(folder).get("name")
         if name != model:
             raise ArtifactError(f"expected an artifact of model {model!r}, got one of {name!r}")

@@ -67,6 +67,7 @@ FrameId = (
     Annotated[str, Meta(max_length=MAX_FRAME_ID_CHARS)]
     | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 )
+_VERSION_NAME: Final = "1 to 64 characters of A-Z a-z 0-9 . _ -"
 _FRAME_ID: Final = f"an integer of 64 bits or a string of at most {MAX_FRAME_ID_CHARS} characters"
 
 # The types that differ between models and media types; unless a body has parameters, they are Any.
@@ -290,6 +291,7 @@ class VersionBody(Body):
                 description="A readable name, unique among the versions of the model.",
                 examples=["nightly-2026-11-30"],
                 pattern=VERSION_NAME,
+                extra={EXPECTED: _VERSION_NAME},
             ),
         ]
         | None
@@ -315,6 +317,7 @@ class AliasBody(Body):
                 description="Its label, or the first digits of its fingerprint; none for "
                 "`rollback`.",
                 pattern=VERSION_NAME,
+                extra={EXPECTED: _VERSION_NAME},
             ),
         ]
         | None

@@ -243,7 +243,7 @@ class ModelAliases:
             if served.fingerprint.hex() != fingerprint:
                 raise VersionRejected(
                     f"{source.path}: expected version {version_of(fingerprint)}, got "
-                    f"{served.version}"
+                    f"{served.version}; put the expected one back: each needs a folder of its own"
                 )
         except VersionRejected as error:
             log.error(

@@ -61,8 +61,8 @@ class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
                 continue
             if source.label is not None and known.label == source.label:
                 raise VersionRejected(
-                    f"label: version {version_of(other)} has the label {source.label!r}; retire it "
-                    "first"
+                    f"label: version {version_of(other)} has the label {source.label!r}; choose "
+                    "another, or retire that version first"
                 )
             if known.path == source.path:
                 raise VersionRejected(

@@ -48,6 +48,7 @@ def test_versions_are_loaded_warm_by_their_paths(folder: Path) -> None:
         ("/etc", "inside the folder"),
         ("probe", "manifest"),
         ("other", "'other'"),
+        ("models/probe/a", "such as probe/VERSION"),
     ],
 )
 def test_path_that_is_no_version_of_the_model_is_rejected(
