@@ -67,7 +67,9 @@ def backup(
         if records:
             count = f"{len(records):,} access key{'' if len(records) == 1 else 's'}"
             key_hint = f" and {count}" if keys else f", without the {count} (--keys)"
-        info = BackupInfo(round(time.time() * 1000), namespace, model, prefix, stored)
+        _, models = await store.models.read(None) or (b"", {})
+        models = _select(models, model)
+        info = BackupInfo(round(time.time() * 1000), namespace, model, prefix, stored, models)
         return await write_backup(store, target, info, lambda done: show(done.streams))
 
     with open_output(file, is_secret=keys) as target, show_progress("backing up") as show:
@@ -107,14 +109,19 @@ def restore(
 
     A stream that the store has at a later position, or in another epoch, is kept, so that the
     command can be repeated. If the store of the backup has had access keys, this one requires them.
+    Which versions of a model answer is restored if the store has no versions of it.
     """
-    from service.store.backup import BackupError, BackupReader, restore_backup
+    from service.store.backup import BackupError, BackupReader, restore_backup, restore_versions
 
     lines: list[str] = []
 
     async def write(store: Store) -> BackupProgress:
         # before the streams, so that no service answers for them without a key
         lines.extend(await _restore_keys(store.keys, reader.info.keys, keys, replace))
+        versions = await restore_versions(store, _select(reader.info.models, model))
+        for name, is_written in versions.items():
+            what = "restored the versions" if is_written else "kept the versions in the store"
+            lines.append(f"{what} of model {name}")
         return await restore_backup(
             *(store, reader),
             model=model,
@@ -170,6 +177,11 @@ async def _restore_keys(
         *(f"restored key {describe(key_id, known[key_id])}" for key_id in written),
         *(f"kept key {key_id} as the store has it; --replace overwrites it" for key_id in kept),
     ]
+
+
+def _select(models: Mapping[str, bytes], model: str | None) -> Mapping[str, bytes]:
+    """The records of one model, or of all."""
+    return {name: record for name, record in models.items() if model in (None, name)}
 
 
 def _count(streams: int) -> str:

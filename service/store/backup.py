@@ -13,13 +13,14 @@ each at the state of one moment, with its epoch, position and last chunk; neithe
 tombstones, nor states for other versions of the model. It is independent of the number of
 partitions and servers.
 
-The description of format 3 ends with the records of the access keys by id: none if they were not
-asked for, and nil if the store never had any. Earlier versions wrote format 2, the same without
-histories, and format 1, without keys.
+The description of format 3 ends with the records of the access keys by id, none if they were not
+asked for, and nil if the store never had any; and the records of the models' versions by model.
+Earlier versions wrote format 2, without histories and versions, and format 1, also without keys.
 
 A restoration never rolls a stream back: a stream that is in the store already is written only if
 the backup has a later position of the same epoch. So it may be repeated, and a stream that a
-listing returned twice gets its latest state.
+listing returned twice gets its latest state. The record of a model's versions is written only if
+the store has none of the model.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from service.store.history_codec import read_range
 MAGIC: Final = b"CRRB"
 FORMAT: Final = 3
 FORMAT_WITHOUT_KEYS: Final = 1
+FORMAT_WITHOUT_VERSIONS: Final = 2
 PAGE_STREAMS: Final = 1000
 STREAMS_AT_ONCE: Final = 200
 """Streams that are read together: few, so that large states fit in memory."""
@@ -93,6 +95,7 @@ class BackupInfo:
         prefix: with which the names of all its streams begin.
         keys: records of the access keys by id, none if they were not asked for; None if the store
             never had any.
+        models: records of the models' versions by model.
     """
 
     created_ms: int
@@ -100,6 +103,7 @@ class BackupInfo:
     model: str | None
     prefix: str
     keys: Mapping[str, bytes] | None = None
+    models: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -134,7 +138,8 @@ async def write_backup(
     progress = BackupProgress()
     keys = None if info.keys is None else dict(info.keys)
     file.write(_START.pack(MAGIC, FORMAT))
-    _write_block(file, [info.created_ms, info.namespace, info.model, info.prefix, keys])
+    models = dict(info.models)
+    _write_block(file, [info.created_ms, info.namespace, info.model, info.prefix, keys, models])
     async for page in _pages(store, info):
         for first in range(0, len(page), STREAMS_AT_ONCE):
             names = page[first : first + STREAMS_AT_ONCE]
@@ -190,14 +195,14 @@ class BackupReader:
         if not FORMAT_WITHOUT_KEYS <= (version := _START.unpack(start)[1]) <= FORMAT:
             raise BackupError(f"expected format 1 to {FORMAT} of a backup, got {version}")
         content = self._read_block(0)
-        length = 4 if version == FORMAT_WITHOUT_KEYS else 5
+        length = {FORMAT_WITHOUT_KEYS: 4, FORMAT_WITHOUT_VERSIONS: 5}.get(version, 6)
         if not isinstance(content, list) or len(content) != length:
             raise BackupError("the backup's description is invalid")
-        for keys in content[4:]:
-            if keys is None and version == FORMAT:
+        for what, records in zip(("access keys", "versions"), content[4:], strict=False):
+            if records is None and what == "access keys" and version == FORMAT:
                 continue
-            if type(keys) is not dict or not all(type(each) is bytes for each in keys.values()):
-                raise BackupError("the backup's access keys are invalid")
+            if type(records) is not dict or {*map(type, records.values())} - {bytes}:
+                raise BackupError(f"the backup's {what} are invalid")
         self.info = BackupInfo(*content)
 
     def __iter__(self) -> Iterator[list[tuple[StreamKey, BackedUpStream]]]:
@@ -263,6 +268,29 @@ async def restore_backup(
             await _restore(store, latest, replace, progress)
             report(progress)
     return progress
+
+
+async def restore_versions(store: Store, records: Mapping[str, bytes]) -> dict[str, bool]:
+    """Write the records of models' versions of which the store has none.
+
+    Before their streams are restored: so no service answers these by other versions.
+
+    Returns:
+        Whether the record was written, by model; without those that the store has already.
+
+    Raises:
+        NotDurable, StoreUnavailable, StoreRefused
+    """
+    outcomes: dict[str, bool] = {}
+    for model, record in records.items():
+        while model not in outcomes:
+            version, stored = await store.models.read(None) or (b"", {})
+            if stored.get(model) == record:
+                break
+            # if the write fails, a process has changed a record since
+            if model in stored or await store.models.write(version, model, record):
+                outcomes[model] = model not in stored
+    return outcomes
 
 
 async def _restore(

@@ -163,6 +163,27 @@ async def test_keys_are_restored_and_overwritten_only_on_request(
         assert (await restored.keys.read(None))[1] == before
 
 
+async def test_the_versions_that_answer_are_restored(
+    servers: tuple[str, str], tmp_path: Path
+) -> None:
+    url, new = servers
+    file = tmp_path / "file"
+    async with opened(url) as store, opened(new) as restored:
+        for model in ("flights", "rivers"):
+            version, _ = await store.models.read(None) or (b"", {})
+            assert await store.models.write(version, model, b'{"champion":"ab"}')
+        await carry("backup", file, "--redis-url", url)
+        done = await carry("restore", file, "--redis-url", new, "--model", "rivers")
+        assert done.stderr.splitlines()[1:] == ["restored the versions of model rivers"]
+        assert await store.models.write((await store.models.read(None))[0], "rivers", b"{}")
+        done = await carry("restore", file, "--redis-url", url)
+        assert done.stderr.splitlines()[1:] == ["kept the versions in the store of model rivers"]
+        await carry("backup", file, "--redis-url", url, "--model", "flights")
+        with file.open("rb") as source:
+            assert [*BackupReader(source).info.models] == ["flights"]
+        assert [*(await restored.models.read(None))[1]] == ["rivers"]
+
+
 @pytest.mark.parametrize("keys", [{"version": b"x"}, {"0a1b2c3d4e5f": b"{}"}, {"0a1b2c3d4e5f": 1}])
 async def test_invalid_keys_of_a_backup_are_not_written(
     servers: tuple[str, str], tmp_path: Path, keys: Any

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import struct
 import zlib
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import ormsgpack
@@ -21,6 +23,7 @@ from service.store.backup import (
     BackupProgress,
     BackupReader,
     restore_backup,
+    restore_versions,
     write_backup,
 )
 from service.store.base import Committed, Store
@@ -162,6 +165,19 @@ async def test_histories_are_backed_up_and_restored(open_on: OpenStore, streams:
     assert [ENTRIES.decode(each).start for each in history.entries] == [8, 12]
 
 
+async def test_versions_are_restored_into_a_store_that_has_none(open_on: OpenStore) -> None:
+    store, other = await open_on(), await open_on(namespace="other")
+    records = {"probe": b'{"champion":"ab"}', "small": b'{"champion":"cd"}'}
+    backup, _ = await backed_up(store, dataclasses.replace(ALL, models=records))
+    info = BackupReader(io.BytesIO(backup)).info
+    assert info.models == records
+    assert await other.models.write(b"", "small", b"{}")
+    assert await restore_versions(other, info.models) == {"probe": True, "small": False}
+    assert await other.models.read(None) == (ANY, {**records, "small": b"{}"})
+    # repeated, it changes nothing
+    assert await restore_versions(other, info.models) == {"small": False}
+
+
 ENTRIES = HistoryCodec(None, 2)
 
 
@@ -173,7 +189,7 @@ def four_rows(seed: int) -> Steps:
 @pytest.mark.parametrize("history", [[[b"x"], []], [[], [b"x"]], [[]], [1, 2]])
 def test_invalid_histories_are_rejected(history: list[Any]) -> None:
     state = encode_state(Streams().first())
-    blocks = [1, "carry", None, "", None], [["m", "s", state, *history]], 1
+    blocks = [1, "carry", None, "", None, {}], [["m", "s", state, *history]], 1
     file = b"CRRB\x03\0\0\0" + b"".join(framed(ormsgpack.packb(each)) for each in blocks)
     with pytest.raises(BackupError, match="a state after 0 streams is invalid"):
         list(BackupReader(io.BytesIO(file)))
