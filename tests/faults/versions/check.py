@@ -6,7 +6,7 @@ version that has seen the events since a position is the gain times what these e
 zero state, and no other events give it. So an output tells exactly which events its state has seen.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -70,8 +70,10 @@ class _StreamCheck:
         for chunk in stream.chunks:
             tag = next_tag(tag, chunk.start, chunk.digest)
             self._tags[chunk.start + len(chunk.rows)] = tag
-        # where the inexact states of a version began
-        self._starts: dict[str, list[int]] = {}
+        # positions by what lacks in the later states of a network that started there
+        self._starts: defaultdict[bytes, list[int]] = defaultdict(list)
+        for position, state in enumerate(self._states):
+            self._starts[turn(state, -position).tobytes()].append(position)
 
     def violations(self) -> Iterator[Finding]:
         """Check each reply, then that nothing followed the last one."""
@@ -104,15 +106,15 @@ class _StreamCheck:
         if reply.version is not None:
             gains = {name: gain for name, gain in gains.items() if name == reply.version}
         reasons = [f"{what}, which does not exist"]
-        for name, gain in gains.items():
-            found, reason = self._find_state(reply, name, gain)
+        for gain in gains.values():
+            found, reason = self._find_state(reply, gain)
             if reason is None:
                 self._seen[found] += 1
                 return
             reasons.append(f"{what}: {reason}")
         yield MIXED, reasons[-1]
 
-    def _find_state(self, reply: Reply, name: str, gain: int) -> tuple[str, str | None]:
+    def _find_state(self, reply: Reply, gain: int) -> tuple[str, str | None]:
         """The kind of state that a version answered from, and what contradicts it."""
         start, warm = reply.chunk.start, reply.warm
         if warm is not None:
@@ -123,7 +125,7 @@ class _StreamCheck:
             return COLD, None if is_true else f"the outputs are not those since {start - events}"
         if self._is_since(reply, gain, 0):
             return EXACT, None
-        since = self._find_start(reply, name, gain)
+        since = self._find_start(reply, gain)
         if since is None:
             return FORGOTTEN, "no events lead to its outputs"
         is_true = start - since >= self._burn_in
@@ -142,11 +144,12 @@ class _StreamCheck:
         """The state at a position of a network that has seen the events since another one."""
         return self._states[at] - turn(self._states[since], at - since)
 
-    def _find_start(self, reply: Reply, name: str, gain: int) -> int | None:
+    def _find_start(self, reply: Reply, gain: int) -> int | None:
         """Since which position the outputs are computed."""
-        known = self._starts.setdefault(name, [])
-        for since in (*known[::-1], *range(1, reply.chunk.start + 1)):
-            if self._is_since(reply, gain, since):
-                known.append(since)
+        stop = reply.chunk.start + len(reply.chunk.rows)
+        state = np.rint(reply.outputs[-1] / gain).astype(np.int64)
+        starts = self._starts.get(turn(self._states[stop] - state, -stop).tobytes(), ())
+        for since in starts:
+            if since <= reply.chunk.start and self._is_since(reply, gain, since):
                 return since
         return None
