@@ -211,7 +211,7 @@ class VersionRun:
                 self.history.seen[f"operator: {problem.code or 'no reply'}"] += 1
                 if may_be_done and problem.code == "invalid_input":
                     return  # a rollback whose reply was lost
-                may_be_done = body.get("action") == "rollback" and not problem.status
+                may_be_done |= body.get("action") == "rollback" and not problem.status
                 is_late = time.monotonic() > deadline_s
                 if is_late or (problem.status and not problem.is_retryable):
                     self.history.unexpected.append(f"{body}: {dict(problem.document)}")
