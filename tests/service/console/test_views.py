@@ -48,6 +48,7 @@ carry_request_seconds_count{method="GET",route="/v1/a/outputs",status="200"} 700
 
 SHOWN = """Object.fromEntries([...document.querySelectorAll('.tiles > div')]
   .map((tile) => [...tile.children].map((each) => each.innerText)))"""
+HEALTH = "document.querySelector('header [role=status]')?.innerText"
 STAGES = """[...document.querySelectorAll('figure')]
   .find((each) => each.innerText.startsWith('Stages')).querySelector('[role=img]').ariaLabel"""
 
@@ -69,6 +70,8 @@ async def opened_console(
             address = "/" + route.replace("_", "/")
             running.app.router.routes.insert(0, APIRoute(address, endpoint))
         await page.open(f"http://127.0.0.1:{proxy.port}/console/")
+        # until it follows changes of its address, which it does after its first picture
+        await page.until(f"({HEALTH} ?? 'Connecting') !== 'Connecting'")
         yield page
         assert page.errors == []
 
@@ -102,7 +105,6 @@ async def test_the_page_names_the_checks_that_fail_or_are_degraded(
     store = {"name": "store", "ok": False, "detail": "2 of 3 servers accept commits"}
     runtime = {"name": "runtime", "ok": True, "detail": "warm"}
     report = {"status": "not_ready", "failing": ["store"], "degraded": []}
-    status = "document.querySelector('header [role=status]')?.innerText"
     alert = "document.querySelector('main [role=alert]')?.innerText"
 
     def health_ready() -> Response:
@@ -112,11 +114,11 @@ async def test_the_page_names_the_checks_that_fail_or_are_degraded(
     async with opened_console(
         pipeline_server, browser, tmp_path, health_ready=health_ready
     ) as page:
-        await page.until(f"{status} === 'Not ready' && {alert} === '{store['detail']}'")
+        await page.until(f"{HEALTH} === 'Not ready' && {alert} === '{store['detail']}'")
         report |= {"status": "ready", "failing": [], "degraded": ["store"]}
-        await page.until(f"{status} === 'Degraded' && {alert} === '{store['detail']}'")
+        await page.until(f"{HEALTH} === 'Degraded' && {alert} === '{store['detail']}'")
         report |= {"degraded": []}
-        await page.until(f"{status} === 'Ready' && {alert} === undefined")
+        await page.until(f"{HEALTH} === 'Ready' && {alert} === undefined")
 
 
 async def test_streams_are_listed_page_by_page(
