@@ -42,7 +42,7 @@ from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, StageTimes
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Recorder
-from service.pipeline.rewarm import Rewarming
+from service.pipeline.rewarm import Rewarming, may_keep
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import RETRY_AFTER_S, SHARD_TIMEOUT_S, Shards
 from service.pipeline.state_cache import StateCache
@@ -383,19 +383,13 @@ class ChunkLoader:
         if policy == "rewarm":
             rewarmed = job.rewarmed
             return rewarmed if rewarmed and rewarmed.head == stored.head else stored
-        if policy == "keep" and self._may_keep(stored):
+        if policy == "keep" and may_keep(self._served, self._versions, stored):
             kept = stored._replace(fingerprint=self._fingerprint)
             self._check_waiting(kept)
             return kept
         if chunk.epoch is not None and chunk.epoch != stored.head.epoch:
             return stored  # epoch_mismatch takes precedence
         raise self._served.incompatible(chunk.key.stream, stored)
-
-    def _may_keep(self, stored: StreamState) -> bool:
-        """Whether a state of another version may be one of this, as far as is known of that one."""
-        served, writer = self._served, self._versions.writer(stored.fingerprint)
-        is_known = writer.fingerprint == stored.fingerprint
-        return served.fits(stored) and (served.shares_states(writer) or not is_known)
 
     def _check_waiting(self, stored: StreamState) -> None:
         if self._blocks is None:

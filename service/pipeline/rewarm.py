@@ -35,6 +35,7 @@ from service.pipeline.history_run import (
     advance_many,
     decode_entries,
 )
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.store.base import Store, decode_value
@@ -139,6 +140,7 @@ class Rewarming:
     async def load_own_state(
         self,
         served: ServedModel,
+        versions: ModelVersions,
         key: StreamKey,
         stored: StreamState,
         deadline_s: float = math.inf,
@@ -152,7 +154,7 @@ class Rewarming:
             StateIncompatible: by choice, or as what is kept of the stream is not enough.
             StateDamaged, StoreUnavailable
         """
-        if self.policy == "keep" and served.fits(stored):
+        if self.policy == "keep" and may_keep(served, versions, stored):
             return stored._replace(fingerprint=served.fingerprint)
         if self.policy != "rewarm":
             raise served.incompatible(key.stream, stored)
@@ -192,6 +194,14 @@ class Rewarming:
             return find_rewarm_start(served, key, record, history)
         except (CodecError, HistoryGap) as error:
             return served.incompatible(key.stream, record, str(error))
+
+
+def may_keep(served: ServedModel, versions: ModelVersions, stored: StreamState) -> bool:
+    """Whether a state of another version may be one of this, as far as is known of that one."""
+    writer = versions.writer(stored.fingerprint)
+    is_known = writer.fingerprint == stored.fingerprint
+    is_alike = writer.state.parts == served.state.parts and writer.events == served.events
+    return served.fits(stored) and (is_alike or not is_known)
 
 
 def find_rewarm_start(

@@ -169,10 +169,12 @@ class StreamAdministration:
             StateIncompatible: another version of the model wrote the state.
         """
         record = await self.load(key, deadline_s, precondition)
-        served = version or self._versions(key.model).writer(record.fingerprint)
+        versions = self._versions(key.model)
+        served = version or versions.writer(record.fingerprint)
         if served.is_compatible(record):
             return record
-        continued = await self._rewarming.load_own_state(served, key, record, deadline_s)
+        rewarming = self._rewarming
+        continued = await rewarming.load_own_state(served, versions, key, record, deadline_s)
         if continued is None:
             raise stream_not_found(key)
         if precondition is not None:

@@ -434,3 +434,5 @@ async def test_states_of_another_encoding_are_not_kept(store_url: str, tmp_path:
         after.versions["scales"].add(before.models["scales"])
         with pytest.raises(StateIncompatible):
             await after.process(ANYONE, dry)
+        with pytest.raises(StateIncompatible):
+            await after.streams.read_state(ANYONE, dry.key, None, after.models["scales"])
