@@ -1,7 +1,8 @@
 """Client of Carry: sends streams of events to recurrent networks, each event applied once."""
 
 from carry_client import errors
-from carry_client.aio import AsyncCarry, AsyncModel, AsyncStream
+from carry_client.aio import AsyncCarry, AsyncModel
+from carry_client.aio_stream import AsyncStream
 from carry_client.description import Field, ModelDescription, Output, read_description
 from carry_client.errors import (
     POSITION_CODES,
@@ -26,7 +27,8 @@ from carry_client.replies import (
     StreamState,
 )
 from carry_client.retry import Retry
-from carry_client.sync import Carry, Model, Stream
+from carry_client.sync import Carry, Model
+from carry_client.sync_stream import Stream
 from carry_client.types import (
     AsyncSource,
     Columns,

@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from carry_client.calls import END, LATE, Call, Open, Read
-from carry_client.errors import StreamRolledBack
+from carry_client.errors import PositionAhead, StreamRolledBack
 from carry_client.steps import Steps, cut, is_sliceable, length, to_steps
-from carry_client.types import AsyncReplayFrom, AsyncSource, Events, Head
+from carry_client.types import AsyncReplayFrom, AsyncSource, Events, Head, Json
 
 _BLOCK_EVENTS: Final = 1024
 
@@ -168,3 +168,22 @@ def replay_source(source: Events, first: int, name: str) -> AsyncReplayFrom:
         return cut(source, position - first, length(source))
 
     return replay_from
+
+
+def source_gap(name: str, head: Head, first: int) -> PositionAhead:
+    """The error for a source that begins at `first`, after the stream's position."""
+    detail = (
+        f"stream {name!r}: expected a source that begins at {head.position}, the stream's "
+        f"position, or before, got first_position={first}; send events {head.position} to "
+        f"{first - 1} before, give Model.stream a replay_from that has them, or append the source "
+        "with first_position=None"
+    )
+    document: dict[str, Json] = {
+        "stream": name,
+        "expected": head.position,
+        "got": first,
+        "position": head.position,
+        "epoch": head.epoch,
+        "tag": head.tag,
+    }
+    return PositionAhead(0, "position_ahead", detail, document=document)

@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any, Final
 
 from carry_client.calls import LOG, Attempts, Call, Emit, Session
-from carry_client.chunks import Chunk, ChunkReader, replay_source
+from carry_client.chunks import Chunk, ChunkReader, replay_source, source_gap
 from carry_client.errors import (
     AlreadyApplied,
     EpochMismatch,
@@ -46,7 +46,7 @@ from carry_client.replies import (
     read_state,
 )
 from carry_client.steps import body_member, is_sliceable, length, to_steps
-from carry_client.types import AsyncReplayFrom, AsyncSource, Events, Head, Json, Progress
+from carry_client.types import AsyncReplayFrom, AsyncSource, Events, Head, Progress
 from carry_client.wire import stream_path
 
 REMEMBERED_HEADS: Final = 4096
@@ -390,21 +390,7 @@ class StreamCore:
         """Raise if a source begins after the stream's position, so that events would be missing."""
         was_there = self._saved is not None and self._saved.position >= first
         if head.position < first and self._replay_from is None and not was_there:
-            detail = (
-                f"stream {self.name!r}: expected a source that begins at {head.position}, the "
-                f"stream's position, or before, got first_position={first}; send events "
-                f"{head.position} to {first - 1} before, give Model.stream a replay_from that has "
-                "them, or append the source with first_position=None"
-            )
-            document: dict[str, Json] = {
-                "stream": self.name,
-                "expected": head.position,
-                "got": first,
-                "position": head.position,
-                "epoch": head.epoch,
-                "tag": head.tag,
-            }
-            raise PositionAhead(0, "position_ahead", detail, document=document)
+            raise source_gap(self.name, head, first)
 
     @property
     def head_position(self) -> int:

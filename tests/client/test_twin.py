@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from tests.client.twin import PACKAGE, async_twin
+import pytest
+
+from tests.client.twin import FILES, PACKAGE, async_twin
 
 
-def test_asynchronous_client_is_generated_from_the_synchronous_one() -> None:
-    generated = async_twin((PACKAGE / "sync.py").read_text())
-    message = "run `python -m tests.client.twin`"
-    assert (PACKAGE / "aio.py").read_text() == generated, message
+@pytest.mark.parametrize(("source", "twin"), FILES.items())
+def test_asynchronous_client_is_generated_from_the_synchronous_one(source: str, twin: str) -> None:
+    generated = async_twin((PACKAGE / source).read_text())
+    assert (PACKAGE / twin).read_text() == generated, "run `python -m tests.client.twin`"

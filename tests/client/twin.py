@@ -1,4 +1,4 @@
-"""Generates `carry_client/aio.py` from `carry_client/sync.py`, so that they cannot drift.
+"""Generates the asynchronous client from the synchronous one, so that they cannot drift.
 
     python -m tests.client.twin
 
@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "client" / "carry_client"
+FILES = {"sync.py": "aio.py", "sync_stream.py": "aio_stream.py"}
+GENERATED = "Generated from the synchronous client by `python -m tests.client.twin`."
 SUBSTITUTIONS = (
-    (r"The client: `Carry`", r"The client for an event loop: `Carry`"),
-    (
-        r"They only drive the calls of[^\"]*",
-        "Generated from `sync.py` by `python -m tests.client.twin`.\n",
-    ),
+    (r"(The client|A stream of the client): `", r"\1 for an event loop: `"),
+    (r"(?:They|It) only drives? the calls of[^\"]*", f"{GENERATED}\n"),
+    (r"\bsync_stream\b", "aio_stream"),
     (
         r"A service and its models may be used by any number of threads; a stream by one at a time",
         "A service is used in one event loop, and a stream by one task at a time",
@@ -61,4 +61,5 @@ def _as_coroutine(method: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
-    (PACKAGE / "aio.py").write_text(async_twin((PACKAGE / "sync.py").read_text()))
+    for source, twin in FILES.items():
+        (PACKAGE / twin).write_text(async_twin((PACKAGE / source).read_text()))
