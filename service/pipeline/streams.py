@@ -127,8 +127,7 @@ class StreamAdministration:
         """Read a stream for a use case that has checked its caller; raises what `read` does."""
         self._versions(key.model)
         stored = await self._load(key, deadline_s)
-        if precondition is not None:
-            _check_precondition(key, stored, precondition)
+        _check_precondition(key, stored, precondition)
         if not isinstance(stored, StreamState):
             raise stream_not_found(key)
         return stored
@@ -177,8 +176,7 @@ class StreamAdministration:
         continued = await rewarming.load_own_state(served, versions, key, record, deadline_s)
         if continued is None:
             raise stream_not_found(key)
-        if precondition is not None:
-            _check_precondition(key, continued, precondition)
+        _check_precondition(key, continued, precondition)
         return continued
 
     async def page(
@@ -423,8 +421,7 @@ class StreamAdministration:
         histories = await read_histories(self._store.histories, key, versions, position)
         streams: list[StreamState | None] = [history.stream for history in histories]
         for stream in streams or [None]:
-            if precondition is not None:
-                _check_precondition(key, stream, precondition)
+            _check_precondition(key, stream, precondition)
             if stream is None:
                 raise stream_not_found(key)
         return histories
@@ -459,7 +456,7 @@ class StreamAdministration:
             was_damaged = True
         if isinstance(stored, StreamState) and precondition is None:
             raise stream_exists(key.stream, stored.head)
-        if precondition is not None and not was_damaged:
+        if not was_damaged:
             _check_precondition(key, stored, precondition)
         return stored
 
@@ -494,9 +491,9 @@ def _outcome(result: CommitResult) -> dict[str, str]:
 
 
 def _check_precondition(
-    key: StreamKey, stored: StreamState | Tombstone | None, precondition: Precondition
-) -> StreamHead:
+    key: StreamKey, stored: StreamState | Tombstone | None, precondition: Precondition | None
+) -> StreamHead | None:
     head = stored.head if isinstance(stored, StreamState) else None
-    if head is None or not precondition.holds(head):
+    if precondition is not None and not precondition.holds(head):
         raise state_changed(key.stream, head)
     return head
