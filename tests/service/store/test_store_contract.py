@@ -107,7 +107,7 @@ async def test_report_of_a_process_that_has_ended_is_forgotten(
 ) -> None:
     models = store.models
     await models.report("a", b"of a")
-    monkeypatch.setattr(capabilities, "REPORT_LIFETIME_MS", 1)
+    monkeypatch.setattr(capabilities, "REPORT_LIFETIME_MS", 100)
 
     async def is_forgotten() -> bool:
         return await models.report("b", b"of b") == [b"of b"]
