@@ -133,7 +133,7 @@ class BatchingSettings:
     `state_incompatible` (`refuse`). Not `reset` while two versions are served at once: they would
     reset each other's streams."""
 
-    shadow_budget: Annotated[float, Field(ge=0, le=10)] = 0.5
+    shadow_budget: Annotated[float, Field(ge=0, le=10)] = 0.2
     """Time that a challenger may compute beside the champion, as a share of the time that the
     champion computes and that the worker is idle; 0 computes nothing. It waits for chunks of the
     champion in any case, and chunks beyond are dropped: their streams catch up from their
