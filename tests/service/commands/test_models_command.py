@@ -18,7 +18,7 @@ from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import port_of, serving
 from tests.support.pipelines import make_artifact, rows_of, send
 from tests.support.servers import RealServer, becomes
-from tests.support.versions import Versions
+from tests.support.versions import Versions, stop_polling
 
 
 @dataclass
@@ -36,7 +36,11 @@ class Commands:
 
 
 @pytest.fixture
-async def carry(pipeline_server: RealServer, tmp_path: Path) -> AsyncIterator[Commands]:
+async def carry(
+    pipeline_server: RealServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Commands]:
+    # what a failed poll logs would be in the output of the command, which runs in this process
+    stop_polling(monkeypatch)
     artifacts = [make_artifact(tmp_path, seed) for seed in (1, 2)]
     models = {"probe": artifacts[0]}
     load = Versions(tmp_path)

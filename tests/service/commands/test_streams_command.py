@@ -21,6 +21,7 @@ from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import port_of, serving
 from tests.support.pipelines import chunk_of, rows_of
 from tests.support.servers import RealServer
+from tests.support.versions import stop_polling
 
 
 class Commands:
@@ -54,7 +55,11 @@ class Commands:
 
 
 @pytest.fixture
-async def carry(pipeline_server: RealServer, artifact: Artifact) -> AsyncIterator[Commands]:
+async def carry(
+    pipeline_server: RealServer, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Commands]:
+    # what a failed poll logs would be in the output of the command, which runs in this process
+    stop_polling(monkeypatch)
     history = HistorySpec(events=8)
     models = {"probe": artifact}
     async with harness(pipeline_server, models, history=history) as api, serving(api) as server:
