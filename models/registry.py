@@ -103,7 +103,10 @@ def pull_model(uri: str, out: Path | str, *, overwrite: bool = False) -> Artifac
         try:
             downloaded = mlflow.artifacts.download_artifacts(uri, dst_path=temporary)
         except (mlflow.MlflowException, OSError) as error:
-            raise ArtifactError(f"{uri}: cannot be read: {error}") from error
+            hint = ""
+            if not (os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_REGISTRY_URI")):
+                hint = "; MLFLOW_TRACKING_URI, the address of the registry, is not set"
+            raise ArtifactError(f"{uri}: cannot be read: {error}{hint}") from error
         if not Path(downloaded, MANIFEST_NAME).is_file():
             raise ArtifactError(
                 f"{uri}: expected an artifact that `carry.log_model` logged, got files without a "

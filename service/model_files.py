@@ -6,9 +6,11 @@ out of memory would end the streams of all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
+
+import structlog
 
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.manifest import MANIFEST_NAME, read_manifest
@@ -16,6 +18,10 @@ from models.errors import ArtifactError
 from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import ModelSettings
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 MEMORY_FACTOR: Final = 4
 """Memory of a loaded version, in sizes of its files: weights, graph, and the runtime's copies."""
@@ -111,41 +117,60 @@ def _open(settings: ModelSettings, artifacts: list[Artifact]) -> list[ServedMode
 def load_models(directory: Path, only: str | None = None) -> list[Artifact]:
     """The artifact of every model in a directory, or the one that the directory itself is.
 
-    A model's folder holds its artifact, or folders of its versions, of which the last by name is
-    loaded.
+    A model's folder holds its artifact, or folders of its versions, of which the last valid one by
+    name is loaded.
 
     Args:
         only: name of the model to load; the manifests of the others are read, and nothing else.
 
     Raises:
-        ArtifactError: there is none, one is rejected, or two have one name.
+        ArtifactError: there is none, one is rejected, each version of a model is, or two models
+            have one name.
     """
     if (directory / MANIFEST_NAME).is_file():
-        paths = [directory]
+        candidates = [[directory]]
     elif not directory.is_dir():
         raise ArtifactError(f"{directory}: expected a directory of model artifacts")
     else:
-        folders = [_artifact_of(each) for each in sorted(directory.iterdir())]
-        paths = [path for path in folders if path is not None]
-    if not paths:
+        candidates = [
+            found for each in sorted(directory.iterdir()) if (found := _artifacts_of(each))
+        ]
+    if not candidates:
         raise ArtifactError(
             f"{directory}: expected a model artifact, or a directory of them, and found no "
             f"{MANIFEST_NAME}; `carry init` or `carry train` makes one"
         )
     if only is not None:
-        names = {path: str(read_manifest(path).get("name")) for path in paths}
-        paths = [path for path, name in names.items() if name == only]
-        if not paths:
-            known = ", ".join(sorted(names.values()))
+        names = [str(_first_valid(read_manifest, paths).get("name")) for paths in candidates]
+        candidates = [paths for paths, name in zip(candidates, names, strict=True) if name == only]
+        if not candidates:
+            known = ", ".join(sorted(names))
             raise ArtifactError(f"model: expected one of {known}, got {only!r}")
     artifacts: dict[str, Artifact] = {}
-    for path in paths:
-        artifact = load_artifact(path)
+    for paths in candidates:
+        artifact = _first_valid(load_artifact, paths)
         if artifact.spec.name in artifacts:
             other = artifacts[artifact.spec.name].path
-            raise ArtifactError(f"{path}: model {artifact.spec.name!r} is also in {other}")
+            raise ArtifactError(f"{artifact.path}: model {artifact.spec.name!r} is also in {other}")
         artifacts[artifact.spec.name] = artifact
     return list(artifacts.values())
+
+
+def _first_valid(read: Callable[[Path], T], paths: Sequence[Path]) -> T:
+    """What is read of the first folder that is valid.
+
+    Raises:
+        ArtifactError: none is; that of the first one.
+    """
+    errors: list[ArtifactError] = []
+    for path in paths:
+        try:
+            return read(path)
+        except ArtifactError as error:
+            errors.append(error)
+            if len(paths) > 1:
+                log.error("version_skipped", path=str(path), reason=str(error))
+    raise errors[0]
 
 
 def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> list[Artifact]:
@@ -169,8 +194,8 @@ def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> l
         raise ArtifactError(f"CARRY_FALSE_ALARMS_PER_DAY: {error}") from error
 
 
-def _artifact_of(folder: Path) -> Path | None:
-    """The artifact of a model's folder: itself, or the last of its versions."""
+def _artifacts_of(folder: Path) -> list[Path]:
+    """The artifacts in a model's folder: itself, or its versions, the last by name first."""
     if (folder / MANIFEST_NAME).is_file():
-        return folder
-    return max((path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")), default=None)
+        return [folder]
+    return sorted((path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")), reverse=True)

@@ -112,7 +112,7 @@ def answer_share(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Let a version answer a share of the streams."""
-    _change(url, model, {"action": "canary", "version": version, "share": share, "force": force})
+    _change(url, model, {"action": "canary", "version": version, "share": share} | _forced(force))
 
 
 @models_app.command("promote")
@@ -120,7 +120,7 @@ def promote_version(
     model: Model, version: Version, force: Force = False, url: Url = DEFAULT_URL
 ) -> None:
     """Let a version answer all streams; the one that answered so far computes beside it."""
-    _change(url, model, {"action": "promote", "version": version, "force": force})
+    _change(url, model, {"action": "promote", "version": version} | _forced(force))
 
 
 @models_app.command("rollback")
@@ -181,6 +181,11 @@ def _report_text(report: Any) -> str:
         errors = "  ".join(f"{side} {own['error']:.4f}" for side, own in sides.items())
         lines.append(f"calibration {head}  error {errors}")
     return "\n".join(lines)
+
+
+def _forced(force: bool) -> dict[str, Any]:
+    """The member of a forced change; left out otherwise, as services before it do not know it."""
+    return {"force": True} if force else {}
 
 
 def _change(url: str, model: str, change: dict[str, Any]) -> None:

@@ -81,6 +81,15 @@ def test_what_is_not_in_the_registry_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_registry_that_was_not_named_is_told(
+    mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ArtifactError, match=r"MLFLOW_TRACKING_URI, .*, is not set"):
+        carry.pull_model("models:/nope/1", tmp_path / "out")
+
+
 def test_a_model_that_carry_did_not_log_is_rejected(mlflow: Any, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "MLmodel").write_text("flavors: {}\n")

@@ -33,6 +33,18 @@ def test_last_version_of_a_model_is_loaded_at_the_start(folder: Path) -> None:
     assert paths == [folder / "other", folder / "probe" / "b"]
 
 
+def test_damaged_versions_do_not_keep_a_service_from_starting(folder: Path) -> None:
+    weights = folder / "probe" / "b" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for only in (None, "probe"):
+        assert load_models(folder, only)[-1].path == folder / "probe" / "a"
+    (folder / "probe" / "b" / "manifest.json").write_text("{")
+    assert load_models(folder, "probe")[0].path == folder / "probe" / "a"
+    (folder / "probe" / "a").unlink()
+    with pytest.raises(ArtifactError, match="expected JSON"):
+        load_models(folder)
+
+
 def test_versions_are_loaded_warm_by_their_paths(folder: Path) -> None:
     load = VersionFiles(ModelSettings(models_dir=folder))
     for path in ("probe/a", "probe/b"):
