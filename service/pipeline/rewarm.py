@@ -200,8 +200,7 @@ def may_keep(served: ServedModel, versions: ModelVersions, stored: StreamState) 
     """Whether a state of another version may be one of this, as far as is known of that one."""
     writer = versions.writer(stored.fingerprint)
     is_known = writer.fingerprint == stored.fingerprint
-    is_alike = writer.state.parts == served.state.parts and writer.events == served.events
-    return served.fits(stored) and (is_alike or not is_known)
+    return served.fits(stored) and (served.shares_states(writer) or not is_known)
 
 
 def find_rewarm_start(
