@@ -206,13 +206,15 @@ class Pipeline:
         return {name: versions.route.champion for name, versions in self.versions.items()}
 
     async def start(self) -> None:
-        """Load the versions that answer and warm them up; once, after the store is started.
+        """Load the versions that answer and warm all up; once, after the store is started.
 
         Raises:
             VersionRejected, StoreUnavailable, StoreRefused: see `ModelAliases.start`.
         """
         await self.aliases.start()
-        for served in self.models.values():
+        # a challenger too, if the process was started with it: it may answer at any time
+        loaded = [served for each in self.versions.values() for served in each.loaded.values()]
+        for served in loaded:
             if served.is_warm:
                 continue
             await self._compute.warm(served.runtime)

@@ -96,6 +96,19 @@ async def test_aliases_reach_every_process(store_url: str, artifacts: list[Artif
             await one.aliases.change(ANYONE, "probe", "rollback")
 
 
+async def test_challenger_is_warm_after_a_restart_that_began_with_it(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    old, new, _ = artifacts
+    async with processes(store_url, old, 1) as [(one, _)]:
+        await one.aliases.load(ANYONE, "probe", new.path.name, None)
+        await change(one, "shadow", new.version)
+    # the last version in the folder of the model, which the record does not let answer
+    async with processes(store_url, new, 1) as [(restarted, _)]:
+        assert answers(restarted) == (old.version, new.version, 0.0)
+        assert all(each.is_warm for each in restarted.versions["probe"].loaded.values())
+
+
 async def test_promotion_waits_for_a_process_that_does_not_load_the_version(
     store_url: str, artifacts: list[Artifact]
 ) -> None:
