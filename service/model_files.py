@@ -74,15 +74,22 @@ def _check_memory(folder: Path) -> None:
         )
 
 
-def available_bytes() -> int | None:
-    """The memory that this process may still use; None if the system does not say."""
+def available_bytes(system: Path = Path("/")) -> int | None:
+    """The memory that this process may still use; None if the system does not say.
+
+    Args:
+        system: the root of the files in which the kernel says it.
+    """
     limits: list[int] = []
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        text = (system / "proc/meminfo").read_text()
+        fields = dict(line.split(":") for line in text.splitlines())
         limits.append(1024 * int(fields["MemAvailable"].split()[0]))
-        group = Path("/sys/fs/cgroup")
-        most, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        limits.append(int(most) - int(used))
+        group = system / "sys/fs/cgroup"
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # the kernel drops files from the cache before a process of the group runs out of memory
+        limits.append(most - used + int(statistics["inactive_file"]))
     except (OSError, KeyError, ValueError):
         pass  # another system, or no limit
     return min(limits, default=None)

@@ -10,7 +10,7 @@ from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from models.spec.model import parse_spec
 from service import model_files
-from service.model_files import VersionFiles, load_models
+from service.model_files import VersionFiles, available_bytes, load_models
 from service.pipeline.settings import ModelSettings
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import SPEC
@@ -83,3 +83,17 @@ def test_version_that_is_damaged_or_too_large_is_rejected(
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match="weights"):
         load("probe", "probe/b")
+
+
+def test_cached_files_of_a_container_count_as_free_memory(tmp_path: Path) -> None:
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    7000 kB\n")
+    (group / "memory.current").write_text("1900000\n")
+    (group / "memory.stat").write_text("anon 900000\nactive_file 200000\ninactive_file 800000\n")
+    (group / "memory.max").write_text("2000000\n")
+    assert available_bytes(tmp_path) == 900_000
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == 7000 * 1024
+    assert available_bytes(tmp_path / "other") is None
