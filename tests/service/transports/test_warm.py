@@ -15,7 +15,7 @@ from service.core.values import Feed, StreamHead, StreamKey, StreamState
 from service.transports.v2.http_routes import add_kserve
 from service.transports.v2.inference import Inference
 from tests.service.transports.live.sockets import live, live_application, reply, text
-from tests.service.transports.v1.harness import Harness
+from tests.service.transports.v1.harness import Harness, problem
 from tests.service.transports.v2.v2 import V2, binary_body, json_body
 from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer
@@ -83,3 +83,15 @@ async def test_a_state_is_restored_with_the_position_since_which_it_is_computed(
         assert document["warm"] == {"events": events, "of": 6}
     assert "warm" not in (await api.chunk({"inputs": ROWS.tolist()})).json()
     assert "since" not in (await api.client.get("/v1/models/probe/streams/s")).json()
+
+
+async def test_a_state_is_not_restored_as_computed_since_a_later_position(api: Harness) -> None:
+    write_other_version(api, "s")
+    await api.chunk({"inputs": ROWS.tolist()})
+    state = (await api.client.get("/v1/models/probe/streams/s/state")).json()
+    later = {**state, "since": state["position"] + 1}
+    response = await api.client.put("/v1/models/probe/streams/copy/state", json=later)
+    assert problem(response, 422, "invalid_input")["at"] == "since"
+    at_its_end = {**state, "since": state["position"]}
+    response = await api.client.put("/v1/models/probe/streams/copy/state", json=at_its_end)
+    assert response.status_code == 201

@@ -308,6 +308,8 @@ def _read_state(
             got="events",
             stream=stream,
         )
+    if body.since is not None and body.since > body.position:
+        raise invalid("since", f"at most the position, {body.position}", body.since)
     return served.fingerprint, feed, body.position, state, body.since
 
 
