@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -109,7 +110,9 @@ class Compute:
         """Locked while a call is in the thread."""
         self._running: Runtime | None = None
         """The runtime of the call in the thread."""
-        self._expected_s: dict[tuple[int, int, int], float] = {}
+        # weak, since another runtime may get the address of one that is unloaded
+        self._expected_s: WeakKeyDictionary[Runtime, dict[tuple[int, int], float]]
+        self._expected_s = WeakKeyDictionary()
         self.short_calls = 0
 
     async def _run_in_thread(self, runtime: Runtime, call: Callable[[], T]) -> T:
@@ -241,14 +244,16 @@ class Compute:
         padded_rows, padded_steps = shape = runtime.padded_shape(len(rows), max(lengths))
         call = partial(_call, self._clock, runtime, rows, lengths, states, shape)
         # calls of the same steps, and of about as many rows, take about the same time
-        size = (id(runtime), padded_rows.bit_length(), padded_steps)
-        expected_s = self._expected_s.get(size, MAX_INLINE_S)
-        if expected_s < MAX_INLINE_S and not self._thread.locked():
+        size = padded_rows.bit_length(), padded_steps
+        expected = self._expected_s.get(runtime)
+        if expected is None:
+            expected = self._expected_s[runtime] = {}
+        if expected.get(size, MAX_INLINE_S) < MAX_INLINE_S and not self._thread.locked():
             result, elapsed_s, clock_s = call()
         else:
             result, elapsed_s, clock_s = await self._run_in_thread(runtime, call)
-        before_s = self._expected_s.get(size, clock_s)
-        self._expected_s[size] = before_s + SMOOTHING * (clock_s - before_s)
+        before_s = expected.get(size, clock_s)
+        expected[size] = before_s + SMOOTHING * (clock_s - before_s)
         on_call(len(rows), sum(lengths), padded_rows * padded_steps, elapsed_s)
         return result
 

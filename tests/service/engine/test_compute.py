@@ -255,3 +255,12 @@ async def test_after_a_slow_call_a_few_of_its_size_run_in_the_thread(
     assert runtime.threads[:6] == [True, False, False, *[in_thread] * 3]
     assert not runtime.threads[-1], "and back on the event loop, once they are fast again"
     compute.close()
+
+
+async def test_no_runtime_is_taken_for_a_former_one(compute: Compute) -> None:
+    """The first call is in the thread, where it can be terminated, also if the runtime is at the
+    address of one that was closed."""
+    for _ in range(100):
+        runtime = Summing()
+        await infer(compute, runtime, 3)
+        assert runtime.threads == [True]
