@@ -126,7 +126,7 @@ class ReplyWriter:
             text: Any = b64encode(token).decode() if media is Media.JSON else token
             document["state_token"] = text
         if options.return_state:
-            document["state"] = self.state(prediction.state)
+            document["state"] = self.state(prediction.state, prediction.version)
         if options.return_attention:
             document["attention"] = self.attention(prediction.outputs)
         return document
@@ -183,7 +183,7 @@ class ReplyWriter:
                 targets[name]["paths"] = np.ascontiguousarray(values.paths[..., at])
         document: reply_types.ForecastReply = {
             "model": self._name,
-            "version": self._version,
+            "version": reply.version.version,
             "stream": reply.key.stream,
             "epoch": head.epoch.hex(),
             "position": head.position,

@@ -313,11 +313,13 @@ class Prediction(NamedTuple):
     Attributes:
         outputs: float32 [T, O].
         state: the state after it.
-        token: the same, signed, if it was asked for.
+        version: the version that computed it.
+        token: the state, signed, if it was asked for.
     """
 
     outputs: FloatRows
     state: State
+    version: AnsweringVersion
     token: bytes | None = None
 
 
@@ -347,6 +349,7 @@ class ForecastReply(NamedTuple):
     Attributes:
         head: the stream head at the forecast origin; a forecast does not change it.
         times_ms: epoch milliseconds of the forecast steps; None if the events have no timestamp.
+        version: the version that computed it.
         warm: as of `Reply`.
     """
 
@@ -354,6 +357,7 @@ class ForecastReply(NamedTuple):
     head: StreamHead
     forecast: Forecast
     times_ms: tuple[int, ...] | None
+    version: AnsweringVersion
     warm: Warmth | None = None
 
 

@@ -182,5 +182,11 @@ def _interface(served: ServedModel) -> dict[str, object]:
         "detection": spec.detection is not None,
         "decoder": None
         if decoder is None
-        else (list(decoder.targets), list(decoder.known), decoder.step_s, decoder.max_horizon),
+        else (
+            [*decoder.targets],
+            [*decoder.known],
+            decoder.step_s,
+            decoder.max_horizon,
+            [*decoder.head.quantiles],
+        ),
     }

@@ -489,7 +489,7 @@ class Pipeline:
         if isinstance(result, CarryError):
             raise result
         warm = served.warmth(stored.since, stored.head.position)
-        return ForecastReply(key, stored.head, result, covariates.times_ms, warm)
+        return ForecastReply(key, stored.head, result, covariates.times_ms, served, warm)
 
 
 def _call_both(first: Callable[[], None], on_result: OnReply) -> OnReply:

@@ -105,7 +105,7 @@ class PredictRunner(BatchRunner[SequenceStart, Prediction]):
         )
         for (job, _), output, state in zip(group, outputs, map(State, *states), strict=True):
             if finite or (np.isfinite(output).all() and served.state.is_finite(state)):
-                job.resolve(Prediction(output, state))
+                job.resolve(Prediction(output, state, served))
             else:
                 job.resolve(
                     NotFinite(

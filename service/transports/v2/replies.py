@@ -129,12 +129,13 @@ def _layout(served: ServedModel, result: Reply | Prediction) -> StateSpec:
     Raises:
         StateIncompatible: another version answered, whose states have other parts.
     """
-    version = result.version if isinstance(result, Reply) else None
+    version = result.version
     if version is None or version.state.parts == served.state.parts:
         return served.state
+    applied = "; the chunk was applied" if isinstance(result, Reply) else ""
     raise StateIncompatible(
         f"expected the state of version {served.version}, but version {version.version} answered, "
-        "whose states have other parts; the chunk was applied",
+        f"whose states have other parts{applied}",
         expected=served.version,
         got=version.version,
     )

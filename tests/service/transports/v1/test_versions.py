@@ -12,9 +12,11 @@ import pytest
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
 from models.spec.model import ModelSpec, parse_spec
-from tests.service.transports.v1.harness import EVENT, Harness, harness, rows
+from tests.service.transports.v1.harness import EVENT, Harness, harness, problem, rows
+from tests.support.decoders import decoder_spec, future_of, hourly_events
 from tests.support.models import random_weights, small_spec
-from tests.support.pipelines import make_artifact, oracle_outputs
+from tests.support.oracle import contracting_weights
+from tests.support.pipelines import SPEC, make_artifact, oracle_outputs
 from tests.support.servers import RealServer
 from tests.support.versions import Versions
 
@@ -29,12 +31,18 @@ def other_categories() -> ModelSpec:
 
 @pytest.fixture
 async def api(pipeline_server: RealServer, tmp_path: Path) -> AsyncIterator[Harness]:
-    """Two models, each with another version in the folder."""
-    spec = small_spec()
+    """Three models, each with another version in the folder."""
+    spec, weather = small_spec(), decoder_spec()
     models = {
         "small": write_artifact(tmp_path / "small", spec, random_weights(spec)),
         "probe": make_artifact(tmp_path, seed=1),
+        "weather": write_artifact(tmp_path / "weather", weather, contracting_weights(weather, 4)),
     }
+    write_artifact(tmp_path / "weather-2", weather, contracting_weights(weather, 5))
+    data = SPEC.model_dump(mode="json")
+    data["layers"][0]["units"] += 1
+    wide = parse_spec(data)
+    write_artifact(tmp_path / "probe-wide", wide, contracting_weights(wide, 3))
     changed = other_categories()
     write_artifact(tmp_path / "small-2", changed, random_weights(changed, 8))
     make_artifact(tmp_path, seed=2)
@@ -98,6 +106,53 @@ async def test_rows_with_categories_of_another_version_are_rejected(api: Harness
     assert events.status_code == 200
 
 
+async def test_token_of_another_version_is_continued_in_the_states_of_that_version(
+    api: Harness,
+) -> None:
+    given = rows(6).tolist()
+
+    async def predict(query: str, **sequence: Any) -> Any:
+        address = f"/v1/models/probe/predict?{query}=true"
+        response = await api.client.post(address, json={"sequences": [sequence]})
+        assert response.status_code == 200, response.text
+        return response.json()["predictions"][0]
+
+    expected = (await predict("return_state", inputs=given))["state"]
+    token = (await predict("return_state_token", inputs=given[:4]))["state_token"]
+    new = await promote(api, "probe", "probe-wide")
+    assert new.state.float_size > api.models["probe"].state.float_size
+    state = (await predict("return_state", inputs=given[4:], state_token=token))["state"]
+    assert state.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(state[name], values, rtol=1e-5, atol=1e-6)
+
+
+async def test_forecast_names_the_version_that_computed_it(api: Harness) -> None:
+    asked = {"horizon": 3, "future": future_of(3)}
+
+    async def forecast() -> Any:
+        response = await api.client.post("/v1/models/weather/streams/s/forecast", json=asked)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    await api.chunk({"events": hourly_events(9)}, model="weather")
+    before = await forecast()
+    await promote(api, "weather", "weather-2")
+    assert await forecast() == before
+    assert before["version"] == api.models["weather"].version
+
+
+async def test_version_with_other_levels_of_forecasts_is_rejected(
+    api: Harness, tmp_path: Path
+) -> None:
+    data = decoder_spec().model_dump(mode="json")
+    data["decoder"]["head"]["quantiles"] = [0.2, 0.5, 0.8]
+    spec = parse_spec(data)
+    write_artifact(tmp_path / "weather-3", spec, contracting_weights(spec, 6))
+    response = await api.client.post("/v1/models/weather/versions", json={"path": "weather-3"})
+    assert problem(response, 422, "version_rejected")["at"] == "decoder"
+
+
 async def test_bodies_are_checked(api: Harness) -> None:
     for path, body, at in (
         ("versions", {"path": ""}, "path"),
@@ -110,7 +165,6 @@ async def test_bodies_are_checked(api: Harness) -> None:
         ("aliases", {"action": "shadow", "version": "new", "share": 0.5}, "share"),
     ):
         response = await api.client.post(f"/v1/models/probe/{path}", json=body)
-        problem = response.json()
-        assert (response.status_code, problem["code"]) == (422, "invalid_input"), problem
-        assert problem["at"] == at
-        assert "regex" not in problem["detail"]
+        rejected = problem(response, 422, "invalid_input")
+        assert rejected["at"] == at
+        assert "regex" not in rejected["detail"]
