@@ -15,8 +15,6 @@ from models.artifact.artifact import load_artifact
 from tests.faults.history import Chunk
 from tests.faults.network import MODEL, OUTPUT, ZERO, compute, random_events, write
 from tests.faults.transports import ALWAYS, TRANSPORTS
-from tests.support.browser import new_page
-from tests.support.needs import needs_tools
 from tests.support.servers import until_async
 from tests.support.service import running
 
@@ -139,20 +137,3 @@ async def test_switches_under_load_fail_no_request_and_stay_exact(tmp_path: Path
         for transport in transports:
             await transport.close()
         assert "Traceback" not in service.whole_log()
-
-
-@needs_tools("chromium")
-async def test_the_console_shows_the_versions_of_a_model(tmp_path: Path, browser: str) -> None:
-    models = tmp_path / "models"
-    write(models, f"{MODEL}/a")
-    write(models, f"{MODEL}/b", gain=2)
-    with running(tmp_path, models, CARRY_HISTORY_EVENTS="10") as service:
-        async with AsyncCarry(service.url) as carry, new_page(browser) as page:
-            base, text = f"/v1/models/{MODEL}", "document.querySelector('main')?.innerText"
-            body = {"path": f"{MODEL}/a", "label": "older"}
-            await carry.request("POST", f"{base}/versions", body)
-            change = {"action": "canary", "version": "older", "share": 0.25}
-            await carry.request("POST", f"{base}/aliases", change)
-            await page.open(f"{service.url}/console/#/models/{MODEL}")
-            for shown in ("older", "challenger", "25 %", "champion", "75 %", "1 of 1"):
-                await page.until(f"{text}?.includes('{shown}')")

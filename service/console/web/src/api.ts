@@ -32,26 +32,45 @@ async function renewKey(used: string | null): Promise<void> {
   await asked;
 }
 
-/** The response to a GET; asks for a key for as long as the service wants another one. */
-export async function get(
-  path: string,
-  signal: AbortSignal,
-  headers: Record<string, string> = {},
-): Promise<Response> {
+interface Options extends RequestInit {
+  headers?: Record<string, string>;
+}
+
+/** The response to a request; asks for a key for as long as the service wants another one. */
+async function request(path: string, { headers, ...options }: Options): Promise<Response> {
   for (;;) {
     const key = sessionStorage.getItem(STORED_KEY);
     const response = await fetch(new URL(path, ROOT), {
-      signal,
       cache: "no-store",
       headers: key === null ? headers : { ...headers, authorization: `Bearer ${key}` },
+      ...options,
     });
     if (response.ok) return response;
     const document = await response.json().catch(() => ({}));
     if (response.status !== 401) throw new Problem(response.status, document);
     await renewKey(key);
-    signal.throwIfAborted();
+    options.signal?.throwIfAborted();
   }
 }
+
+export const get = (
+  path: string,
+  signal: AbortSignal,
+  headers: Record<string, string> = {},
+): Promise<Response> => request(path, { signal, headers });
+
+export const post = (
+  path: string,
+  body: object,
+  headers: Record<string, string> = {},
+): Promise<Response> =>
+  request(path, {
+    method: "POST",
+    headers: { ...headers, "content-type": "application/json" },
+    body: JSON.stringify(body),
+  });
+
+export const remove = (path: string): Promise<Response> => request(path, { method: "DELETE" });
 
 export const json = async <T>(path: string, signal: AbortSignal): Promise<T> =>
   (await get(path, signal)).json();
@@ -114,6 +133,7 @@ export interface StreamHead {
   version: string;
   feed: string;
   epoch: string;
+  tag: string;
   position: number;
   updated_ms: number;
   state_bytes?: number;

@@ -5,6 +5,7 @@ import {
 } from "./api";
 import { ago, bytes, whole } from "./format";
 import { Alert, Facts, Table, useRequest } from "./parts";
+import { Versions } from "./versions";
 
 const PAGE = 25;
 const TYPING_S = 0.25;
@@ -121,78 +122,6 @@ function Metadata({ detail }: { detail: ModelDetail }) {
         ])}
       />
     </section>
-  );
-}
-
-interface VersionList {
-  processes: number;
-  versions: {
-    version: string;
-    label: string | null;
-    alias: "champion" | "challenger" | null;
-    share: number;
-    loaded: number;
-    failed: { process: string; reason: string }[];
-  }[];
-}
-
-/** A panel; nothing while the model has one version. Aliases are changed by `carry models`. */
-function Versions({ model }: { model: string }) {
-  const read = (signal: AbortSignal) => json<VersionList>(`${modelPath(model)}/versions`, signal);
-  const { value: list } = useRequest(read, [model]);
-  if (list === undefined || list.versions.length < 2) return null;
-  const challenger = list.versions.find(({ alias }) => alias === "challenger");
-  return (
-    <section class="panel">
-      <h2>Versions</h2>
-      <Table
-        head={["Version", "Label", "Alias", "#Share of streams", "#Loaded by", "Failed"]}
-        rows={list.versions.map(({ version, label, alias, share, loaded, failed }) => [
-          <span class="code">{version}</span>,
-          label ?? "–",
-          alias ?? "–",
-          `${Math.round(100 * share)} %`,
-          `${loaded} of ${list.processes}`,
-          failed.map(({ process, reason }) => `${process}: ${reason}`).join("; ") || "–",
-        ])}
-      />
-      {challenger && <Challenger model={model} version={challenger.version} />}
-    </section>
-  );
-}
-
-interface Report {
-  chunks: Record<string, number>;
-  differences: Record<string, { mean: number; p50: number; p90: number; p99: number }>;
-  losses: Record<string, Record<string, { champion: number; challenger: number; events: number }>>;
-}
-
-/** What the challenger does beside the champion: differences of outputs, losses of both. */
-function Challenger({ model, version }: { model: string; version: string }) {
-  const path = `${modelPath(model)}/versions/${version}/report`;
-  const { value: report } = useRequest((signal: AbortSignal) => json<Report>(path, signal), [path]);
-  if (report === undefined) return null;
-  const counts = Object.entries(report.chunks).map(([outcome, count]) => `${count} ${outcome}`);
-  const digits = (value: number) => value.toPrecision(3);
-  return (
-    <>
-      <h3>Challenger beside the champion</h3>
-      <p>Chunks: {counts.join(", ") || "none yet"}</p>
-      <Table
-        head={["Output", "#Mean difference", "#p50", "#p90", "#p99"]}
-        rows={Object.entries(report.differences).map(([output, { mean, p50, p90, p99 }]) => [
-          output, ...[mean, p50, p90, p99].map(digits),
-        ])}
-      />
-      {Object.keys(report.losses).length > 0 && <Table
-        head={["Head", "Loss", "#Champion", "#Challenger", "#Events"]}
-        rows={Object.entries(report.losses).flatMap(([head, losses]) =>
-          Object.entries(losses).map(([loss, { champion, challenger, events }]) => [
-            head, loss, digits(champion), digits(challenger), `${events}`,
-          ]),
-        )}
-      />}
-    </>
   );
 }
 

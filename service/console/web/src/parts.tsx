@@ -1,7 +1,11 @@
 // Parts of every view: requests with their problem, tables, tiles, lists of facts.
 import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
-import { reason } from "./api";
+import { json, pause, reason } from "./api";
+
+const INTERVAL_S = 1;
+/** Least interval between reads, as a multiple of the time that one takes. */
+const INTERVAL_FACTOR = 10;
 
 /** The result of a request that is repeated when its inputs change, or why it failed. */
 export function useRequest<T>(request: (signal: AbortSignal) => Promise<T>, inputs: unknown[]) {
@@ -15,6 +19,31 @@ export function useRequest<T>(request: (signal: AbortSignal) => Promise<T>, inpu
     );
     return () => stop.abort();
   }, inputs);
+  return result;
+}
+
+/** The latest reply of a request that is repeated while the view is shown, and why the last one failed. */
+export function usePolling<T>(path: string, onReply: (reply: T) => void = () => undefined) {
+  const [result, setResult] = useState<{ value?: T; problem?: string }>({});
+  useEffect(() => {
+    const stop = new AbortController();
+    const follow = async () => {
+      while (!stop.signal.aborted) {
+        const began = performance.now();
+        try {
+          const value = await json<T>(path, stop.signal);
+          onReply(value);
+          setResult({ value });
+        } catch (error) {
+          if (!stop.signal.aborted) setResult(({ value }) => ({ value, problem: reason(error) }));
+        }
+        const took_s = (performance.now() - began) / 1000;
+        await pause(Math.max(INTERVAL_S, INTERVAL_FACTOR * took_s), stop.signal);
+      }
+    };
+    void follow();
+    return () => stop.abort();
+  }, [path]);
   return result;
 }
 

@@ -76,7 +76,7 @@ export function StreamView({ model, stream }: { model: string; stream: string })
           />
         </section>
       )}
-      {head && <History model={model} stream={stream} position={head.position} />}
+      {head && <History model={model} stream={stream} head={head} />}
     </>
   );
 }

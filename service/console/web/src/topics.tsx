@@ -1,12 +1,9 @@
 // The topics that consumers read: lag, pending entries, rate, owners; and the newest outputs of one.
-import { useEffect, useReducer, useState } from "preact/hooks";
-import { json, modelAddress, pause, reason, streamAddress, topicAddress } from "./api";
+import { useReducer, useState } from "preact/hooks";
+import { modelAddress, streamAddress, topicAddress } from "./api";
 import { ago, duration, number, whole } from "./format";
-import { Alert, Facts, Table } from "./parts";
+import { Alert, Facts, Table, usePolling } from "./parts";
 
-const INTERVAL_S = 1;
-/** Least interval between reads, as a multiple of the time that one takes. */
-const INTERVAL_FACTOR = 10;
 /** Reads over which a rate is computed. */
 const RATE_READS = 10;
 const OUTPUTS = 20;
@@ -34,31 +31,6 @@ interface Output {
   position: number;
   time_ms: number;
   outputs: Record<string, unknown>;
-}
-
-/** The latest reply of a request that is repeated while the view is shown, and why the last one failed. */
-function usePolling<T>(path: string, onReply: (reply: T) => void = () => undefined) {
-  const [result, setResult] = useState<{ value?: T; problem?: string }>({});
-  useEffect(() => {
-    const stop = new AbortController();
-    const follow = async () => {
-      while (!stop.signal.aborted) {
-        const began = performance.now();
-        try {
-          const value = await json<T>(path, stop.signal);
-          onReply(value);
-          setResult({ value });
-        } catch (error) {
-          if (!stop.signal.aborted) setResult(({ value }) => ({ value, problem: reason(error) }));
-        }
-        const took_s = (performance.now() - began) / 1000;
-        await pause(Math.max(INTERVAL_S, INTERVAL_FACTOR * took_s), stop.signal);
-      }
-    };
-    void follow();
-    return () => stop.abort();
-  }, [path]);
-  return result;
 }
 
 const nameOf = ({ topic, group }: Topic): string => `${group} ${topic}`;
