@@ -248,6 +248,6 @@ class ServedModel:
         """Whether the version wrote a state."""
         return stored.fingerprint == self.fingerprint
 
-    def warmth(self, since: int, position: int) -> object:
-        """How warm a state is."""
-        return position - since, 0
+    def find_since(self, since: int | None, position: int, *, was_reset: bool) -> int | None:
+        """The position since which a state is computed; None if it is exact."""
+        return None if was_reset else since

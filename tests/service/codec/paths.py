@@ -331,7 +331,9 @@ def by_v2(codec: ModelCodec, body: Mapping[str, Any]) -> dict[str, Any]:
         values = contents.bytes_contents
     tensors = [InputTensor(tensor["name"], tensor["datatype"], tuple(tensor["shape"]), values)]
     tensors += [InputTensor("reset", "BOOL", (length,), bytes(marks))] if others else []
-    pipeline = SimpleNamespace(model=lambda *of: codec.served)
+    pipeline = SimpleNamespace(
+        model=lambda *of: codec.served, aliases=SimpleNamespace(on_switch=[])
+    )
     api: Any = SimpleNamespace(codecs={codec.served.name: codec}, limits=LIMITS, pipeline=pipeline)
     inference = Inference(api)
     requests = {

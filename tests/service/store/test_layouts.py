@@ -145,7 +145,7 @@ async def test_histories_of_every_layout_are_read(sample: Sample) -> None:
         kept = np.concatenate([np.zeros((0, 3), np.float32), *filter(_is_some, entries)])
         np.testing.assert_array_equal(kept, rows[len(rows) - len(kept) :])
         assert len(kept) == {"several": 6, "restored": 2, "deleted": 0}.get(stream, len(rows))
-        assert (history.snapshot is None) == (stream == "deleted")
+        assert (history.snapshot is None) == (stream in ("deleted", "source"))
 
 
 def _is_some(value: object) -> bool:
