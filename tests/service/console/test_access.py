@@ -26,6 +26,8 @@ MAIN = "document.querySelector('main')?.innerText"
 STATUS = "document.querySelector('h1 [role=status]')?.innerText"
 LIST_MODELS = "document.querySelector('[data-path=\"/v1/models\"]').closest('.opblock')"
 ANSWER = f"{LIST_MODELS}.querySelector('.live-responses-table')"
+LOAD = "document.querySelector('main [aria-label=\"Load a version\"]')"
+CHANGE = "document.querySelector('main dialog')"
 ALERT = "document.querySelector('#access [role=alert]').textContent"
 
 
@@ -75,6 +77,15 @@ async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
         await page.until(f"/watch.*other/.test({MAIN})")
         await page.evaluate("location.hash = '#/'")
         await page.until(f"/No metrics: .*metrics/.test({MAIN})")
+        # so is a change, in the dialog that confirms it
+        await page.evaluate("location.hash = '#/models/probe'")
+        await page.until(f"{LOAD} !== null")
+        await page.evaluate(f"{LOAD}.click()")
+        await page.until("document.activeElement.name === 'path'")
+        await page.call("Input.insertText", text="probe/next")
+        await page.press("Enter", "\r")
+        await page.until(f"/manage-models/.test({CHANGE}.querySelector('[role=alert]')?.innerText)")
+        await page.evaluate(f"{CHANGE}.querySelector('[type=button]').click()")
 
         await page.evaluate("location.hash = '#/models/probe/streams/s'")
         await page.until(f"{STATUS} === 'Live'")
