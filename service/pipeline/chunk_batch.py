@@ -190,6 +190,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         try:
             ready, to_retry = await stages.loader.evaluate(jobs, times, batch)
             computed = await stages.infer(ready, times)
+            times.chunks = 0 if computed is None else len(computed.jobs)
             # the calls of large networks cost more than the store's time, and more for few rows
             self.may_split = stages.takes_any_rows and times.infer_s < MAX_INLINE_S
             if computed is not None and True in [job.payload.dry_run for job in computed.jobs]:
@@ -292,7 +293,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             self._recorder.record_chunks(self._name, version, steps, queue_s, timing)
             if self._versions.route.challenger is not None:
                 committed = [at for at, result in enumerate(results) if result is COMMITTED]
-                self._shadow.offer(computed, committed, times.infer_s)
+                # the time of these: each shard has a part of the batch
+                infer_s = times.infer_s * len(committed) / times.chunks
+                self._shadow.offer(computed, committed, infer_s)
         return to_retry
 
     def _encode(self, computed: ComputedBatch) -> CommitColumns:

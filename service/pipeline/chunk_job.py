@@ -64,6 +64,7 @@ class StageTimes(msgspec.Struct, gc=False):
     Attributes:
         infer_began_s, commit_began_s, commit_ended_s: 0 until then; of the first part of a commit,
             and of its last.
+        chunks: how many were computed.
     """
 
     began_s: float
@@ -72,3 +73,4 @@ class StageTimes(msgspec.Struct, gc=False):
     infer_began_s: float = 0.0
     commit_began_s: float = 0.0
     commit_ended_s: float = 0.0
+    chunks: int = 0

@@ -109,7 +109,7 @@ class Shadow:
         """Offer the committed chunks of a batch, by index; never blocks, never raises.
 
         Args:
-            infer_s: how long the version that answered computed the batch.
+            infer_s: how long the version that answered computed them.
         """
         try:
             self._offer(computed, at, infer_s)

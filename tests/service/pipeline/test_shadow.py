@@ -15,7 +15,7 @@ from models.events.columns import EventColumns
 from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest
-from service.core.values import Chunk, Feed, Steps, StreamKey
+from service.core.values import Chunk, Feed, Reply, Steps, StreamKey
 from service.pipeline import shadow
 from service.pipeline.comparison import SIDES
 from service.pipeline.pipeline import Pipeline
@@ -209,6 +209,21 @@ async def test_states_are_exact_with_two_workers_and_a_worker_that_ends_in_betwe
         await one.settled()
         for name, rows in streams.items():
             assert_state(await one.state(name, one.challenger), artifacts[1], rows)
+
+
+async def test_time_of_the_champion_counts_once_for_each_batch(
+    any_url: str, artifacts: tuple[Artifact, Artifact]
+) -> None:
+    """Also if its chunks are committed to several shards."""
+    rows = rows_of(np.random.default_rng(8), 3)
+    chunks = [chunk_of(f"s{n}", rows, 0) for n in range(24)]
+    async with shadowed(any_url, artifacts) as service:
+        replies = await service.pipeline.process_many(ANYONE, chunks)
+        batches = {each.timing.infer_s for each in replies if isinstance(each, Reply)}
+        counted = [each.seconds.get("champion", 0.0) for each in service.counts.shadows]
+        events = [each.events.get("champion", 0) for each in service.counts.shadows]
+    assert sum(events) == 24 * 3
+    assert sum(counted) == pytest.approx(sum(batches))
 
 
 async def test_challenger_computes_nothing_while_chunks_of_the_champion_wait(
