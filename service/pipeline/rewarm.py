@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
 from models.spec.blocks import BlockSpec
-from service.core.errors import CarryError, Overloaded
+from service.core.errors import CarryError, DeadlineExceeded, Overloaded
 from service.core.values import StreamKey, StreamState
 from service.engine.compute import Compute
 from service.engine.fair_queue import RunningBatch
@@ -152,14 +153,18 @@ class Rewarming:
 
         Raises:
             StateIncompatible: by choice, or as what is kept of the stream is not enough.
-            StateDamaged, StoreUnavailable
+            StateDamaged, StoreUnavailable, DeadlineExceeded
         """
         if self.policy == "keep" and may_keep(served, versions, stored):
             return stored._replace(fingerprint=served.fingerprint)
         if self.policy != "rewarm":
             raise served.incompatible(key.stream, stored)
-        async with self.turn(key):
-            [state] = await self._states(served, [(key, deadline_s)])
+        left_s = None if deadline_s == math.inf else deadline_s - time.monotonic()
+        try:
+            async with asyncio.timeout(left_s), self.turn(key):
+                [state] = await self._states(served, [(key, deadline_s)])
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline expired before the state was computed") from error
         if isinstance(state, CarryError):
             raise state
         return state

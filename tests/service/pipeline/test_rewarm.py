@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from models.spec.model import parse_spec
 from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest
 from service.core.errors import (
+    DeadlineExceeded,
     EpochMismatch,
     Overloaded,
     PositionBehind,
@@ -333,6 +335,27 @@ async def test_more_streams_than_may_wait_are_overloaded(
         assert kinds.count(Overloaded) == 2
         assert kinds.count(Reply) == 3
         assert (await after.process_many(ANYONE, [chunks[0]]))[0] is not None
+
+
+async def test_a_read_that_waits_for_others_ends_at_its_deadline(
+    store_url: str, versions: Versions
+) -> None:
+    old, new = versions
+    rows = rows_of(np.random.default_rng(10), 4)
+    async with (
+        worker(store_url, old, history=ALL) as before,
+        worker(store_url, new, history=ALL) as after,
+    ):
+        await send(before, "s", rows, 0)
+        stored, served = await after.streams.load(KEY), after.versions["probe"]
+        rewarming, champion = after._rewarming, served.route.champion
+        async with rewarming.turn(KEY):
+            soon_s = time.monotonic() + 0.01
+            with pytest.raises(DeadlineExceeded):
+                await rewarming.load_own_state(champion, served, KEY, stored, soon_s)
+        computed = await rewarming.load_own_state(champion, served, KEY, stored)
+        assert computed is not None
+        assert computed.fingerprint == new.fingerprint
 
 
 EVENTS: dict[str, Any] = {
