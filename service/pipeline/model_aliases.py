@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, NamedTuple, Protocol
 
@@ -148,7 +148,8 @@ class ModelAliases:
             if (reason := self._failure(name)) is not None:
                 raise VersionRejected(reason)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._follow()), loop.create_task(self._load_missing())]
+        steps = (self.refresh, self._load_missing)
+        self._tasks = [loop.create_task(self._repeat(step)) for step in steps]
 
     async def close(self) -> None:
         """Stop following; once, before the store is closed."""
@@ -161,20 +162,22 @@ class ModelAliases:
             except CarryError as error:
                 log.info("models_not_reported", code=error.code, reason=error.detail)
 
-    async def _follow(self) -> None:
+    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Repeat a step for ever: a process that no longer follows the records counts as ended."""
         while True:
-            await self.refresh()
+            try:
+                await step()
+            except Exception:
+                log.exception("models_not_followed")
             await asyncio.sleep(REFRESH_S)
 
     async def _load_missing(self) -> None:
         """Load the recorded versions that are not loaded, one after another."""
-        while True:
-            for name, record in [*self._records.items()]:
-                for fingerprint in record.versions:
-                    if not self._is_settled(name, fingerprint):
-                        await self._load_recorded(name, fingerprint)
-                        self._apply(name)
-            await asyncio.sleep(REFRESH_S)
+        for name, record in [*self._records.items()]:
+            for fingerprint in record.versions:
+                if not self._is_settled(name, fingerprint):
+                    await self._load_recorded(name, fingerprint)
+                    self._apply(name)
 
     async def refresh(self) -> None:
         """Read the records again and report, if the store answers."""

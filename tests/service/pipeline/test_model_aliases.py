@@ -25,6 +25,7 @@ from service.core.errors import (
     VersionRejected,
 )
 from service.pipeline import model_aliases
+from service.pipeline.model_versions import ModelVersions
 from service.pipeline.pipeline import Pipeline
 from tests.support.models import random_weights, small_spec
 from tests.support.oracle import contracting_weights
@@ -107,6 +108,26 @@ async def test_challenger_is_warm_after_a_restart_that_began_with_it(
     async with processes(store_url, new, 1) as [(restarted, _)]:
         assert answers(restarted) == (old.version, new.version, 0.0)
         assert all(each.is_warm for each in restarted.versions["probe"].loaded.values())
+
+
+async def test_a_failing_observer_of_switches_does_not_end_following(
+    store_url: str, artifacts: list[Artifact]
+) -> None:
+    old, new, _ = artifacts
+    async with processes(store_url, old) as [(one, _), (two, _)]:
+        failures = []
+
+        def fail(_: ModelVersions) -> None:
+            failures.append(1)
+            raise RuntimeError("planted")
+
+        two.aliases.on_switch.append(fail)
+        await one.aliases.load(ANYONE, "probe", new.path.name, "nightly")
+        await change(one, "shadow", "nightly")
+        await until(lambda: bool(failures))
+        two.aliases.on_switch.remove(fail)
+        await change(one, "promote", "nightly")
+        await until(lambda: answers(two) == (new.version, old.version, 0.0))
 
 
 async def test_promotion_waits_for_a_process_that_does_not_load_the_version(
