@@ -35,7 +35,7 @@ from service.core.errors import (
 )
 from service.core.values import Chunk, Reply, StreamHead, StreamKey
 from service.store.base import CommitColumns, CommitResult
-from service.store.reply_codec import decode_reply
+from service.store.codec import decode_reply
 from service.store.topics import ChunkCommit, Entry, TopicItem, TopicKeys
 
 DEAD: Final = "dead_letters"

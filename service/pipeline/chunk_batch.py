@@ -46,9 +46,15 @@ from service.pipeline.shadow import Shadow
 from service.pipeline.shards import Shards
 from service.pipeline.state_cache import StateCache
 from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
-from service.store.codec import EncodedStream, encode_states, mark_inexact, pack_head, unpack_head
+from service.store.codec import (
+    EncodedStream,
+    encode_replies,
+    encode_states,
+    mark_inexact,
+    pack_head,
+    unpack_head,
+)
 from service.store.history import HistoryColumns
-from service.store.reply_codec import encode_replies
 
 
 class _Stages(NamedTuple):

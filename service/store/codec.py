@@ -1,4 +1,4 @@
-"""Bytes of a stream's state in the store; `reply_codec` has those of its last reply.
+"""Bytes of a stream in the store: the codec of its state and last reply.
 
 A state, all little-endian, with M int64 values and N float32 values:
 
@@ -23,6 +23,19 @@ A state, all little-endian, with M int64 values and N float32 values:
 
 A tombstone is a header with bit 2 as its only flag, a random epoch and the checksum. All its other
 fields are zero.
+
+A reply, T steps of O outputs:
+
+         0     4  magic "CRRP"
+         4     1  format, 1
+         5     3  zero
+         8     4  T, u32
+        12     4  O, u32
+        16     4  CRC-32 over every other byte, u32
+        20     8  epoch
+        28    16  tag
+        44     8  position, u64
+        52   4TO  float32 values, step by step
 
 Epoch and tag are adjacent so that a commit can compare them as 24 bytes. The decoder rejects
 another magic or format, an unknown flag, a length that does not match the counts, a wrong checksum
@@ -50,8 +63,10 @@ from service.core.values import (
     FIRST_TAG,
     TAG_BYTES,
     Feed,
+    FloatRows,
     LastChunk,
     LastFields,
+    StoredReply,
     StreamHead,
     StreamState,
     Tombstone,
@@ -59,12 +74,15 @@ from service.core.values import (
 
 FORMAT: Final = 1
 STATE_MAGIC: Final = b"CRRY"
+REPLY_MAGIC: Final = b"CRRP"
 FINGERPRINT_BYTES: Final = 16
 
 # LEAD is the part before the checksum.
 _STATE_LEAD = struct.Struct("<4sBBHI")
 _STATE = struct.Struct("<4sBBHII16s8s16sQQ16sq")
+_REPLY_LEAD = struct.Struct("<4sB3sII")
 _HEAD = struct.Struct("<8s16sQ")
+_REPLY = struct.Struct("<4sB3sIII8s16sQ")
 _SINCE = struct.Struct("<Q")
 HEADER_BYTES: Final = _STATE.size
 _HEAD_OFFSET: Final = 32
@@ -78,12 +96,15 @@ WRITER: Final = slice(16, 16 + FINGERPRINT_BYTES)
 EPOCH: Final = slice(_HEAD_OFFSET, _HEAD_OFFSET + EPOCH_BYTES)
 """The epoch in a state."""
 
+REPLY_HEADER_BYTES: Final = _REPLY.size
 _FLAGS_OFFSET: Final = 5
 _STATE_CRC_OFFSET: Final = _STATE_LEAD.size
-FLOAT: Final = np.dtype("<f4")
+_REPLY_CRC_OFFSET: Final = _REPLY_LEAD.size
+_FLOAT: Final = np.dtype("<f4")
 _INT: Final = np.dtype("<i8")
 _NO_DIGEST: Final = bytes(DIGEST_BYTES)
 _NO_LAST: Final = (0, _NO_DIGEST, False)
+_ZERO: Final = bytes(3)
 _NO_INTS: Final = np.frombuffer(b"", _INT)
 
 _FEED_IS_INPUTS: Final = 1
@@ -129,7 +150,7 @@ class StateHeader(msgspec.Struct, frozen=True, gc=False):
         if len(value) < HEADER_BYTES:
             raise CodecError(f"expected at least {HEADER_BYTES} bytes, got {len(value)}")
         header = cls(*_STATE.unpack_from(value))
-        check_format(header.magic, STATE_MAGIC, header.format)
+        _check_format(header.magic, STATE_MAGIC, header.format)
         return header
 
     @property
@@ -140,7 +161,7 @@ class StateHeader(msgspec.Struct, frozen=True, gc=False):
     @property
     def size_bytes(self) -> int:
         """Size of the whole state."""
-        values = self.int_size * _INT.itemsize + self.float_size * FLOAT.itemsize
+        values = self.int_size * _INT.itemsize + self.float_size * _FLOAT.itemsize
         return HEADER_BYTES + values + (_SINCE.size if self.flags & _IS_INEXACT else 0)
 
     @property
@@ -193,7 +214,7 @@ def encode_states(
         CodecError: a value does not fit the layout.
     """
     floats, ints = states
-    if floats.ndim != 2 or floats.dtype != FLOAT or ints.ndim != 2 or ints.dtype != _INT:
+    if floats.ndim != 2 or floats.dtype != _FLOAT or ints.ndim != 2 or ints.dtype != _INT:
         raise CodecError(
             f"expected float32 [B, N] and int64 [B, M], got {floats.dtype} {list(floats.shape)} "
             f"and {ints.dtype} {list(ints.shape)}"
@@ -234,7 +255,7 @@ def decode_states(values: Sequence[bytes], int_size: int, float_size: int) -> St
     """The states of valid values of the same size: floats float32 [B, N] and ints int64 [B, M]."""
     values_end = HEADER_BYTES + 8 * int_size + 4 * float_size
     joined = b"".join([value[HEADER_BYTES:values_end] for value in values])
-    rows = np.frombuffer(joined, FLOAT).reshape(len(values), 2 * int_size + float_size)
+    rows = np.frombuffer(joined, _FLOAT).reshape(len(values), 2 * int_size + float_size)
     if not int_size:
         return State(rows, np.empty((len(values), 0), _INT))
     floats, ints = rows[:, 2 * int_size :], rows[:, : 2 * int_size].view(_INT)
@@ -315,7 +336,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         return tombstone
     if header.flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED | _IS_INEXACT):
         raise CodecError(f"unknown flags 0x{header.flags:02x}")
-    check_integrity(value, header.size_bytes, _STATE_CRC_OFFSET, header.crc)
+    _check_integrity(value, header.size_bytes, _STATE_CRC_OFFSET, header.crc)
     last = header.last
     if last is None and (header.start or any(header.digest) or header.flags & _STREAM_EXISTED):
         raise CodecError("a last chunk is given, but the flags say there is none")
@@ -327,7 +348,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         fingerprint=header.fingerprint,
         last=last,
         updated_ms=header.updated_ms,
-        state=State(read_floats(value, float_size, HEADER_BYTES + 8 * int_size), ints),
+        state=State(_floats(value, float_size, HEADER_BYTES + 8 * int_size), ints),
         since=read_since(value),
     )
 
@@ -373,7 +394,7 @@ def read_streams(
                 stream = EncodedStream(head, feed, value)
                 floats.append(value[size - 4 * float_size :])
         streams.append(stream)
-    rows = np.frombuffer(b"".join(floats), FLOAT)
+    rows = np.frombuffer(b"".join(floats), _FLOAT)
     return streams if _are_finite(rows) else [None] * len(values)
 
 
@@ -407,13 +428,54 @@ def read_packed_head(value: bytes) -> bytes:
     return value[_HEAD_OFFSET:_HEAD_END].ljust(_HEAD.size, b"\0")
 
 
-def read_floats(value: bytes, count: int, offset: int) -> NDArray[np.float32]:
-    """Finite float32 numbers in a value, as a view.
+def encode_replies(heads: Sequence[bytes], outputs: Sequence[FloatRows]) -> list[bytes]:
+    """Encode replies, outputs float32 [T, O] of each; the caller checks that they are finite.
+
+    Args:
+        heads: packed.
 
     Raises:
-        CodecError: one is not finite.
+        CodecError: a value does not fit the layout.
     """
-    floats = np.frombuffer(value, FLOAT, count, offset)
+    replies: list[bytes] = []
+    known: tuple[int, ...] = ()
+    for head, values in zip(heads, outputs, strict=True):
+        shape = values.shape
+        if shape != known:
+            if len(shape) != 2 or values.dtype != _FLOAT:
+                raise CodecError(f"expected float32 [T, O], got {values.dtype} {list(shape)}")
+            known, (lead, crc) = shape, _reply_lead(*shape)
+        body = head + values.tobytes()
+        replies.append(b"".join((lead, zlib.crc32(body, crc).to_bytes(4, "little"), body)))
+    return replies
+
+
+@lru_cache(maxsize=256)
+def _reply_lead(steps: int, width: int) -> tuple[bytes, int]:
+    """The part of a reply before its checksum, and the checksum of this part."""
+    lead = _REPLY_LEAD.pack(REPLY_MAGIC, FORMAT, _ZERO, steps, width)
+    return lead, zlib.crc32(lead)
+
+
+def decode_reply(value: bytes) -> StoredReply:
+    """Decode a reply.
+
+    Raises:
+        CodecError: the bytes are not a complete, undamaged reply of a known format.
+    """
+    if len(value) < REPLY_HEADER_BYTES:
+        raise CodecError(f"expected at least {REPLY_HEADER_BYTES} bytes, got {len(value)}")
+    magic, format_, zero, steps, width, crc, epoch, tag, position = _REPLY.unpack_from(value)
+    _check_format(magic, REPLY_MAGIC, format_)
+    if any(zero):
+        raise CodecError("bytes 5 to 7 are not zero")
+    _check_integrity(value, REPLY_HEADER_BYTES + 4 * steps * width, _REPLY_CRC_OFFSET, crc)
+    outputs = _floats(value, steps * width, REPLY_HEADER_BYTES)
+    return StoredReply(StreamHead(epoch, tag, position), outputs.reshape(steps, width))
+
+
+def _floats(value: bytes, count: int, offset: int) -> NDArray[np.float32]:
+    floats = np.frombuffer(value, _FLOAT, count, offset)
     if not _are_finite(floats):
         raise CodecError("a number is not finite")
     return floats
@@ -427,16 +489,14 @@ def _are_finite(floats: NDArray[np.float32]) -> bool:
     return math.isfinite(squares) or bool(np.isfinite(floats).all())
 
 
-def check_format(magic: bytes, expected: bytes, format_: int) -> None:
-    """Check the magic and the format; raises CodecError."""
+def _check_format(magic: bytes, expected: bytes, format_: int) -> None:
     if magic != expected:
         raise CodecError(f"expected the magic {expected!r}, got {magic!r}")
     if format_ != FORMAT:
         raise CodecError(f"expected format {FORMAT}, got {format_}")
 
 
-def check_integrity(value: bytes, size: int, crc_offset: int, crc: int) -> None:
-    """Check the size and the checksum over all but itself; raises CodecError."""
+def _check_integrity(value: bytes, size: int, crc_offset: int, crc: int) -> None:
     if len(value) != size:
         raise CodecError(f"expected {size} bytes, got {len(value)}")
     computed = _checksum(value, crc_offset)

@@ -22,8 +22,15 @@ from service.core.values import (
     Tombstone,
 )
 from service.store.base import CommitColumns, Committed, Loaded, Store, decode_value
-from service.store.codec import EncodedStream, decode_stream, encode_state, pack_head, unpack_head
-from service.store.reply_codec import decode_reply, encode_replies
+from service.store.codec import (
+    EncodedStream,
+    decode_reply,
+    decode_stream,
+    encode_replies,
+    encode_state,
+    pack_head,
+    unpack_head,
+)
 
 
 class Commit(NamedTuple):

@@ -25,7 +25,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.capabilities import OutputChannel, PublishedOutput, Receiver
-from service.store.codec import CodecError
+from service.store.codec import CodecError, decode_reply
 from service.store.keys import join_name, split_name
 from service.store.redis.connections import (
     RETRY_AFTER_S,
@@ -34,7 +34,6 @@ from service.store.redis.connections import (
     finish_closing,
 )
 from service.store.redis.router import Router
-from service.store.reply_codec import decode_reply
 
 ANNOUNCE_INTERVAL_S: Final = 5.0
 LEASE_S: Final = 3 * ANNOUNCE_INTERVAL_S

@@ -56,6 +56,7 @@ from service.store.codec import (
     TOMBSTONE_PREFIX,
     CodecError,
     StateHeader,
+    decode_reply,
     encode_tombstone,
     pack_head,
     read_packed_head,
@@ -96,7 +97,6 @@ from service.store.redis.scan import list_streams
 from service.store.redis.sentinel_router import SentinelRouter
 from service.store.redis.server_checks import check_servers
 from service.store.redis.topics import RedisTopics
-from service.store.reply_codec import decode_reply
 from service.store.settings import Durability, StoreSettings
 
 DELETE_ATTEMPTS: Final = 6

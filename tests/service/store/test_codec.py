@@ -22,6 +22,7 @@ from service.store.codec import (
     CodecError,
     EncodedStream,
     StateHeader,
+    decode_reply,
     decode_state,
     decode_states,
     encode_state,
@@ -31,7 +32,6 @@ from service.store.codec import (
     read_streams,
     unpack_head,
 )
-from service.store.reply_codec import decode_reply
 from tests.support.streams import Streams, cached, encode_reply, same_reply, same_stream
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
