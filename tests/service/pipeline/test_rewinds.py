@@ -152,6 +152,8 @@ class Game:
         return send
 
     def rewind(self, followed: Followed) -> Request:
+        if self.policy == "rewarm" and not followed.heads:
+            return self.chunk(followed)  # of a stream that another request may create
         precondition = self.precondition(followed)
         head = followed.heads[-1] if followed.heads else None
         most = head.position + 3 if head else 9
