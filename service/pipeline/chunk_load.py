@@ -46,11 +46,10 @@ from service.pipeline.rewarm import Rewarming, may_keep
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import RETRY_AFTER_S, SHARD_TIMEOUT_S, Shards
 from service.pipeline.state_cache import StateCache
-from service.store.base import StateStore, StoredValue, decode_value
+from service.store.base import StateStore, StoredValue, decode_stream, decode_value
 from service.store.codec import (
     WRITER,
     EncodedStream,
-    decode_stream,
     encode_state,
     pack_head,
     read_packed_head,

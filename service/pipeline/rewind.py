@@ -20,8 +20,8 @@ from service.engine.compute import Compute
 from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many, decode_entries
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.served_model import ServedModel
-from service.store.base import decode_value, state_damaged_error
-from service.store.codec import CodecError, decode_stream
+from service.store.base import decode_stream, decode_value, state_damaged_error
+from service.store.codec import CodecError
 from service.store.history import Histories, StoredHistory
 from service.store.history_codec import HistoryEntry, entries_from, read_range
 

@@ -38,8 +38,8 @@ from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.pipeline.shadow_budget import BusyClock, ShadowBudget
 from service.pipeline.shadow_states import OfferedChunk, ShadowStates, ShadowStream
-from service.store.base import Store
-from service.store.codec import decode_stream, encode_states, mark_inexact, pack_head
+from service.store.base import Store, decode_stream
+from service.store.codec import encode_states, mark_inexact, pack_head
 
 T = TypeVar("T")
 

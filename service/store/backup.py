@@ -44,9 +44,10 @@ from service.store.base import (
     Committed,
     Loaded,
     Store,
+    decode_stream,
     decode_value,
 )
-from service.store.codec import CodecError, decode_stream, encode_state, pack_head
+from service.store.codec import CodecError, encode_state, pack_head
 from service.store.history import HistoryCopy
 from service.store.history_codec import read_range
 

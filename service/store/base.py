@@ -107,6 +107,18 @@ def decode_value(key: StreamKey, value: StoredValue) -> Loaded:
         return state_damaged_error(key, error, value)
 
 
+def decode_stream(value: bytes) -> StreamState:
+    """Decode a state that is no tombstone.
+
+    Raises:
+        CodecError
+    """
+    stream = decode_state(value)
+    if isinstance(stream, Tombstone):
+        raise CodecError("expected a state, got a tombstone")
+    return stream
+
+
 def state_damaged_error(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
     """The error for stored bytes that are not a valid state."""
     log.error("state_damaged", model=key.model, stream=key.stream, reason=str(error))

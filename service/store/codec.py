@@ -353,18 +353,6 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
     )
 
 
-def decode_stream(value: bytes) -> StreamState:
-    """Decode a state that is no tombstone.
-
-    Raises:
-        CodecError
-    """
-    stream = decode_state(value)
-    if isinstance(stream, Tombstone):
-        raise CodecError("expected a state, got a tombstone")
-    return stream
-
-
 def read_streams(
     values: Sequence[bytes], fingerprint: bytes, int_size: int, float_size: int
 ) -> list[EncodedStream | None]:

@@ -15,7 +15,7 @@ from service.engine.runtimes.base import FloatBatch, Lengths
 from service.pipeline.model_versions import Route
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
-from service.store.codec import decode_stream
+from service.store.base import decode_stream
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.numpy_runtime import NumpyRuntime

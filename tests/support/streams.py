@@ -21,11 +21,10 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.store.base import CommitColumns, Committed, Loaded, Store, decode_value
+from service.store.base import CommitColumns, Committed, Loaded, Store, decode_stream, decode_value
 from service.store.codec import (
     EncodedStream,
     decode_reply,
-    decode_stream,
     encode_replies,
     encode_state,
     pack_head,

@@ -15,7 +15,7 @@ from models.spec.history import HistorySpec
 from service.access.caller import ANYONE
 from service.core.values import Reply, StreamKey
 from service.pipeline.pipeline import Pipeline
-from service.store.codec import decode_stream
+from service.store.base import decode_stream
 from service.store.history import StoredHistory
 from service.store.history_codec import HistoryCodec, HistoryEntry
 from service.store.redis.redis_store import RedisStore

@@ -11,8 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from service.core.values import Feed, Steps, StreamHead, StreamKey, StreamState
-from service.store.base import COMMITTED, CommitResult, Committed, Conflicted, Store
-from service.store.codec import StateHeader, decode_stream, encode_state, pack_head
+from service.store.base import COMMITTED, CommitResult, Committed, Conflicted, Store, decode_stream
+from service.store.codec import StateHeader, encode_state, pack_head
 from service.store.history import HistoryColumns, HistoryCopy, StoredHistory
 from service.store.history_codec import HistoryCodec, read_range
 from service.store.settings import StoreSettings
