@@ -1,7 +1,7 @@
 """`python -m examples.burn_in.retrained`: the loss of a new version, with and without memory.
 
 Trains a new version of flights and of rivers: the same specification with another seed, and with
-fewer epochs (`VERSIONS`). Its states at many places of the streams are begun in the initial state
+fewer epochs (`VERSIONS`). Its states at many places of the streams start from the initial state
 (`reset`), run over the last N/4, N/2 and N events from there, or carried from the stream's first
 event (`exact`), N being the version's own burn-in. Prints the loss of the events that follow, draws
 it to `docs/explanation/burn-in/retrained.svg`, with 95% intervals by resampling streams, and writes
@@ -111,7 +111,7 @@ def new_version(name: str, version: Version) -> Artifact:
 
 
 def losses_of(artifact: Artifact, version: Version, burn_in: int) -> dict[str, Floats]:
-    """By how states were begun: the mean loss by stream and events since the change, [S, E]."""
+    """By how states were started: the mean loss by stream and events since the change, [S, E]."""
     streams = streams_of(artifact.spec, version.scored())
     first = split_of(artifact.spec).test if version.is_held_out else 0
     changes: list[NDArray[np.int64]] = []

@@ -88,7 +88,7 @@ class Artifact:
 
     @property
     def burn_in(self) -> int | None:
-        """Events after which a state no longer depends on where it was begun, within a tolerance.
+        """Events after which a state no longer depends on where it was started, within a tolerance.
 
         None if that was not measured, or if the model does not forget within the windows that it
         was measured on.

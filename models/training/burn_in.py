@@ -1,4 +1,4 @@
-"""Burn-in: after how many events a state no longer depends on where it was begun.
+"""Burn-in: after how many events a state no longer depends on where it was started.
 
 A new version of a model has no states. Run over a stream's last N events from its initial state, it
 is as good as if it had seen all of them, if N is the burn-in (Kapturowski et al. 2019, who call
@@ -118,7 +118,7 @@ def _measure(
         return None
     lengths = [stop - start - ahead for start, stop in windows]
     begins = np.cumsum([0, *(stop - start for start, stop in windows[:-1])]).tolist()
-    begun = run(windows)
+    from_initial = run(windows)
     longest = max(lengths)
     points = np.unique(np.geomspace(1, longest, POINTS).round().astype(np.int64))
     by_output: dict[str, dict[str, Any]] = {}
@@ -128,7 +128,7 @@ def _measure(
         unit = _unit(spec, output)
         windowed, true = (
             [values[at : at + length, columns] for at, length in zip(at, lengths, strict=True)]
-            for values, at in ((begun, begins), (outputs, [start for start, _ in windows]))
+            for values, at in ((from_initial, begins), (outputs, [start for start, _ in windows]))
         )
         parts = [
             (np.abs(of_window - of_true) / scale).max(axis=1)
