@@ -18,7 +18,8 @@ import math
 from typing import Final
 
 from service.pipeline.state_cache import OVERHEAD_BYTES
-from service.store.codec import HEADER_BYTES, REPLY_HEADER_BYTES
+from service.store.codec import REPLY_HEADER_BYTES
+from service.store.layout import HEADER_BYTES
 
 CHUNKS_PER_S: Final = 7_100
 """Chunks per second of a worker on one core (docs/reference/performance.md, standard workload)."""

@@ -102,6 +102,27 @@ LastFields = tuple[int, bytes, bool]
 """The fields of a `LastChunk`; a batch uses plain tuples, which are cheaper to create."""
 
 
+class SourceMark(NamedTuple):
+    """How far a source of events is in a stream's state: its events of the stream up to an offset.
+
+    Only a state that was loaded from a history has one, until the stream's first chunk. A consumer
+    skips the events that it covers.
+
+    Attributes:
+        source: name of the topic; of Kafka with the partition, such as `flights:3`.
+        offset: of the record of Kafka, or the first number of the id of an entry.
+        sequence: the second number of the id of an entry; 0 of Kafka.
+    """
+
+    source: str
+    offset: int
+    sequence: int = 0
+
+    def covers(self, event: SourceMark) -> bool:
+        """Whether the state contains the event of the stream that has this mark."""
+        return self.source == event.source and self[1:] >= event[1:]
+
+
 class StreamState(NamedTuple):
     """One stream as it is stored.
 
@@ -111,6 +132,7 @@ class StreamState(NamedTuple):
         updated_ms: wall clock of the last commit, epoch milliseconds.
         since: position since which the state is computed, from the initial state, by a version of
             the model that has not seen the stream's start; None if the state is exact.
+        source: how far a source of events is in the state; None if that is not known.
     """
 
     head: StreamHead
@@ -120,6 +142,7 @@ class StreamState(NamedTuple):
     updated_ms: int
     state: State
     since: int | None = None
+    source: SourceMark | None = None
 
 
 class Tombstone(NamedTuple):

@@ -19,8 +19,8 @@ from service.core.errors import CarryError, InternalError, NotFinite
 from service.engine.compute import Compute, OnCall, TimeSlicer, ignore_call
 from service.pipeline.inference import infer_batch
 from service.pipeline.served_model import Segment, ServedModel
-from service.store.codec import CodecError
 from service.store.history_codec import HistoryEntry
+from service.store.layout import CodecError
 
 PIECE_STEPS: Final = 64
 """Most steps of one call, for each of its streams."""

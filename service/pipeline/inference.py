@@ -37,7 +37,8 @@ from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.drift import make_drift_sampler
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import Segment, ServedModel
-from service.store.codec import HEADER_BYTES, decode_states
+from service.store.codec import decode_states
+from service.store.layout import HEADER_BYTES
 
 MAX_PADDED_STEPS: Final = 4096
 """Most padded steps of one call, unless a single segment is longer."""

@@ -40,9 +40,9 @@ from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.store.base import Store, decode_value
-from service.store.codec import CodecError
 from service.store.history import StoredHistory
 from service.store.history_codec import HistoryEntry, entries_from, read_range
+from service.store.layout import CodecError
 
 RETRY_AFTER_S: Final = 1.0
 

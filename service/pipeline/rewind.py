@@ -21,9 +21,9 @@ from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many, d
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.served_model import ServedModel
 from service.store.base import decode_stream, decode_value, state_damaged_error
-from service.store.codec import CodecError
 from service.store.history import Histories, StoredHistory
 from service.store.history_codec import HistoryEntry, entries_from, read_range
+from service.store.layout import CodecError
 
 log = structlog.get_logger(__name__)
 

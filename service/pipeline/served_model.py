@@ -41,8 +41,8 @@ from service.core.values import (
     Warmth,
 )
 from service.engine.runtimes.base import Runtime
-from service.store.codec import HEADER_BYTES
 from service.store.history_codec import HistoryCodec
+from service.store.layout import HEADER_BYTES
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
 """Rows [T, F] of a chunk, and the int part [M] of the state after it."""

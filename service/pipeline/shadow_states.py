@@ -24,12 +24,9 @@ from service.pipeline.served_model import ServedModel
 from service.pipeline.shadow_budget import ShadowBudget
 from service.pipeline.state_cache import StateCache
 from service.store.base import decode_value
-from service.store.codec import (
-    CodecError,
-    EncodedStream,
-    encode_state,
-)
+from service.store.codec import EncodedStream, encode_state
 from service.store.history import Histories
+from service.store.layout import CodecError
 
 STORE_S: Final = 5.0
 """Longest call of the store."""

@@ -11,7 +11,8 @@ from collections import Counter, OrderedDict
 from typing import Final
 
 from service.core.values import StreamKey
-from service.store.codec import HEADER_BYTES, EncodedStream, StateHeader
+from service.store.codec import EncodedStream
+from service.store.layout import HEADER_BYTES, StateHeader
 
 OVERHEAD_BYTES: Final = 640
 """Memory of one entry besides the state's values: header, objects and dictionary (592 bytes by

@@ -33,7 +33,8 @@ from service.core.errors import (
 from service.core.values import EPOCH_BYTES, FIRST_TAG, Steps, StreamHead, StreamState
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.served_model import ServedModel
-from service.store.codec import CodecError, decode_state, encode_state
+from service.store.codec import decode_state, encode_state
+from service.store.layout import CodecError
 
 MAGIC: Final = b"CRRT"
 FORMAT: Final = 1

@@ -47,9 +47,10 @@ from service.store.base import (
     decode_stream,
     decode_value,
 )
-from service.store.codec import CodecError, encode_state, pack_head
+from service.store.codec import encode_state, pack_head
 from service.store.history import HistoryCopy
 from service.store.history_codec import read_range
+from service.store.layout import CodecError
 
 MAGIC: Final = b"CRRB"
 FORMAT: Final = 3
@@ -363,7 +364,8 @@ def _restorable(state: StreamState, stored: Loaded, replace: bool) -> StreamStat
         return state
     if stored.head == state.head or not replace:
         return None
-    return start_epoch(state, fingerprint=state.fingerprint, now_ms=state.updated_ms)
+    new = start_epoch(state, fingerprint=state.fingerprint, now_ms=state.updated_ms)
+    return new._replace(source=state.source)
 
 
 def _continues(head: StreamHead, earlier: StreamHead) -> bool:

@@ -36,7 +36,8 @@ from service.store.capabilities import (
     StoreMonitor,
     StreamUsage,
 )
-from service.store.codec import CodecError, decode_state, read_packed_head, unpack_head
+from service.store.codec import decode_state, read_packed_head, unpack_head
+from service.store.layout import CodecError
 
 if TYPE_CHECKING:
     from service.store.history import Histories, HistoryColumns

@@ -7,7 +7,7 @@ A state, all little-endian, with M int64 values and N float32 values:
          4     1  format, 1
          5     1  flags: bit 0 the feed is `inputs` (else `events`), bit 1 there is a last chunk,
                   bit 2 the stream is deleted (a tombstone), bit 3 the last chunk starts at 0 and
-                  did not create the stream, bit 4 the state is inexact
+                  did not create the stream, bit 4 the state is inexact, bit 5 it has a source mark
          6     2  M, u16
          8     4  N, u32
         12     4  CRC-32 over every other byte, u32
@@ -18,8 +18,9 @@ A state, all little-endian, with M int64 values and N float32 values:
         64     8  start position of the last chunk, u64 (0 if there is none)
         72    16  digest of the last chunk, its first 16 bytes (0 if there is none)
         88     8  time of the commit, epoch milliseconds, i64
-        96    8M  int64 values, then 4N bytes of float32 values; if it is inexact, then the
-                  position since which it is computed, from the initial state, u64
+        96    8M  int64 values, then 4N bytes of float32 values; then its source mark, if it has
+                  one (`service.store.source_mark`); if it is inexact, then the position since which
+                  it is computed, from the initial state, u64
 
 A tombstone is a header with bit 2 as its only flag, a random epoch and the checksum. All its other
 fields are zero.
@@ -64,27 +65,38 @@ from service.core.values import (
     TAG_BYTES,
     Feed,
     FloatRows,
-    LastChunk,
     LastFields,
     StoredReply,
     StreamHead,
     StreamState,
     Tombstone,
 )
+from service.store.layout import (
+    DELETED,
+    FEED_IS_INPUTS,
+    FORMAT,
+    HAS_LAST,
+    HAS_SOURCE,
+    HEADER_BYTES,
+    IS_INEXACT,
+    KNOWN_FLAGS,
+    SINCE,
+    STATE_MAGIC,
+    STREAM_EXISTED,
+    CodecError,
+    StateHeader,
+    check_format,
+)
+from service.store.source_mark import decode_mark, encode_mark
 
-FORMAT: Final = 1
-STATE_MAGIC: Final = b"CRRY"
 REPLY_MAGIC: Final = b"CRRP"
 FINGERPRINT_BYTES: Final = 16
 
 # LEAD is the part before the checksum.
 _STATE_LEAD = struct.Struct("<4sBBHI")
-_STATE = struct.Struct("<4sBBHII16s8s16sQQ16sq")
 _REPLY_LEAD = struct.Struct("<4sB3sII")
 _HEAD = struct.Struct("<8s16sQ")
 _REPLY = struct.Struct("<4sB3sIII8s16sQ")
-_SINCE = struct.Struct("<Q")
-HEADER_BYTES: Final = _STATE.size
 _HEAD_OFFSET: Final = 32
 _HEAD_END: Final = _HEAD_OFFSET + _HEAD.size
 COMPARED: Final = slice(0, EPOCH_BYTES + TAG_BYTES)
@@ -107,74 +119,11 @@ _NO_LAST: Final = (0, _NO_DIGEST, False)
 _ZERO: Final = bytes(3)
 _NO_INTS: Final = np.frombuffer(b"", _INT)
 
-_FEED_IS_INPUTS: Final = 1
-_HAS_LAST: Final = 2
-_DELETED: Final = 4
-_STREAM_EXISTED: Final = 8
-_IS_INEXACT: Final = 16
 _FLAGS_WITH_LAST: Final = tuple(
-    _HAS_LAST | existed | feed for existed in (0, _STREAM_EXISTED) for feed in (0, _FEED_IS_INPUTS)
+    HAS_LAST | existed | feed for existed in (0, STREAM_EXISTED) for feed in (0, FEED_IS_INPUTS)
 )
-TOMBSTONE_PREFIX: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
+TOMBSTONE_PREFIX: Final = STATE_MAGIC + bytes((FORMAT, DELETED))
 """The first bytes of every tombstone, and of no state."""
-
-
-class CodecError(Exception):
-    """Invalid bytes, or a value that cannot be encoded; the message gives the reason."""
-
-
-class StateHeader(msgspec.Struct, frozen=True, gc=False):
-    """The header of a state or a tombstone: its fields, in the order of the layout."""
-
-    magic: bytes
-    format: int
-    flags: int
-    int_size: int
-    float_size: int
-    crc: int
-    fingerprint: bytes
-    epoch: bytes
-    tag: bytes
-    position: int
-    start: int
-    digest: bytes
-    updated_ms: int
-
-    @classmethod
-    def decode(cls, value: bytes) -> StateHeader:
-        """Decode the first 96 bytes of a value; the checksum is not verified.
-
-        Raises:
-            CodecError: they are not a header of a known format.
-        """
-        if len(value) < HEADER_BYTES:
-            raise CodecError(f"expected at least {HEADER_BYTES} bytes, got {len(value)}")
-        header = cls(*_STATE.unpack_from(value))
-        _check_format(header.magic, STATE_MAGIC, header.format)
-        return header
-
-    @property
-    def is_tombstone(self) -> bool:
-        """Whether it is the header of a tombstone."""
-        return self.flags == _DELETED
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the whole state."""
-        values = self.int_size * _INT.itemsize + self.float_size * _FLOAT.itemsize
-        return HEADER_BYTES + values + (_SINCE.size if self.flags & _IS_INEXACT else 0)
-
-    @property
-    def head(self) -> StreamHead:
-        """The head of the stream or the tombstone."""
-        return StreamHead(self.epoch, self.tag, self.position)
-
-    @property
-    def last(self) -> LastChunk | None:
-        """The last chunk, if there is one."""
-        if not self.flags & _HAS_LAST:
-            return None
-        return LastChunk(self.start, self.digest, bool(self.flags & _STREAM_EXISTED))
 
 
 class EncodedStream(msgspec.Struct, frozen=True, gc=False):
@@ -228,8 +177,8 @@ def encode_states(
         updated = updated_ms.to_bytes(8, "little", signed=True)
         for feed, head, chunk in zip(feeds, heads, last, strict=True):
             start, digest, existed = chunk or _NO_LAST
-            flags = _FEED_IS_INPUTS if feed is Feed.INPUTS else 0
-            flags |= (_HAS_LAST if chunk else 0) | (_STREAM_EXISTED if existed else 0)
+            flags = FEED_IS_INPUTS if feed is Feed.INPUTS else 0
+            flags |= (HAS_LAST if chunk else 0) | (STREAM_EXISTED if existed else 0)
             if flags != known:
                 known, (lead, crc) = flags, _state_lead(flags, ints.shape[1], floats.shape[1])
             end, int_end = at + float_size, int_at + int_size
@@ -290,14 +239,24 @@ def encode_state(stream: StreamState) -> bytes:
         fingerprint=fingerprint,
         updated_ms=stream.updated_ms,
     )[0]
+    if stream.source is not None:
+        try:
+            value = _append(value, HAS_SOURCE, encode_mark(stream.source))
+        except struct.error as error:
+            raise CodecError(f"a value is out of range: {error}") from error
     return value if stream.since is None else mark_inexact(value, stream.since)
 
 
 def mark_inexact(value: bytes, since: int) -> bytes:
-    """An encoded state that is not marked, with the position since which it is computed."""
-    flags = value[_FLAGS_OFFSET] | _IS_INEXACT
+    """An encoded state that is not inexact, with the position since which it is computed."""
+    return _append(value, IS_INEXACT, SINCE.pack(since))
+
+
+def _append(value: bytes, flag: int, data: bytes) -> bytes:
+    """An encoded state with another flag, and data at its end."""
+    flags = value[_FLAGS_OFFSET] | flag
     lead = value[:_FLAGS_OFFSET] + bytes((flags,)) + value[_FLAGS_OFFSET + 1 : _STATE_CRC_OFFSET]
-    body = value[_STATE_CRC_OFFSET + 4 :] + _SINCE.pack(since)
+    body = value[_STATE_CRC_OFFSET + 4 :] + data
     return lead + zlib.crc32(body, zlib.crc32(lead)).to_bytes(4, "little") + body
 
 
@@ -310,16 +269,21 @@ def encode_tombstone(tombstone: Tombstone) -> bytes:
     head = tombstone.head
     if head.tag != FIRST_TAG or head.position != 0:
         raise CodecError("expected the first tag and position 0 of a tombstone")
-    lead, crc = _state_lead(_DELETED, 0, 0)
+    lead, crc = _state_lead(DELETED, 0, 0)
     body = bytes(FINGERPRINT_BYTES) + pack_head(head) + bytes(HEADER_BYTES - _HEAD_END)
     return lead + zlib.crc32(body, crc).to_bytes(4, "little") + body
 
 
 def read_since(value: bytes) -> int | None:
     """The position since which an encoded state is computed; None if it is exact."""
-    is_inexact = value[_FLAGS_OFFSET] & _IS_INEXACT
-    since: int | None = _SINCE.unpack(value[-_SINCE.size :])[0] if is_inexact else None
+    is_inexact = value[_FLAGS_OFFSET] & IS_INEXACT
+    since: int | None = SINCE.unpack(value[-SINCE.size :])[0] if is_inexact else None
     return since
+
+
+def has_source(value: bytes) -> bool:
+    """Whether a stored value is flagged to have a source mark; it may be damaged."""
+    return len(value) > _FLAGS_OFFSET and bool(value[_FLAGS_OFFSET] & HAS_SOURCE)
 
 
 def decode_state(value: bytes) -> StreamState | Tombstone:
@@ -334,22 +298,30 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         if value != encode_tombstone(tombstone):
             raise CodecError("a tombstone has fields other than its epoch")
         return tombstone
-    if header.flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED | _IS_INEXACT):
+    if header.flags & ~KNOWN_FLAGS:
         raise CodecError(f"unknown flags 0x{header.flags:02x}")
-    _check_integrity(value, header.size_bytes, _STATE_CRC_OFFSET, header.crc)
-    last = header.last
-    if last is None and (header.start or any(header.digest) or header.flags & _STREAM_EXISTED):
-        raise CodecError("a last chunk is given, but the flags say there is none")
     int_size, float_size = header.int_size, header.float_size
+    source, source_size = None, 0
+    if header.flags & HAS_SOURCE:
+        try:
+            end = HEADER_BYTES + 8 * int_size + 4 * float_size
+            source, source_size = decode_mark(value, end)
+        except (struct.error, ValueError) as error:
+            raise CodecError(f"expected the bytes of a source mark: {error}") from error
+    _check_integrity(value, header.size_bytes + source_size, _STATE_CRC_OFFSET, header.crc)
+    last = header.last
+    if last is None and (header.start or any(header.digest) or header.flags & STREAM_EXISTED):
+        raise CodecError("a last chunk is given, but the flags say there is none")
     ints = np.frombuffer(value, _INT, int_size, HEADER_BYTES) if int_size else _NO_INTS
     return StreamState(
         head=header.head,
-        feed=Feed.INPUTS if header.flags & _FEED_IS_INPUTS else Feed.EVENTS,
+        feed=Feed.INPUTS if header.flags & FEED_IS_INPUTS else Feed.EVENTS,
         fingerprint=header.fingerprint,
         last=last,
         updated_ms=header.updated_ms,
         state=State(_floats(value, float_size, HEADER_BYTES + 8 * int_size), ints),
         since=read_since(value),
+        source=source,
     )
 
 
@@ -366,7 +338,7 @@ def read_streams(
         int_size, float_size: of its states.
     """
     leads = {
-        lead: (crc, Feed.INPUTS if flags & _FEED_IS_INPUTS else Feed.EVENTS)
+        lead: (crc, Feed.INPUTS if flags & FEED_IS_INPUTS else Feed.EVENTS)
         for flags in _FLAGS_WITH_LAST
         for lead, crc in [_state_lead(flags, int_size, float_size)]
     }
@@ -454,7 +426,7 @@ def decode_reply(value: bytes) -> StoredReply:
     if len(value) < REPLY_HEADER_BYTES:
         raise CodecError(f"expected at least {REPLY_HEADER_BYTES} bytes, got {len(value)}")
     magic, format_, zero, steps, width, crc, epoch, tag, position = _REPLY.unpack_from(value)
-    _check_format(magic, REPLY_MAGIC, format_)
+    check_format(magic, REPLY_MAGIC, format_)
     if any(zero):
         raise CodecError("bytes 5 to 7 are not zero")
     _check_integrity(value, REPLY_HEADER_BYTES + 4 * steps * width, _REPLY_CRC_OFFSET, crc)
@@ -475,13 +447,6 @@ def _are_finite(floats: NDArray[np.float32]) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         squares = floats.dot(floats)
     return math.isfinite(squares) or bool(np.isfinite(floats).all())
-
-
-def _check_format(magic: bytes, expected: bytes, format_: int) -> None:
-    if magic != expected:
-        raise CodecError(f"expected the magic {expected!r}, got {magic!r}")
-    if format_ != FORMAT:
-        raise CodecError(f"expected format {FORMAT}, got {format_}")
 
 
 def _check_integrity(value: bytes, size: int, crc_offset: int, crc: int) -> None:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from models.events.columns import BoolArray, EventColumns, canonical_bytes
 from models.events.schema import EventSchema
 from service.core.values import Feed, Steps
-from service.store.codec import CodecError
+from service.store.layout import CodecError
 
 _LEAD: Final = struct.Struct("<QIB")
 _CRC: Final = struct.Struct("<I")

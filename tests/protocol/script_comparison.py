@@ -16,8 +16,9 @@ from msgspec.structs import replace
 
 from service.core.values import StreamKey, Tombstone
 from service.store.base import Committed, Conflicted
-from service.store.codec import HEADER_BYTES, encode_state, encode_tombstone, pack_head
+from service.store.codec import encode_state, encode_tombstone, pack_head
 from service.store.history import HistoryColumns, HistoryCopy
+from service.store.layout import HEADER_BYTES
 from service.store.redis import redis_store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings

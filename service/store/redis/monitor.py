@@ -35,8 +35,8 @@ import structlog
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Check, ServerStatus
 from service.store.capabilities import LIVE_S, StoreMonitor, StreamCount
-from service.store.codec import HEADER_BYTES, CodecError, StateHeader
 from service.store.keys import KeySpace
+from service.store.layout import HEADER_BYTES, CodecError, StateHeader
 from service.store.redis.commands import Command, Script
 from service.store.redis.connections import end_tasks
 from service.store.redis.pipelined_connection import RedisServer

@@ -20,7 +20,7 @@ from service.core.errors import (
 )
 from service.core.values import StreamHead, StreamKey
 from service.store.base import COMMITTED, CommitResult, Conflicted, state_damaged_error
-from service.store.codec import CodecError, StateHeader
+from service.store.layout import CodecError, StateHeader
 from service.store.redis.connections import RETRY_AFTER_S, is_transient
 from service.store.settings import Durability, StoreSettings
 

@@ -25,8 +25,9 @@ from redis.exceptions import NoPermissionError, RedisError
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.capabilities import OutputChannel, PublishedOutput, Receiver
-from service.store.codec import CodecError, decode_reply
+from service.store.codec import decode_reply
 from service.store.keys import join_name, split_name
+from service.store.layout import CodecError
 from service.store.redis.connections import (
     RETRY_AFTER_S,
     describe_error,

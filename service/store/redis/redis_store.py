@@ -54,14 +54,13 @@ from service.store.base import (
 from service.store.codec import (
     COMPARED,
     TOMBSTONE_PREFIX,
-    CodecError,
-    StateHeader,
     decode_reply,
     encode_tombstone,
     pack_head,
     read_packed_head,
     unpack_head,
 )
+from service.store.layout import CodecError, StateHeader
 from service.store.redis.address import check_address, check_tls_files
 from service.store.redis.capabilities import (
     RedisRateLeases,

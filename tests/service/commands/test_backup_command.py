@@ -16,8 +16,8 @@ from service.commands.backup import open_output
 from service.serve import store_requires_keys
 from service.settings import Settings
 from service.store.backup import BackupInfo, BackupReader, write_backup
-from service.store.codec import HEADER_BYTES
 from service.store.embedded import EmbeddedValkey
+from service.store.layout import HEADER_BYTES
 from service.store.settings import StoreSettings
 from tests.support import command
 from tests.support.access import new_authorization, revoke

@@ -15,7 +15,8 @@ from service.commands.capacity_formula import (
     workers,
 )
 from service.pipeline.state_cache import StateCache
-from service.store.codec import HEADER_BYTES, encode_state
+from service.store.codec import encode_state
+from service.store.layout import HEADER_BYTES
 from service.store.settings import StoreSettings
 from tests.support.servers import KINDS, real_server
 from tests.support.streams import Streams, cached, encode_reply, key

@@ -14,24 +14,32 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from models.spec.state import State
-from service.core.values import Feed, LastChunk, StoredReply, StreamHead, StreamState, Tombstone
+from service.core.values import (
+    Feed,
+    LastChunk,
+    SourceMark,
+    StoredReply,
+    StreamHead,
+    StreamState,
+    Tombstone,
+)
 from service.store.codec import (
     COMPARED,
-    HEADER_BYTES,
     TOMBSTONE_PREFIX,
-    CodecError,
     EncodedStream,
-    StateHeader,
     decode_reply,
     decode_state,
     decode_states,
     encode_state,
     encode_tombstone,
+    has_source,
     pack_head,
     read_packed_head,
     read_streams,
     unpack_head,
 )
+from service.store.layout import HEADER_BYTES, CodecError, StateHeader
+from service.store.source_mark import parse_offset
 from tests.support.streams import Streams, cached, encode_reply, same_reply, same_stream
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -55,6 +63,10 @@ STATES = st.builds(
         hnp.arrays(np.int64, st.integers(0, 5), elements=st.integers(-(2**63), 2**63 - 1)),
     ),
     since=st.none() | st.integers(0, 2**64 - 1),
+    source=st.none()
+    | st.builds(
+        SourceMark, st.text(max_size=9), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)
+    ),
 )
 REPLIES = st.builds(
     StoredReply,
@@ -85,7 +97,8 @@ def test_states_and_replies_round_trip_bit_for_bit(stream: StreamState, reply: S
     assert same_stream(decode_state(value), stream)
     header = StateHeader.decode(value[:HEADER_BYTES])
     assert (header.head, header.last) == (stream.head, stream.last)
-    assert (header.size_bytes, header.updated_ms) == (len(value), stream.updated_ms)
+    size = len(encode_state(stream._replace(source=None)))
+    assert (header.size_bytes, header.updated_ms) == (size, stream.updated_ms)
     assert not header.is_tombstone
     assert same_reply(decode_reply(encode_reply(reply)), reply)
 
@@ -98,7 +111,8 @@ def test_the_fast_path_reads_the_heads_of_exact_streams_with_a_last_chunk(
     whole, fingerprint = encode_state(stream), stream.fingerprint
     tombstone = encode_tombstone(Tombstone(StreamHead(b"epoch-89", bytes(16), 0)))
     values = [b"", whole, tombstone, whole[:-1]]
-    known = cached(stream) if stream.last and stream.since is None else None
+    is_fast = stream.last and stream.since is None and stream.source is None
+    known = cached(stream) if is_fast else None
     assert read_streams(values, fingerprint, ints.size, floats.size) == [None, known, None, None]
     other = bytes(byte ^ 1 for byte in fingerprint)
     assert read_streams(values, other, ints.size, floats.size) == [None] * 4
@@ -163,23 +177,76 @@ def test_the_layout_of_a_state_matches_its_documentation() -> None:
     assert inexact[5] == 0b11011
     assert inexact[16:] == value[16:] + bytes(range(0x28, 0x20, -1))
     assert inexact[12:16] == struct.pack("<I", zlib.crc32(inexact[:12] + inexact[16:]))
+    mark = SourceMark("flüge:3", 0x3132333435363738, 5)
+    marked = encode_state(existed._replace(source=mark))
+    assert marked[5] == 0b101011
+    assert marked[16:] == value[16:] + struct.pack("<QQH", mark.offset, 5, 8) + b"fl\xc3\xbcge:3"
+    assert marked[12:16] == struct.pack("<I", zlib.crc32(marked[:12] + marked[16:]))
+    both = encode_state(existed._replace(source=mark, since=7))
+    assert both[5] == 0b111011
+    assert both[16:] == marked[16:] + struct.pack("<Q", 7)
+    assert [decode_state(each).source for each in (value, marked, both)] == [None, mark, mark]
+    assert [decode_state(each).since for each in (value, marked, both)] == [None, None, 7]
+    assert [has_source(each) for each in (b"", value, inexact, marked, both)] == [
+        *[False] * 3,
+        *[True] * 2,
+    ]
 
 
 def test_states_of_exact_and_inexact_streams_are_decoded_together() -> None:
     streams = Streams()
     exact, other = streams.first(floats=5, ints=2), streams.first(floats=5, ints=2)
-    values = [encode_state(exact), encode_state(other._replace(since=3))]
+    marked = exact._replace(source=SourceMark("flights", 3))
+    values = [encode_state(exact), encode_state(other._replace(since=3)), encode_state(marked)]
     floats, ints = decode_states(values, 2, 5)
-    np.testing.assert_array_equal(floats, [exact.state.floats, other.state.floats])
-    np.testing.assert_array_equal(ints, [exact.state.ints, other.state.ints])
+    np.testing.assert_array_equal(
+        floats, [exact.state.floats, other.state.floats, exact.state.floats]
+    )
+    np.testing.assert_array_equal(ints, [exact.state.ints, other.state.ints, exact.state.ints])
 
 
-@pytest.mark.parametrize("kind", ["state", "inexact", "head", "reply"])
+def test_a_stream_with_a_source_mark_is_not_read_on_the_fast_path() -> None:
+    stream = Streams().first(floats=5, ints=2)
+    marked = stream._replace(source=SourceMark("flights", 3))
+    values = [encode_state(stream), encode_state(marked)]
+    plain, read = read_streams(values, stream.fingerprint, 2, 5)
+    assert plain is not None
+    assert read is None
+
+
+@pytest.mark.parametrize(
+    ("mark", "event", "covered"),
+    [
+        (SourceMark("flights", 7, 2), SourceMark("flights", 7, 2), True),
+        (SourceMark("flights", 7, 2), SourceMark("flights", 7, 1), True),
+        (SourceMark("flights", 7, 2), SourceMark("flights", 6, 9), True),
+        (SourceMark("flights", 7, 2), SourceMark("flights", 7, 3), False),
+        (SourceMark("flights", 7, 2), SourceMark("flights", 8, 0), False),
+        (SourceMark("flights:1", 7), SourceMark("flights:2", 3), False),
+    ],
+)
+def test_a_source_mark_covers_events_up_to_its_offset(
+    mark: SourceMark, event: SourceMark, covered: bool
+) -> None:
+    assert mark.covers(event) is covered
+
+
+def test_offsets_are_numbers_of_kafka_or_ids_of_entries() -> None:
+    assert parse_offset("1700000000000-3") == (1700000000000, 3)
+    assert parse_offset("42") == (42, 0)
+    for text in ("", "-1", "1-", "x", "1-2-3", "1.5", "٣", str(2**64)):
+        with pytest.raises(ValueError, match="expected an offset"):
+            parse_offset(text)
+
+
+@pytest.mark.parametrize("kind", ["state", "inexact", "marked", "head", "reply"])
 def test_every_flipped_bit_and_every_other_length_is_rejected(kind: str) -> None:
     streams = Streams()
     stream = streams.first(floats=5, ints=2)
     if kind == "inexact":
         stream = stream._replace(since=1)
+    if kind == "marked":
+        stream = stream._replace(source=SourceMark("flights", 5))
     value = encode_reply(streams.reply(stream)) if kind == "reply" else encode_state(stream)
     decoders = {"head": partial(head_of, stream), "reply": decode_reply}
     decode = decoders.get(kind, decode_state)
@@ -203,7 +270,8 @@ def test_every_flipped_bit_and_every_other_length_is_rejected(kind: str) -> None
         ("state", 0, b"CRRX", "magic"),
         ("state", 4, b"\x02", "format"),
         ("state", 5, b"\x13", "bytes"),
-        ("state", 5, b"\x23", "flags"),
+        ("state", 5, b"\x23", "source mark"),
+        ("state", 5, b"\x43", "flags"),
         ("state", 5, b"\x83", "flags"),
         ("state", 6, b"\x03", "bytes"),
         ("state", 5, b"\x00", "last chunk"),
@@ -246,6 +314,13 @@ def test_values_outside_the_layout_are_not_encoded() -> None:
     ):
         with pytest.raises(CodecError):
             encode_state(StreamState(head, good.feed, good.fingerprint, good.last, 0, good.state))
+    for mark in (
+        SourceMark("flights", 2**64),
+        SourceMark("flights", -1),
+        SourceMark("x" * 2**16, 1),
+    ):
+        with pytest.raises(CodecError):
+            encode_state(good._replace(source=mark))
     for outputs in (np.zeros((2, 2)), np.zeros(4, np.float32)):
         with pytest.raises(CodecError):
             encode_reply(StoredReply(good.head, outputs))

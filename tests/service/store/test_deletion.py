@@ -7,7 +7,7 @@ import pytest
 from service.core.errors import OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, Tombstone
 from service.store.base import Committed, Conflicted, Store
-from service.store.codec import HEADER_BYTES
+from service.store.layout import HEADER_BYTES
 from service.store.redis.outcomes import resolve_retried_deletion
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings

@@ -12,9 +12,10 @@ from msgspec.structs import replace
 
 from service.core.values import Feed, Steps, StreamHead, StreamKey, StreamState
 from service.store.base import COMMITTED, CommitResult, Committed, Conflicted, Store, decode_stream
-from service.store.codec import StateHeader, encode_state, pack_head
+from service.store.codec import encode_state, pack_head
 from service.store.history import HistoryColumns, HistoryCopy, StoredHistory
 from service.store.history_codec import HistoryCodec, read_range
+from service.store.layout import StateHeader
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied

@@ -15,8 +15,8 @@ from models.events.columns import block_of, canonical_bytes
 from models.events.encode import Clock, encode
 from models.events.schema import EventSchema, NumericField
 from service.core.values import Feed, Steps
-from service.store.codec import CodecError
 from service.store.history_codec import HistoryCodec, HistoryEntry, entries_from, read_range
+from service.store.layout import CodecError
 from tests.support.events import FULL_SCHEMA, NORMALISED, SPARSE_TIMES, events
 from tests.support.strict_events import columns_from_events
 

@@ -9,7 +9,7 @@ import pytest
 from service.core.errors import StateDamaged, StoreRefused
 from service.core.values import StreamHead, Tombstone
 from service.store.base import Committed, Conflicted, Store
-from service.store.codec import HEADER_BYTES
+from service.store.layout import HEADER_BYTES
 from service.store.redis import capabilities
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster

@@ -13,7 +13,8 @@ from service.access.limits import KeyLimits
 from service.access.tokens import TokenClaims, sign_token
 from service.core.errors import CarryError, LimitExceeded
 from service.core.values import Reply, StreamKey, StreamState
-from service.store.codec import HEADER_BYTES, encode_state
+from service.store.codec import encode_state
+from service.store.layout import HEADER_BYTES
 from tests.service.transports.doors import send_chunk, send_tensor
 from tests.service.transports.v1.harness import Harness, problem, rows
 from tests.support.access import revoke
