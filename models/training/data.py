@@ -35,7 +35,8 @@ from pydantic import ValidationError
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, encode, event_times
-from models.events.frame import columns_from_frame, fit_schema, resolve_forms
+from models.events.fit import fit_schema
+from models.events.frame import columns_from_frame, resolve_forms
 from models.events.parse import TRUTH
 from models.events.schema import (
     EventSchema,

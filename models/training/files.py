@@ -17,17 +17,10 @@ import polars as pl
 import simdjson
 
 from models.errors import DataError, ModelsError
-from models.events.parse import TRUTH
-from models.events.schema import (
-    BooleanField,
-    CategoricalField,
-    EventSchema,
-    NumericField,
-    TimestampField,
-)
+from models.events.cells import typed_cells
+from models.events.schema import EventSchema
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
-_NUMBER = r"^-?\d+(\.\d+)?$"
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """Byte order marks of other encodings than UTF-8."""
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -216,43 +209,10 @@ def _check_members(path: Path) -> None:
 def _parse_columns(
     path: Path, schema: EventSchema, frame: pl.DataFrame, skipped: int = 0
 ) -> pl.DataFrame:
-    for field in schema.fields:
-        if field.name not in frame.columns:
-            continue
-        column = frame[field.name]
-        match field:
-            case NumericField():
-                cast, kind = column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
-            case BooleanField():
-                cast, kind = _parse_booleans(column), "true or false"
-            case TimestampField() if column.drop_nulls().head(1).str.contains(_NUMBER).all():
-                cast, kind = column.cast(pl.Int64, strict=False), "epoch milliseconds"
-                if field.epoch == "s":
-                    cast, kind = column.cast(pl.Float64, strict=False), "epoch seconds"
-            case TimestampField() | CategoricalField():
-                continue
-        invalid = column.is_not_null() & cast.is_null()
-        if invalid.any():
-            row = int(invalid.arg_true()[0])
-            raise DataError(
-                field=field.name,
-                expected=f"{path}, row {skipped + row + 1}: {kind}",
-                got=repr(column[row]),
-            )
-        frame = frame.with_columns(cast.alias(field.name))
-    return frame
-
-
-def _parse_booleans(column: pl.Series) -> pl.Series:
-    """Cells as booleans, as integers if all are 1 or 0, or as strings if some are; null if none."""
-    lower = column.str.strip_chars().str.to_lowercase()
-    known = lower.is_in(list(TRUTH))
-    if lower.filter(known).is_in(["1", "0"]).any():
-        kept = pl.select(pl.when(known).then(lower)).to_series()
-        return (
-            kept.cast(pl.Int8, strict=False) if not lower.is_in(["true", "false"]).any() else kept
-        )
-    return lower.replace_strict(TRUTH, default=None, return_dtype=pl.Boolean)
+    typed, invalid = typed_cells(schema, frame)
+    if invalid:
+        raise invalid[0].error().in_table(str(path), skipped)
+    return typed
 
 
 def package_folder(package: str, extras: str = "'.[train]'") -> Path:

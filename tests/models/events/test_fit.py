@@ -10,7 +10,8 @@ import pytest
 
 from models.errors import DataError
 from models.events.encode import Clock, encode
-from models.events.frame import columns_from_frame, fit_schema
+from models.events.fit import fit_schema
+from models.events.frame import columns_from_frame
 from models.events.schema import CategoricalField, EventSchema, NumericField, TimestampField
 
 ROWS = pl.DataFrame(

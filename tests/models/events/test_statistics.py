@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.errors import SpecError, StateError
 from models.events.encode import Clock, encode, standardise
-from models.events.frame import fit_schema
+from models.events.fit import fit_schema
 from models.events.schema import EventSchema, Normalisation, NumericField
 from models.spec.layout import state_spec
 from models.spec.model import parse_spec

@@ -58,7 +58,7 @@ def test_events_of_a_stream_are_in_the_order_of_time(frame):
     [
         ("noise", "row 3: a number"),
         ("flag", "row 3: true or false"),
-        ("at", "row 3: epoch milliseconds"),
+        ("at", "row 3: an RFC 3339 timestamp"),
     ],
 )
 def test_a_wrong_cell_is_named(tmp_path, frame, cell, expected):
