@@ -23,6 +23,7 @@ load_own_packages("models", "service")
 
 from models.commands import COMMANDS, add_model_commands  # noqa: E402
 from models.errors import ModelsError  # noqa: E402
+from service.commands.backfill import backfill  # noqa: E402
 from service.commands.backup import backup, restore  # noqa: E402
 from service.commands.capacity import capacity  # noqa: E402
 from service.commands.consume import consume  # noqa: E402
@@ -35,7 +36,12 @@ from service.commands.serve import check, serve  # noqa: E402
 from service.commands.streams import streams_app  # noqa: E402
 from service.core.errors import CarryError, OperatorError  # noqa: E402
 
-EXTRAS = {"models": "mlflow", "replay": "replay", **dict.fromkeys(COMMANDS, "train")}
+EXTRAS = {
+    "backfill": "backfill",
+    "models": "mlflow",
+    "replay": "replay",
+    **dict.fromkeys(COMMANDS, "train"),
+}
 """The extra with the packages that a command needs."""
 
 
@@ -79,6 +85,7 @@ app.add_typer(dlq_app, name="dlq")
 app.command("produce")(produce)
 add_model_commands(app)
 app.command("replay")(replay)
+app.command("backfill")(backfill)
 app.command("backup")(backup)
 app.command("restore")(restore)
 app.add_typer(keys_app, name="keys")

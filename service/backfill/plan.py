@@ -40,7 +40,7 @@ UNIT_ROWS = 1_000_000
 PIECE_ROWS = 262_144
 """Most events that one process computes together."""
 
-BUCKET_ROWS = 1_000_000
+BUCKET_ROWS = PIECE_ROWS
 """About as many events are in a bucket, if there are partitions enough."""
 
 OnError = Literal["continue", "halt", "fail"]

@@ -138,18 +138,44 @@ async def write_backup(
         StoreUnavailable, StoreRefused: the file is incomplete.
     """
     progress = BackupProgress()
-    keys = None if info.keys is None else dict(info.keys)
-    file.write(_START.pack(MAGIC, FORMAT))
-    models = dict(info.models)
-    _write_block(file, [info.created_ms, info.namespace, info.model, info.prefix, keys, models])
+    writer = BackupWriter(file, info)
     async for page in _pages(store, info):
         for first in range(0, len(page), STREAMS_AT_ONCE):
             names = page[first : first + STREAMS_AT_ONCE]
             for records in await _read_streams(store, names, progress):
-                _write_block(file, records)
+                writer.write(records)
             report(progress)
-    _write_block(file, progress.streams)
+    writer.finish()
     return progress
+
+
+class BackupWriter:
+    """Writes a backup, block by block.
+
+    Attributes:
+        streams: written so far.
+    """
+
+    def __init__(self, file: BinaryIO, info: BackupInfo):
+        self._file = file
+        self.streams = 0
+        keys, models = None if info.keys is None else dict(info.keys), dict(info.models)
+        file.write(_START.pack(MAGIC, FORMAT))
+        self._write([info.created_ms, info.namespace, info.model, info.prefix, keys, models])
+
+    def write(self, records: list[list[Any]]) -> None:
+        """Write a block of records, about `BLOCK_BYTES` of them or one that is larger."""
+        self._write(records)
+        self.streams += len(records)
+
+    def finish(self) -> None:
+        """Write the last block: the backup is complete."""
+        self._write(self.streams)
+
+    def _write(self, content: object) -> None:
+        packed = ormsgpack.packb(content)
+        self._file.write(_BLOCK.pack(len(packed), zlib.crc32(packed)))
+        self._file.write(packed)
 
 
 async def _read_streams(
@@ -396,9 +422,3 @@ async def _pages(store: Store, info: BackupInfo) -> AsyncIterator[Sequence[Strea
         cursor = page.cursor
         if cursor is None:
             return
-
-
-def _write_block(file: BinaryIO, content: object) -> None:
-    packed = ormsgpack.packb(content)
-    file.write(_BLOCK.pack(len(packed), zlib.crc32(packed)))
-    file.write(packed)

@@ -1,0 +1,293 @@
+"""Engines: what runs the tasks of a backfill, on the cores of one machine or on a Ray cluster.
+
+An engine runs a function over tasks and yields each result as it comes. It keeps few tasks in
+flight. A process that ends before its task does costs this task only: another one computes it
+again, and after `ATTEMPTS` of them the run ends with an error that names the task. An error of the
+function ends the run.
+
+The processes are started, not forked: Polars and ONNX Runtime have threads. Each computes with one
+thread. Loads Polars nowhere, so that the variables of a process are set before Polars is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess, parent_process
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from models.errors import ModelsError
+from service.core.errors import CarryError, OperatorError
+
+if TYPE_CHECKING:
+    from service.backfill.plan import Job
+
+ATTEMPTS = 3
+ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+IN_FLIGHT_PER_CPU = 2
+"""Tasks of a cluster that are submitted at once, so that its CPUs never wait for the next."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Function = Callable[["Job", Task], Result]
+
+
+class Outcome(NamedTuple):
+    """Of one task: its result, or the error; and the process that ran it.
+
+    Attributes:
+        error: one line, or the traceback of an unexpected error; empty if there is none.
+        peak_bytes: the most memory that the process has had.
+    """
+
+    result: Any
+    error: str
+    process: str
+    peak_bytes: int
+
+
+class Engine(Protocol):
+    """Runs tasks.
+
+    Attributes:
+        peaks: the most memory of each process so far, in bytes.
+    """
+
+    peaks: dict[str, int]
+
+    def map(
+        self, function: Function[Task, Result], tasks: Sequence[Task]
+    ) -> Iterator[tuple[Task, Result]]:
+        """Run a function over tasks, started in their order; yields each as it is done.
+
+        Args:
+            function: of a module, with a result that can be pickled; a repetition does no harm.
+
+        Raises:
+            OperatorError: a task failed; it is named.
+        """
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+
+
+class TaskError(OperatorError):
+    """A task that failed; the message names it."""
+
+
+def run_task(function: Function[Any, Any], job: Job, task: Any) -> Outcome:
+    """Run one task in this process."""
+    result, error = None, ""
+    try:
+        result = function(job, task)
+    except (CarryError, ModelsError, OperatorError, OSError) as expected:
+        error = str(expected)
+    except Exception:
+        error = traceback.format_exc()
+    return Outcome(result, error, f"{os.uname().nodename} {os.getpid()}", peak_memory())
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    import resource
+
+    try:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def take_result(task: object, outcome: Outcome, peaks: dict[str, int]) -> Any:
+    """The result of an outcome.
+
+    Raises:
+        TaskError: it failed.
+    """
+    peaks[outcome.process] = max(outcome.peak_bytes, peaks.get(outcome.process, 0))
+    if outcome.error:
+        raise TaskError(f"{task}: {outcome.error}")
+    return outcome.result
+
+
+class _Worker(NamedTuple):
+    process: BaseProcess
+    pipe: connection.Connection
+
+
+class Processes:
+    """Processes of this machine.
+
+    Args:
+        job: sent to each process.
+        count: number of processes.
+    """
+
+    def __init__(self, job: Job, count: int):
+        self._job, self._count = job, count
+        self._workers: list[_Worker] = []
+        self.peaks: dict[str, int] = {}
+
+    def map(
+        self, function: Function[Task, Result], tasks: Sequence[Task]
+    ) -> Iterator[tuple[Task, Result]]:
+        """Run a function over tasks, as `Engine` says."""
+        waiting = list(reversed(tasks))
+        failures: dict[int, int] = {}
+        busy: dict[connection.Connection, tuple[_Worker, Task]] = {}
+        while waiting or busy:
+            while waiting and len(busy) < self._count:
+                worker = self._idle(busy)
+                task = waiting.pop()
+                busy[worker.pipe] = worker, task
+                try:
+                    worker.pipe.send((function, task))
+                except OSError:  # noted below
+                    continue
+            ready = connection.wait([worker.pipe for worker, _ in busy.values()])
+            for worker, task in [each for each in busy.values() if each[0].pipe in ready]:
+                del busy[worker.pipe]
+                try:
+                    outcome = worker.pipe.recv()
+                except (EOFError, OSError):
+                    self._remove(worker)
+                    failures[id(task)] = count = failures.get(id(task), 0) + 1
+                    if count == ATTEMPTS:
+                        raise TaskError(
+                            f"{task}: its process ended {count} times, the last time with "
+                            f"{_ending(worker.process)}"
+                        ) from None
+                    waiting.append(task)
+                else:
+                    yield task, take_result(task, outcome, self.peaks)
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in list(self._workers):
+            self._remove(worker)
+
+    def _idle(self, busy: dict[connection.Connection, Any]) -> _Worker:
+        for worker in self._workers:
+            if worker.pipe not in busy:
+                return worker
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self._job), daemon=True)
+        with _environment(ONE_THREAD):
+            process.start()
+        theirs.close()
+        self._workers.append(_Worker(process, ours))
+        return self._workers[-1]
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.pipe.close()
+        worker.process.join()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _work(pipe: connection.Connection, job: Job) -> None:
+    """Run tasks until the pipe is closed, or the process that started this one has ended."""
+    # the terminal sends it to all; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            function, task = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(run_task(function, job, task))
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _ending(process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"status {code}"
+    hint = ", perhaps by lack of memory" if code == -signal.SIGKILL else ""
+    return f"{signal.Signals(-code).name}{hint}"
+
+
+class RayCluster:
+    """A Ray cluster, or one of this machine.
+
+    Ray computes the tasks of a lost process or node again.
+
+    Args:
+        address: of the cluster; None for that of RAY_ADDRESS, or else one of this machine.
+        cpus: of one of this machine; None for all.
+    """
+
+    def __init__(self, job: Job, address: str | None = None, cpus: int | None = None):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        self._ray = ray
+        address = address or os.environ.get("RAY_ADDRESS")
+        local: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False}
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": ONE_THREAD},
+            **({} if address else local),
+        )
+        self._job = ray.put(job)
+        self._run = ray.remote(max_retries=ATTEMPTS - 1, num_cpus=1)(run_task)
+        self.peaks: dict[str, int] = {}
+
+    def map(
+        self, function: Function[Task, Result], tasks: Sequence[Task]
+    ) -> Iterator[tuple[Task, Result]]:
+        """Run a function over tasks, as `Engine` says."""
+        waiting = list(reversed(tasks))
+        flying: dict[Any, Task] = {}
+        while waiting or flying:
+            resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
+            most = IN_FLIGHT_PER_CPU * int(resources.get("CPU", 1))
+            while waiting and len(flying) < max(1, most):
+                task = waiting.pop()
+                flying[self._run.remote(function, self._job, task)] = task
+            (ready, *_), _ = self._ray.wait(list(flying))
+            task = flying.pop(ready)
+            try:
+                outcome = self._ray.get(ready)
+            except self._ray.exceptions.RayError as error:
+                raise TaskError(f"{task}: {error}") from error
+            yield task, take_result(task, outcome, self.peaks)
+
+    def close(self) -> None:
+        """Cancel what runs, and leave the cluster."""
+        self._ray.shutdown()
