@@ -350,6 +350,17 @@ class EventColumns:
             block,
         )
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[EventColumns]) -> EventColumns:
+        """The events of one or more parts, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        present, values = (
+            {name: np.concatenate([columns[name] for columns in each]) for name in each[0]}
+            for each in ([part.present for part in parts], [part.values for part in parts])
+        )
+        return cls(sum(map(len, parts)), present, values)
+
     def __len__(self) -> int:
         return self.steps
 

@@ -21,7 +21,7 @@ produce the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -49,12 +49,7 @@ from models.events.schema import (
 )
 from models.spec.heads import EXPONENT_LIMIT
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
-from models.spec.resets import (
-    EventTimes,
-    gaps_since_latest_ms,
-    segment_numbers,
-    segments_of,
-)
+from models.spec.resets import EventTimes, gaps_of_segments_ms
 from models.spec.state import StateSpec
 
 FloatArray = NDArray[np.float32]
@@ -180,10 +175,91 @@ def encode(
     Raises:
         DataError: a numeric value that is not finite as a float32 once standardised.
     """
-    rows, clocks = _encode_blocks([block_of(schema, columns)], [clock], resets)
+    block = block_of(schema, columns)
+    if resets:
+        starts = np.array(resets if resets[0] == 0 else [0, *resets], np.int64)
+        before = {} if resets[0] == 0 else {0: clock}
+        last = np.array([len(starts) - 1])
+        rows, after, _ = _encode_segments(block, starts, before, last)
+        clock = after.clock(0)
+    else:
+        rows, (clock,) = _encode_blocks([block], [clock])
     if not np.isfinite(rows).all():
         raise _not_finite(schema, columns, rows)
-    return rows, clocks[0]
+    return rows, clock
+
+
+class Clocks(NamedTuple):
+    """Clocks of N streams, as `Clock`.
+
+    Attributes:
+        last_ms, seen, out_of_order: int64 [N].
+        statistics: int64 [N, W].
+    """
+
+    last_ms: IntArray
+    seen: IntArray
+    out_of_order: IntArray
+    statistics: IntArray
+
+    @classmethod
+    def new(cls, count: int, words: int = 0) -> Clocks:
+        """Clocks of new streams."""
+        nothing = np.zeros(count, np.int64)
+        return cls(nothing, nothing, nothing, np.zeros((count, words), np.int64))
+
+    def clock(self, at: int) -> Clock:
+        """One of them."""
+        last_ms, seen, out_of_order = (int(column[at]) for column in self[:3])
+        return Clock(last_ms, seen, out_of_order, self.statistics[at].tobytes())
+
+    def write_ints(self, spec: StateSpec, ints: IntArray) -> None:
+        """Set the clocks' parts in the int64 rows [N, M] of states."""
+        if CLOCK_SEEN in spec.slices:
+            ints[:, spec.slices[CLOCK_LAST_MS].start] = self.last_ms
+            ints[:, spec.slices[CLOCK_SEEN].start] = self.seen
+            ints[:, spec.slices[CLOCK_OUT_OF_ORDER].start] = self.out_of_order
+        if spec.statistic_counts:
+            ints[:, spec.statistics] = self.statistics
+
+
+class EncodedSegments(NamedTuple):
+    """Events of many segments, encoded.
+
+    Attributes:
+        rows: float32 [T, F].
+        clocks: after the wanted segments.
+        out_of_order: events with an earlier timestamp than one before them in their segment.
+    """
+
+    rows: FloatArray
+    clocks: Clocks
+    out_of_order: int
+
+
+def encode_segments(
+    schema: EventSchema,
+    columns: EventColumns,
+    starts: IntArray,
+    before: Mapping[int, Clock],
+    wanted: IntArray,
+) -> EncodedSegments:
+    """Encode segments of many streams at once; equal to `encode` of each bit for bit.
+
+    Args:
+        schema: a fitted schema.
+        columns: T > 0 events, one segment after the other.
+        starts: int64 [G], ascending, the first event of each segment; the first is 0.
+        before: by segment, the clock before it; a new one for the others.
+        wanted: the segments whose clocks are returned.
+
+    Raises:
+        DataError: a numeric value that is not finite as a float32 once standardised.
+    """
+    encoded = _encode_segments(block_of(schema, columns), starts, before, wanted)
+    if not np.isfinite(encoded.rows).all():
+        raise _not_finite(schema, columns, encoded.rows)
+    return encoded
 
 
 def encode_many(
@@ -214,27 +290,98 @@ def encode_many(
 
 
 def _encode_blocks(
-    blocks: Sequence[Block], clocks: Sequence[Clock], resets: Sequence[int] = ()
+    blocks: Sequence[Block], clocks: Sequence[Clock]
 ) -> tuple[FloatArray, list[Clock]]:
-    """Encode blocks of one layout into consecutive rows, which may contain infinities.
-
-    Args:
-        resets: where the clock of the only block is reset.
-    """
+    """Encode blocks of one layout into consecutive rows, which may contain infinities."""
     layout = blocks[0].layout
-    if not layout.fitted:
-        raise ValueError("expected a fitted schema: mean and standard deviation are not known")
     numbers = np.concatenate([block.numbers for block in blocks], axis=1)
-    rows = np.empty((numbers.shape[1], len(layout.schema.columns)), np.float32)
-    absent = None
-    if any(block.absent is not None for block in blocks):
-        absent = numbers[layout.missing] != 0
+    times_ms = gaps = None
     after = list(clocks)
     if layout.time is not None:
-        if resets:
-            times_ms, gaps, after = _gaps_with_resets(layout.time, blocks[0], clocks[0], resets)
-        else:
-            times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
+        times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
+    has_absent = any(block.absent is not None for block in blocks)
+    parts: list[tuple[tuple[int, int], IntArray]] = []
+    if layout.statistics:
+        words = [_statistics_words(layout, clock) for clock in clocks]
+        cuts = pairwise(accumulate([block.steps for block in blocks], initial=0))
+        parts = list(zip(cuts, words, strict=True))
+    rows = _encode_numbers(layout, numbers, has_absent, times_ms, gaps, parts)
+    for at, (_, own) in enumerate(parts):
+        after[at] = after[at]._replace(statistics=own.tobytes())
+    return rows, after
+
+
+def _encode_segments(
+    block: Block, starts: IntArray, before: Mapping[int, Clock], wanted: IntArray
+) -> EncodedSegments:
+    """`encode_segments` of a block, into rows that may contain infinities."""
+    layout = block.layout
+    clocks = Clocks.new(len(starts))
+    times_ms = gaps = None
+    out_of_order = 0
+    if layout.time is not None:
+        times_ms = _times_ms(block)
+        gaps, clocks = _gaps_of_segments(block, layout.time, starts, before)
+        out_of_order = int(clocks.out_of_order.sum())
+        out_of_order -= sum(clock.out_of_order for clock in before.values())
+    clocks = Clocks(*(column[wanted] for column in clocks))
+    parts: Iterable[tuple[tuple[int, int], IntArray]] = ()
+    if layout.statistics:
+        words = layout.statistics[-1].stop
+        clocks = clocks._replace(statistics=np.zeros((len(wanted), words), np.int64))
+        places = dict(zip(wanted.tolist(), clocks.statistics, strict=True))
+        parts = _statistics_of_segments(layout, block.steps, starts, before, places)
+    rows = _encode_numbers(
+        layout, block.numbers.copy(), block.absent is not None, times_ms, gaps, parts
+    )
+    return EncodedSegments(rows, clocks, out_of_order)
+
+
+def _statistics_of_segments(
+    layout: BlockLayout,
+    steps: int,
+    starts: IntArray,
+    before: Mapping[int, Clock],
+    places: Mapping[int, IntArray],
+) -> Iterator[tuple[tuple[int, int], IntArray]]:
+    """The range of each segment, and its statistics before it, in their place if it has one."""
+    for segment, cut in enumerate(pairwise([*starts.tolist(), steps])):
+        words = _statistics_words(layout, before.get(segment, Clock()))
+        if segment in places:
+            places[segment][:] = words
+            words = places[segment]
+        yield cut, words
+
+
+def _statistics_words(layout: BlockLayout, clock: Clock) -> IntArray:
+    """A copy of the words of a stream's statistics."""
+    if clock.statistics:
+        return np.frombuffer(clock.statistics, np.int64).copy()
+    return np.zeros(layout.statistics[-1].stop, np.int64)
+
+
+def _encode_numbers(
+    layout: BlockLayout,
+    numbers: NDArray[np.float64],
+    has_absent: bool,
+    times_ms: IntArray | None,
+    gaps: IntArray | None,
+    parts: Iterable[tuple[tuple[int, int], IntArray]],
+) -> FloatArray:
+    """Encode the numbers of a block, or of several, into rows.
+
+    Args:
+        numbers: float64 [K, T]; overwritten.
+        has_absent: whether any value is absent.
+        times_ms, gaps: int64 [T], of a schema with a timestamp.
+        parts: ranges of events, and the words of the statistics before each, which are updated; for
+            a schema with statistics.
+    """
+    if not layout.fitted:
+        raise ValueError("expected a fitted schema: mean and standard deviation are not known")
+    rows = np.empty((numbers.shape[1], len(layout.schema.columns)), np.float32)
+    absent = numbers[layout.missing] != 0 if has_absent else None
+    if times_ms is not None and gaps is not None:
         np.divide(gaps, 1000.0, out=numbers[GAP_ROW])
         calendar = rows[:, layout.calendar]
         calendar[:] = calendar_angles(layout.schema, times_ms)
@@ -245,7 +392,8 @@ def _encode_blocks(
             logs = numbers[: layout.logs]
             np.copysign(np.log1p(np.abs(logs)), logs, out=logs)
         if layout.statistics:
-            after = _apply_statistics(layout, blocks, clocks, after, resets, numbers, rows)
+            for cut, words in parts:
+                _apply_statistics(layout, slice(*cut), words, absent, numbers, rows)
         numbers -= layout.mean
         numbers /= layout.std
         if absent is not None:
@@ -253,52 +401,36 @@ def _encode_blocks(
             blanked[absent] = 0
             numbers[layout.blanked] = blanked
         rows[:, layout.columns] = numbers.T
-    return rows, after
+    return rows
 
 
 def _apply_statistics(
     layout: BlockLayout,
-    blocks: Sequence[Block],
-    before: Sequence[Clock],
-    after: Sequence[Clock],
-    resets: Sequence[int],
+    part: slice,
+    words: IntArray,
+    absent: NDArray[np.bool_] | None,
     numbers: NDArray[np.float64],
     rows: FloatArray,
-) -> list[Clock]:
+) -> None:
     """Standardise the fields with statistics in `numbers`, and write their other columns to `rows`.
 
     Args:
-        before, after: the streams' clocks; the statistics of `after` are not updated yet.
+        part: the events of one stream.
+        words: the stream's statistics before them; updated.
+        absent: bool [M, T], the rows of `numbers` with indicators; None if nothing is absent.
         numbers: float64 [K, T], transformed.
-
-    Returns:
-        The clocks after the events, with their statistics.
     """
-    clocks = list(after)
-    words = layout.statistics[-1].stop
-    stop = 0
-    for at, block in enumerate(blocks):
-        start, stop = stop, stop + block.steps
-        held = before[at].statistics
-        statistics = np.frombuffer(held, np.int64).copy() if held else np.zeros(words, np.int64)
-        cuts = segments_of(block.steps, resets) if resets else [(0, block.steps)]
-        for first, end in cuts:
-            if first or (resets and resets[0] == 0):
-                statistics[:] = 0
-            part = slice(start + first, start + end)
-            for field in layout.statistics:
-                absent = None
-                if field.absent is not None and block.absent is not None:
-                    absent = block.absent[field.absent, first:end]
-                encoded = field.encode(numbers[field.row, part], absent, statistics)
-                if encoded.values is not None:
-                    numbers[field.row, part] = encoded.values
-                    rows[part, field.mean], rows[part, field.std] = encoded.mean, encoded.std
-                    rows[part, field.value] = encoded.shared
-                if encoded.season is not None:
-                    rows[part, field.season] = encoded.season
-        clocks[at] = clocks[at]._replace(statistics=statistics.tobytes())
-    return clocks
+    for field in layout.statistics:
+        missing = None
+        if field.absent is not None and absent is not None:
+            missing = absent[field.absent, part]
+        encoded = field.encode(numbers[field.row, part], missing, words)
+        if encoded.values is not None:
+            numbers[field.row, part] = encoded.values
+            rows[part, field.mean], rows[part, field.std] = encoded.mean, encoded.std
+            rows[part, field.value] = encoded.shared
+        if encoded.season is not None:
+            rows[part, field.season] = encoded.season
 
 
 def _gaps(
@@ -331,17 +463,24 @@ def _gaps(
     return times_ms, gaps, after
 
 
-def _gaps_with_resets(
-    position: FieldPosition, block: Block, clock: Clock, resets: Sequence[int]
-) -> tuple[IntArray, IntArray, list[Clock]]:
-    """Compute what `_gaps` returns for one block with resets."""
-    times_ms, there = _times_ms(block), block.presence(position)
-    segments = segment_numbers(block.steps, resets)[there]
-    last_ms = clock.last_ms if clock.seen else None
-    gaps = np.zeros(block.steps, np.int64)
-    gaps[there] = np.maximum(gaps_since_latest_ms(times_ms[there], segments, last_ms), 0)
-    _, after = gaps_ms(times_ms[resets[-1] :][there[resets[-1] :]], Clock())
-    return times_ms, gaps, [after]
+def _gaps_of_segments(
+    block: Block, position: FieldPosition, starts: IntArray, before: Mapping[int, Clock]
+) -> tuple[IntArray, Clocks]:
+    """The gaps of all events, int64 [T], and the clocks after all segments, without statistics."""
+    times_ms, present = _times_ms(block), block.presence(position)
+    known = {at: clock.last_ms for at, clock in before.items() if clock.seen}
+    gaps = gaps_of_segments_ms(times_ms, present, starts, known)
+    last_ms = np.maximum.reduceat(np.where(present, times_ms, MIN_TIMESTAMP_MS), starts)
+    seen = np.add.reduceat(present, starts, dtype=np.int64)
+    out_of_order = np.add.reduceat(gaps < 0, starts, dtype=np.int64)
+    for at, clock in before.items():
+        if clock.seen:
+            last_ms[at] = max(last_ms[at], clock.last_ms)
+            seen[at] += clock.seen
+            out_of_order[at] += clock.out_of_order
+    last_ms[seen == 0] = 0
+    after = Clocks.new(len(starts))._replace(last_ms=last_ms, seen=seen, out_of_order=out_of_order)
+    return np.maximum(gaps, 0, out=gaps), after
 
 
 def _times_ms(block: Block) -> IntArray:

@@ -1,134 +1,87 @@
 """Runs a model over recorded events: ordered events in, outputs and states out.
 
-`carry score`, `carry evaluate`, the reports of training and `carry replay --verify` share it.
-Streams run side by side in slots of a batch, each from its own state; when one ends, the next takes
-its slot, so that long and short streams cost no padding beside each other. Outputs do not depend on
-which streams share a batch, nor, unless the network sees a chunk as a whole, on the chunks.
+Backfills, `carry score`, the reports of training and `carry replay --verify` share it. A table has
+the events of many streams, one stream after the other; it is encoded as a whole, cut into segments
+where the states are reset, and the segments run abreast (`models.offline.batches`). Outputs do not
+depend on which streams share a table, nor, unless the network sees a chunk as a whole, on the
+chunks, within the tolerance of `docs/explanation/guarantees.md`; the same table gives the same
+bytes on the same kind of processor.
 
 Pure computation: no files, no clocks, no service.
-
-The step of the network runs on the runtime that a service prefers: ONNX Runtime where it is
-installed and a graph can represent the network (it opens in milliseconds, where TensorFlow traces
-every shape of a batch for a second), else TensorFlow.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.artifact.graphs import ONNXRUNTIME
+from models.artifact.artifact import Artifact
 from models.detection.detector import DetectingStep
-from models.errors import DataError, GraphUnsupportedError
+from models.errors import DataError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, encode, event_times
-from models.onnx.graph import write_graph
-from models.onnx.messages import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
-from models.spec.layout import (
-    network_outputs,
-    network_state,
-    output_spec,
-    runtime_state,
-    state_spec,
+from models.events.encode import (
+    Clock,
+    Clocks,
+    EncodedSegments,
+    check_rows,
+    encode_segments,
+    event_times,
 )
+from models.offline.batches import MAX_BATCH, Advance, Sequences, run_rows
+from models.offline.steps import FloatArray, Step, open_step
+from models.spec.layout import output_spec, runtime_state, state_spec
 from models.spec.model import ModelSpec, schema_of
-from models.spec.resets import find_resets, segments_of
+from models.spec.resets import EventTimes, find_segments
 from models.spec.state import IntArray, State
 
-FloatArray = NDArray[np.float32]
-Step = Callable[[FloatArray, NDArray[np.int32], FloatArray], tuple[FloatArray, FloatArray]]
-"""rows [B, T, F], lengths [B], states [B, N] -> outputs [B, T, O], states after [B, N].
-
-As `StepNetwork.step`: in blocks the outputs are those of a window's block, [B, C, O]. Rows beyond a
-row's length are not read, and one of length 0 keeps its state.
-"""
+NO_MARKS = np.zeros(0, np.int64)
 
 
-def open_step(
-    spec: ModelSpec, weights: Mapping[str, FloatArray], network: bytes | None = None
-) -> Step:
-    """Open the step of a network; `network` is the graph of an imported one."""
-    if network is not None and spec.onnx is not None:
-        from models.onnx.library import open_session
-        from models.onnx.stateful_graph import StatefulGraph
+class EventTable(NamedTuple):
+    """Events of S streams, one stream after the other, each in its order.
 
-        session = open_session(network, 0, f"model {spec.name!r}")
-        return StatefulGraph(spec.onnx, network_state(spec), session).step
-    if find_spec(ONNXRUNTIME) is not None:
-        try:
-            return _on_onnxruntime(write_graph(spec, weights), spec)
-        except GraphUnsupportedError:
-            pass
-    return open_keras_step(spec, weights)
+    Attributes:
+        events: T > 0 events; of a model that takes rows these, float32 [T, F].
+        starts: int64 [S], ascending, the first event of each stream; the first is 0.
+        marks: int64, ascending, the events that are marked: the state is reset before them.
+    """
+
+    events: EventColumns | FloatArray
+    starts: IntArray
+    marks: IntArray = NO_MARKS
 
 
-def _on_onnxruntime(graph: bytes, spec: ModelSpec) -> Step:
-    from models.onnx.library import open_session
+class StreamStates(NamedTuple):
+    """States of S streams and their positions.
 
-    session = open_session(graph, 0, f"model {spec.name!r}")
-    width = network_outputs(spec).size
+    Attributes:
+        floats: float32 [S, N].
+        ints: int64 [S, M].
+        positions: int64 [S].
+    """
 
-    def step(
-        rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
-        output_steps = rows.shape[1] if spec.blocks is None else spec.blocks.size
-        outputs = np.zeros((len(rows), output_steps, width), np.float32)
-        states_after = states.copy()
-        # the graph accepts neither a row of length 0 nor padding other than zero; without any row
-        # it ends the process
-        running = np.flatnonzero(lengths)
-        if not running.size:
-            return outputs, states_after
-        steps = np.arange(rows.shape[1])
-        valid = steps < lengths[running, np.newaxis]
-        values, after = session.run(
-            [OUTPUTS, STATES_AFTER],
-            {
-                ROWS: np.where(valid[..., np.newaxis], rows[running], np.float32(0)),
-                LENGTHS: lengths[running],
-                STATES: states[running],
-            },
-        )
-        outputs[running] = values
-        states_after[running] = after
-        return outputs, states_after
-
-    return step
+    floats: FloatArray
+    ints: IntArray
+    positions: IntArray
 
 
-def open_keras_step(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
-    """Open the step of a network's Keras layers. Imports TensorFlow."""
-    # TensorFlow logs its start to stderr from C++; errors are still logged
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
+class TableResult(NamedTuple):
+    """What a table's events gave.
 
-    from models.networks.build import StepNetwork
+    Attributes:
+        outputs: float32 [T, O], packed as `models.spec.layout.output_spec` says.
+        after: of every stream, after its last event.
+        resets: int64, ascending, the events that the state was reset before.
+        out_of_order: events with an earlier timestamp than one before them since the last reset.
+    """
 
-    network = StepNetwork(spec)
-    network.set_weights(weights)
-    signature = [
-        tf.TensorSpec([None, None, spec.input_features], tf.float32),
-        tf.TensorSpec([None], tf.int32),
-        tf.TensorSpec([None, network.state_size], tf.float32),
-    ]
-    traced = tf.function(network.step, autograph=False, input_signature=signature)
-
-    def step(
-        rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
-        outputs, after = traced(rows, lengths, states)
-        return outputs.numpy(), np.array(after)
-
-    return step
-
-
-Advance = Callable[[int], None]
+    outputs: FloatArray
+    after: StreamStates
+    resets: IntArray
+    out_of_order: int
 
 
 class OrderedEvents(NamedTuple):
@@ -148,139 +101,180 @@ class OrderedEvents(NamedTuple):
 
 
 class Runner:
-    """Runs a model with an event schema, resets and detection included.
+    """Runs a model, resets and detection included.
 
     Args:
         spec: a model that may be cut into chunks anywhere.
         weights: of its network.
         step: the network's step; by default on the runtime that a service prefers.
-
-    Raises:
-        SpecError: the model takes raw rows.
     """
 
     def __init__(
         self, spec: ModelSpec, weights: Mapping[str, FloatArray], step: Step | None = None
     ) -> None:
-        self._spec, self._schema = spec, schema_of(spec)
+        self._spec = spec
         network = step or open_step(spec, weights)
         self._step = network if spec.detection is None else DetectingStep(spec, network)
         self._layout, self._runtime_layout = state_spec(spec), runtime_state(spec)
         self._initial = self._layout.initial()
         self._width = output_spec(spec).size
 
-    def run(
+    def run_table(
         self,
-        streams: Sequence[OrderedEvents],
+        table: EventTable,
+        before: StreamStates | None = None,
         *,
-        chunk: int | None = 64,
-        batch: int = 64,
+        chunk: int | None = None,
+        batch: int = MAX_BATCH,
         advance: Advance | None = None,
-    ) -> tuple[list[FloatArray], list[State]]:
-        """Run each stream's events.
+    ) -> TableResult:
+        """Run the events of many streams.
+
+        A table that is too large for the memory may be cut between any two events: its parts give
+        the same if each goes on from the states after the one before. The states are not
+        validated, but for the clocks.
 
         Args:
-            streams: S streams.
-            chunk: most events of one call of the network; None for each stream in one call.
+            before: the states of the first streams of the table; all others start from the initial
+                state, at position 0.
+            chunk: events of a stream in one call of the network, but for its last; None: as many
+                as are fast.
             batch: most streams in a call.
             advance: called with the number of events done, after every call.
 
-        Returns:
-            The packed outputs of each, float32 [T, O], as `models.spec.layout.output_spec` says,
-            and its state after its last event.
-
         Raises:
-            DataError: a value that cannot be encoded; `index` counts from the stream's first event.
+            DataError: a value that cannot be encoded; `index` counts from the table's first event.
             StateError: a state with an impossible clock.
         """
-        rows: list[FloatArray] = []
-        floats: list[FloatArray] = []
-        last: list[tuple[int, IntArray]] = []
-        for each in streams:
-            state = each.state
-            clock = Clock.from_ints(self._layout, state.ints)
-            times = event_times(self._schema, each.columns, clock)
-            steps = len(each.columns)
-            resets = find_resets(self._spec.resets, steps, each.position, times=times)
-            try:
-                encoded, clock = encode(self._schema, each.columns, clock, resets)
-            except DataError as error:
-                raise DataError(
-                    index=error.index,
-                    field=error.field,
-                    expected=f"stream {each.name!r}: {error.expected}",
-                    got=error.got,
-                ) from error
-            for start, stop in segments_of(steps, resets):
-                before = self._initial if start or (resets and resets[0] == 0) else state
-                rows.append(encoded[start:stop])
-                floats.append(self._runtime_layout.pack(before))
-            last.append((len(rows), clock.into_ints(self._layout, before.ints)))
-        outputs, after = run_rows(
+        if before is None:
+            before = self._no_states()
+        starts, steps, known = table.starts, len(table.events), len(before.positions)
+        clocks = [Clock.from_ints(self._layout, ints) for ints in before.ints]
+        positions = np.zeros(len(starts), np.int64)
+        positions[:known] = before.positions
+        segments, is_reset = find_segments(
+            self._spec.resets,
+            starts,
+            positions,
+            table.marks,
+            steps,
+            self._times(table.events),
+            {at: clock.last_ms for at, clock in enumerate(clocks) if clock.seen},
+        )
+        # the segments that go on from a given state
+        first = np.searchsorted(segments, starts[:known])
+        going_on = np.flatnonzero(~is_reset[first])
+        last = np.append(np.searchsorted(segments, starts[1:]), len(segments)) - 1
+        own = dict(zip(first[going_on].tolist(), map(clocks.__getitem__, going_on), strict=True))
+        encoded = self._encode(table.events, segments, own, last)
+        state_of = np.zeros(len(segments), np.int64)
+        state_of[first[going_on]] = 1 + going_on
+        outputs, floats = run_rows(
             self._step,
-            rows,
-            np.stack(floats),
+            Sequences(encoded.rows, segments, np.diff(segments, append=steps)),
+            self._pack(before),
             self._width,
+            state_of=state_of,
+            wanted=last,
             chunk=chunk,
             batch=batch,
             advance=advance,
         )
-        starts = [0, *(stop for stop, _ in last)]
-        return (
-            [np.concatenate(outputs[start:stop]) for start, stop in pairwise(starts)],
-            [self._runtime_layout.unpack(after[stop - 1], ints) for stop, ints in last],
+        ints = np.tile(self._initial.ints, (len(starts), 1))
+        lasting = going_on[first[going_on] == last[going_on]]
+        ints[lasting] = before.ints[lasting]
+        encoded.clocks.write_ints(self._layout, ints)
+        after = self._runtime_layout.unpack(floats, ints)
+        lengths = np.diff(starts, append=steps)
+        return TableResult(
+            outputs,
+            StreamStates(after.floats, after.ints, positions + lengths),
+            segments[is_reset],
+            encoded.out_of_order,
         )
 
+    def run(
+        self,
+        streams: Sequence[OrderedEvents],
+        *,
+        chunk: int | None = None,
+        batch: int = MAX_BATCH,
+        advance: Advance | None = None,
+    ) -> tuple[list[FloatArray], list[State]]:
+        """Run each stream's events, from its own state.
 
-def run_rows(
-    step: Step,
-    sequences: Sequence[FloatArray],
-    states: FloatArray,
-    width: int,
-    *,
-    chunk: int | None = 64,
-    random: np.random.Generator | None = None,
-    batch: int = 64,
-    advance: Advance | None = None,
-) -> tuple[list[FloatArray], FloatArray]:
-    """Run encoded sequences, many at a time.
+        Args:
+            streams: S streams.
+            chunk, batch, advance: as in `run_table`.
+
+        Returns:
+            The packed outputs of each, float32 [T, O], and its state after its last event.
+
+        Raises:
+            SpecError: the model takes raw rows.
+            DataError: a value that cannot be encoded; `index` counts from the stream's first event.
+            StateError: a state with an impossible clock.
+        """
+        schema_of(self._spec)
+        events = EventColumns.concatenate([each.columns for each in streams])
+        cuts = np.cumsum([0, *(len(each.columns) for each in streams)])
+        before = StreamStates(
+            np.stack([each.state.floats for each in streams]),
+            np.stack([each.state.ints for each in streams]),
+            np.array([each.position for each in streams]),
+        )
+        try:
+            outputs, after, _, _ = self.run_table(
+                EventTable(events, cuts[:-1]), before, chunk=chunk, batch=batch, advance=advance
+            )
+        except DataError as error:
+            at = int(np.searchsorted(cuts, error.index or 0, side="right")) - 1
+            raise DataError(
+                index=None if error.index is None else error.index - int(cuts[at]),
+                field=error.field,
+                expected=f"stream {streams[at].name!r}: {error.expected}",
+                got=error.got,
+            ) from error
+        return (
+            [outputs[start:stop] for start, stop in pairwise(cuts)],
+            [State(*each) for each in zip(after.floats, after.ints, strict=True)],
+        )
+
+    def _no_states(self) -> StreamStates:
+        return StreamStates(
+            np.zeros((0, self._layout.float_size), np.float32),
+            np.zeros((0, self._layout.int_size), np.int64),
+            np.zeros(0, np.int64),
+        )
+
+    def _times(self, events: EventColumns | FloatArray) -> EventTimes | None:
+        if self._spec.events is None or isinstance(events, np.ndarray):
+            return None
+        return event_times(self._spec.events, events)
+
+    def _encode(
+        self,
+        events: EventColumns | FloatArray,
+        segments: IntArray,
+        before: Mapping[int, Clock],
+        wanted: IntArray,
+    ) -> EncodedSegments:
+        if not isinstance(events, np.ndarray):
+            return encode_segments(schema_of(self._spec), events, segments, before, wanted)
+        check_rows(self._spec.columns, events)
+        return EncodedSegments(events, Clocks.new(len(wanted)), 0)
+
+    def _pack(self, states: StreamStates) -> FloatArray:
+        """The initial state as a row of the network's step, and behind it the given ones."""
+        given = self._runtime_layout.pack(State(states.floats, states.ints))
+        return np.concatenate([self._runtime_layout.pack(self._initial)[np.newaxis], given])
+
+
+def open_runner(artifact: Artifact, *, threads: int = 0) -> Runner:
+    """Open the runner of an artifact.
 
     Args:
-        step: of the network.
-        sequences: S arrays of one or more rows, float32 [T, F].
-        states: float32 [S, N], before each; not modified.
-        width: O, values of one step's outputs.
-        chunk: most rows of one sequence in a call; None for each sequence in one call.
-        random: draws the rows of each call uniformly from 1 to `chunk`.
-        batch: most sequences in a call.
-        advance: called with the number of rows done, after every call.
-
-    Returns:
-        The outputs of each, float32 [T, O], and the states after them, float32 [S, N].
+        threads: of ONNX Runtime; 0: as many as there are cores.
     """
-    outputs = [np.empty((len(rows), width), np.float32) for rows in sequences]
-    after = states.copy()
-    # the longest start first, and those of equal length in their order
-    waiting = sorted(range(len(sequences)), key=lambda at: (len(sequences[at]), -at))
-    running: list[int] = []
-    done = np.zeros(len(sequences), np.int64)
-    while waiting or running:
-        while waiting and len(running) < batch:
-            running.append(waiting.pop())
-        lengths = np.array([len(sequences[at]) - done[at] for at in running], np.int32)
-        if random is not None and chunk is not None:
-            lengths = np.minimum(random.integers(1, chunk + 1, len(running)), lengths)
-        elif chunk is not None:
-            lengths = np.minimum(chunk, lengths)
-        lengths = lengths.astype(np.int32)
-        rows = np.zeros((len(running), int(np.max(lengths)), sequences[0].shape[1]), np.float32)
-        for slot, (at, length) in enumerate(zip(running, lengths, strict=True)):
-            rows[slot, :length] = sequences[at][done[at] : done[at] + length]
-        values, after[running] = step(rows, lengths, after[running])
-        for slot, (at, length) in enumerate(zip(running, lengths, strict=True)):
-            outputs[at][done[at] : done[at] + length] = values[slot, :length]
-            done[at] += length
-        running = [at for at in running if done[at] < len(sequences[at])]
-        if advance is not None:
-            advance(int(lengths.sum()))
-    return outputs, after
+    step = open_step(artifact.spec, artifact.weights, artifact.network, threads=threads)
+    return Runner(artifact.spec, artifact.weights, step)

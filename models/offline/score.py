@@ -32,7 +32,8 @@ from models.errors import ArtifactError, DataError, SpecError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, event_times
 from models.events.frame import columns_from_frame
-from models.offline.runner import FloatArray, OrderedEvents, Runner
+from models.offline.runner import OrderedEvents, Runner
+from models.offline.steps import FloatArray
 from models.spec.model import schema_of
 from models.spec.resets import find_resets, gaps_since_latest_ms, segment_numbers
 from models.spec.state import State
@@ -157,8 +158,6 @@ class Parts:
 
 POSITION = "position"
 ROWS_PER_PIECE = 65_536
-CHUNK, BATCH = 64, 256
-"""Events and streams of one call of the network."""
 
 Advance = Callable[[int], None]
 
@@ -263,7 +262,7 @@ class _Scorer:
         for part in parts:
             self._count_out_of_order(part)
         try:
-            outputs, states = self._runner.run(parts, chunk=CHUNK, batch=BATCH)
+            outputs, states = self._runner.run(parts)
         except DataError as error:
             raise DataError(
                 field=error.field,

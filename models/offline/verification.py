@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.events.columns import EventColumns
-from models.offline.runner import FloatArray, OrderedEvents, Runner, open_keras_step
+from models.offline.runner import OrderedEvents, Runner
+from models.offline.steps import FloatArray, open_keras_step
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec
 
@@ -98,8 +99,9 @@ def verify_outputs(spec: ModelSpec, runner: Runner, streams: Sequence[Received])
     expected = actual.copy()
     places: list[tuple[str, int]] = []
     for group in _groups(streams):
+        longest = max(len(each.columns) for each in group)
         ordered = [OrderedEvents(each.name, each.columns, initial) for each in group]
-        whole, _ = runner.run(ordered, chunk=None, batch=len(group))
+        whole, _ = runner.run(ordered, chunk=longest, batch=len(group))
         for stream, outputs in zip(group, whole, strict=True):
             steps = np.flatnonzero(~np.isnan(stream.outputs).any(axis=1))
             actual.append(stream.outputs[steps])

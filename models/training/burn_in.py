@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.events.schema import NumericField
-from models.offline.runner import open_step, run_rows
+from models.offline.batches import Sequences, run_rows
+from models.offline.steps import open_step
 from models.spec.heads import ClassificationHead, LabelHead
 from models.spec.layout import Output, output_spec
 from models.spec.model import ModelSpec
@@ -80,21 +81,17 @@ def measure_rows_burn_in(artifact: Artifact, sequences: Sequence[Floats]) -> dic
     spec = artifact.spec
     step = open_step(spec, artifact.weights, artifact.network)
     initial = artifact.network_state.pack(artifact.state.initial())
-
-    def run_all(parts: Sequence[Floats]) -> Floats:
-        states = np.tile(initial, (len(parts), 1))
-        outputs, _ = run_rows(step, parts, states, artifact.outputs.size, chunk=_chunk(spec))
-        return np.concatenate(outputs)
-
     rows = np.concatenate(sequences)
+
+    def run(windows: Sequence[Span]) -> Floats:
+        states = np.tile(initial, (len(windows), 1))
+        cut = Sequences.of_spans(rows, windows)
+        outputs, _ = run_rows(step, cut, states, artifact.outputs.size, chunk=_chunk(spec))
+        return outputs
+
     ends = np.cumsum([len(part) for part in sequences]).tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    return _measure(
-        spec,
-        spans,
-        run_all(sequences),
-        lambda windows: run_all([rows[start:stop] for start, stop in windows]),
-    )
+    return _measure(spec, spans, run(spans), run)
 
 
 def spans_before(streams: Streams, key: int | None) -> list[Span]:

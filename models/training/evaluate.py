@@ -25,7 +25,8 @@ from models.decoding.losses import has_targets
 from models.detection.detector import Detector
 from models.detection.scoring import StreamScores, score_streams, with_intervals
 from models.errors import DataError
-from models.offline.runner import Advance, Step, open_step, run_rows
+from models.offline.batches import Advance, Sequences, run_rows
+from models.offline.steps import Step, open_step
 from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.heads import Head, LabelHead
 from models.spec.layout import (
@@ -126,11 +127,10 @@ def run_network(
     if spec.blocks is not None:
         return _run_blocks(spec, spec.blocks, step, streams, batch, advance)
     fixed = _fixed_steps(spec, streams)
-    rows = streams.encoded(schema_of(spec))
-    sequences = [rows[start:stop] for start, stop in streams.sessions]
-    states = np.zeros((len(sequences), network_state(spec).float_size), np.float32)
+    sequences = Sequences.of_spans(streams.encoded(schema_of(spec)), streams.sessions)
+    states = np.zeros((len(streams.sessions), network_state(spec).float_size), np.float32)
     width = network_outputs(spec).size
-    results, _ = run_rows(
+    packed, _ = run_rows(
         step,
         sequences,
         states,
@@ -141,8 +141,7 @@ def run_network(
         advance=advance,
     )
     outputs = np.zeros((streams.events, width), np.float32)
-    for (start, stop), values in zip(streams.sessions, results, strict=True):
-        outputs[start:stop] = values
+    outputs[sequences.indexes()] = packed
     return outputs
 
 

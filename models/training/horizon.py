@@ -25,7 +25,7 @@ from models.artifact.artifact import Artifact
 from models.decoding.forecasts import Distribution, decoder_of, start
 from models.decoding.losses import Floats, pinball
 from models.events.calendar import DAY_MS
-from models.offline.runner import Step, open_step
+from models.offline.steps import Step, open_step
 from models.spec.decoder import known_columns, strip_decoder_prefix
 from models.spec.layout import network_state
 from models.spec.model import ModelSpec

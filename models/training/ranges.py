@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.artifact.ranges import QUANTILES, Floats, NormLayout, Ranges
 from models.errors import DataError
-from models.offline.runner import Step, open_step, run_rows
+from models.offline.batches import Sequences, run_rows
+from models.offline.steps import Step, open_step
 from models.training.burn_in import spans_before
 from models.training.data import Streams
 from models.training.evaluate import run_network
@@ -62,9 +63,12 @@ def measure_rows_ranges(artifact: Artifact, sequences: list[Rows]) -> Ranges:
 
     def run(step: Step, events: int | None) -> None:
         cut = [rows[:events] for rows in few]
+        ends = np.cumsum([len(rows) for rows in cut]).tolist()
+        spans = list(zip([0, *ends[:-1]], ends, strict=True))
         states = np.tile(initial, (len(cut), 1))
         random = np.random.default_rng(SEED)
-        run_rows(step, cut, states, artifact.outputs.size, chunk=chunk, random=random)
+        sequences = Sequences.of_spans(np.concatenate(cut), spans)
+        run_rows(step, sequences, states, artifact.outputs.size, chunk=chunk, random=random)
 
     return _measure(artifact, run)
 

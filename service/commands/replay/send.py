@@ -43,7 +43,7 @@ from carry_client.steps import to_steps
 from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
-from models.offline.runner import FloatArray
+from models.offline.steps import FloatArray
 from models.offline.verification import ABSOLUTE, excess
 from service.core.errors import OperatorError
 from service.core.values import STREAM_NAME_RULE, is_stream_name

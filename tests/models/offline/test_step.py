@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from models.offline import runner as step_module
-from models.offline.runner import open_step
+from models.offline import steps as step_module
+from models.offline.steps import open_step
 from models.spec.layout import network_outputs, network_state
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.oracle import contracting_weights, oracle_step
