@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from models.errors import DataError
 from models.events.columns import EventColumns, block_of
 from models.events.encode import event_times
-from models.offline.runner import FloatArray, OrderedEvents, Runner
+from models.offline.runner import OrderedEvents, Runner
+from models.offline.steps import FloatArray
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import schema_of
 from models.spec.resets import EventTimes
