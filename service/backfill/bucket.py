@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,21 +25,17 @@ from numpy.typing import NDArray
 
 from models.errors import DataError
 from models.events.columns import EventColumns, block_of
-from models.events.encode import event_times
-from models.offline.runner import OrderedEvents, Runner
-from models.offline.steps import FloatArray
-from models.spec.layout import output_spec, state_spec
+from models.offline.runner import NO_MARKS, EventTable, Runner, StreamStates, TableResult
+from models.offline.steps import open_step
+from models.spec.layout import output_spec
 from models.spec.model import schema_of
-from models.spec.resets import EventTimes
-from models.spec.state import State
+from models.spec.state import FloatArray, IntArray, State
 from service.backfill.plan import Job, replacing
+from service.backfill.selection import HALTED, RowSelector
 from service.backfill.shuffle import read_bucket, read_columns
-from service.core.values import EPOCH_BYTES, TAG_BYTES, Feed, StreamHead, StreamState
+from service.core.values import EPOCH_BYTES, TAG_BYTES, Feed, SourceMark, StreamHead, StreamState
 from service.store.backup import BLOCK_BYTES, BackupInfo, BackupWriter
 from service.store.codec import encode_state
-
-CHUNK, BATCH = 64, 256
-"""Events and streams of one call of the network."""
 
 OUTPUT_ROWS = 65_536
 """Rows of a row group of the outputs."""
@@ -53,7 +49,9 @@ class BucketRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         bucket: its number.
         streams, events: computed.
-        out_of_order: events that are earlier than one before them in their stream.
+        out_of_order: events that are earlier than one before them, since the last reset.
+        duplicates: found, whether they were left out or not.
+        halted_streams: that end before a rejected event.
         outputs_bytes, states_bytes: sizes of its files.
         outputs_blake2b, states_blake2b: BLAKE2b of these, 32 bytes in hexadecimal.
         seconds: that it took.
@@ -63,6 +61,8 @@ class BucketRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     streams: int
     events: int
     out_of_order: int
+    duplicates: int
+    halted_streams: int
     outputs_bytes: int
     states_bytes: int
     outputs_blake2b: str
@@ -83,20 +83,33 @@ def compute_bucket(job: Job, bucket: int) -> BucketRecord:
             writer = _BucketWriter(job, file)
             write_outputs(writer.tables(read_bucket(job, bucket)), job, outputs)
             writer.finish()
-        record = BucketRecord(
-            bucket=bucket,
-            streams=writer.streams,
-            events=writer.events,
-            out_of_order=writer.out_of_order,
-            outputs_bytes=outputs.stat().st_size,
-            states_bytes=states.stat().st_size,
-            outputs_blake2b=file_checksum(outputs),
-            states_blake2b=file_checksum(states),
-            seconds=round(time.monotonic() - started_s, 3),
-        )
+        checksums = file_checksum(outputs), file_checksum(states)
+        sizes = outputs.stat().st_size, states.stat().st_size
+    if writer.ended:
+        with replacing(job.rejected_bucket(bucket)) as path:
+            _list_ended(writer.ended).write_parquet(path)
+    record = BucketRecord(
+        bucket=bucket,
+        streams=writer.streams,
+        events=writer.events,
+        out_of_order=writer.out_of_order,
+        duplicates=writer.selector.duplicates,
+        halted_streams=writer.selector.halted,
+        outputs_bytes=sizes[0],
+        states_bytes=sizes[1],
+        outputs_blake2b=checksums[0],
+        states_blake2b=checksums[1],
+        seconds=round(time.monotonic() - started_s, 3),
+    )
     with replacing(job.record(bucket)) as path:
         path.write_bytes(msgspec.json.encode(record))
     return record
+
+
+def _list_ended(ended: list[pl.DataFrame]) -> pl.DataFrame:
+    """The events of halted streams, as a list of rejected rows."""
+    missing = pl.lit(None, pl.String)
+    return pl.concat(ended).with_columns(column=missing, reason=pl.lit(HALTED), value=missing)
 
 
 def read_record(job: Job, bucket: int) -> BucketRecord | None:
@@ -150,33 +163,40 @@ def write_outputs(tables: Iterator[pl.DataFrame], job: Job, path: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def _runner(fingerprint: str, job: _Hashable) -> Runner:
-    return Runner(job.job.spec, job.job.weights)
+def _open_runner(job: _HashedJob) -> Runner:
+    spec, weights = job.job.spec, job.job.weights
+    return Runner(spec, weights, open_step(spec, weights, threads=1))
 
 
-class _Hashable:
-    """A job as an argument of a cached function, whose other arguments identify it."""
+class _HashedJob:
+    """A job as a key: jobs of the same model have the same runner."""
 
     def __init__(self, job: Job):
         self.job = job
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable)
+        return isinstance(other, _HashedJob) and hash(other) == hash(self)
 
     def __hash__(self) -> int:
-        return 0
+        return hash(self.job.plan.fingerprint)
 
 
 @dataclass(slots=True)
-class _Stream:
-    """A stream while it is computed."""
+class _OpenStream:
+    """The last stream of a piece, which the next piece may continue.
+
+    Attributes:
+        digest: of its events so far.
+        floats, ints, position: its state; int64 and float32 [1, ...] as of `StreamStates`.
+        updated_ms: time of its last event, 0 if there is none.
+        mark: the place of its last event in the topic that it came from.
+    """
 
     name: str
-    state: State
     digest: Any
-    position: int = 0
-    last_ms: int = 0
-    latest_ms: int = field(default=-(2**62))
+    states: StreamStates
+    updated_ms: int
+    mark: SourceMark | None
 
 
 class _BucketWriter:
@@ -184,113 +204,145 @@ class _BucketWriter:
 
     def __init__(self, job: Job, file: BinaryIO):
         self._job, self._schema = job, schema_of(job.spec)
-        self._runner = _runner(job.plan.fingerprint, _Hashable(job))
-        self._layout, self._outputs = state_spec(job.spec), output_spec(job.spec)
-        self._fingerprint = bytes.fromhex(job.plan.fingerprint)
-        self._writer = BackupWriter(file, BackupInfo(0, "backfill", job.plan.model, ""))
+        self._runner = _open_runner(_HashedJob(job))
+        self._outputs = output_spec(job.spec)
+        self._model, self._fingerprint = job.plan.model, bytes.fromhex(job.plan.fingerprint)
+        self._writer = BackupWriter(file, BackupInfo(0, "backfill", self._model, ""))
         self._records: list[list[Any]] = []
         self._size_bytes = 0
-        self._open: _Stream | None = None
+        self._open: _OpenStream | None = None
+        self.selector = RowSelector(job.plan)
+        self.ended: list[pl.DataFrame] = []
         self.streams = self.events = self.out_of_order = 0
 
-    def tables(self, pieces: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    def tables(self, pieces: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         """Compute pieces; yields the outputs of each."""
         for piece in pieces:
             if piece.height:
-                yield self._compute(piece)
+                rows, ended = self.selector.select(piece)
+                if ended.height:
+                    self.ended.append(ended.select("file", "row", "stream"))
+                if rows.height:
+                    yield self._compute(rows)
 
     def finish(self) -> None:
         """Write the last states: the file is complete."""
-        if self._open is not None:
-            self._write(self._open)
-            self._open = None
+        self._close_stream()
         self._flush()
         self._writer.finish()
 
     def _compute(self, piece: pl.DataFrame) -> pl.DataFrame:
         columns = read_columns(self._schema, piece)
-        runs = piece["stream"].rle()
-        names = runs.struct.field("value").to_list()
-        stops = np.cumsum(runs.struct.field("len").to_numpy()).tolist()
-        starts = [0, *stops[:-1]]
-        streams = [self._stream(name) for name in names]
-        packed, states = self._run(streams, columns, starts, stops)
-        records = self._event_bytes(columns, piece)
-        times = event_times(self._schema, columns)
-        positions = np.empty(piece.height, np.int64)
-        for stream, state, start, stop in zip(streams, states, starts, stops, strict=True):
-            positions[start:stop] = np.arange(stream.position, stream.position + stop - start)
-            stream.state = state
-            stream.position += stop - start
-            stream.digest.update(records[start:stop])
-            self._follow_times(stream, times, slice(start, stop))
-            if stream is not streams[-1]:
-                self._write(stream)
-        self._open = streams[-1]
+        runs = piece["stream"].rle().struct
+        names: list[str] = runs.field("value").to_list()
+        ends = np.cumsum(runs.field("len").to_numpy(), dtype=np.int64)
+        starts = np.concatenate(([0], ends[:-1]))
+        opened = self._open if self._open is not None and self._open.name == names[0] else None
+        if opened is None:
+            self._close_stream()
+        marks = NO_MARKS
+        if "reset" in piece.columns:
+            marks = np.flatnonzero(piece["reset"].fill_null(False).to_numpy())
+        result = self._run(piece, EventTable(columns, starts, marks), opened)
+        self.out_of_order += result.out_of_order
         self.events += piece.height
-        return self._table(piece, positions, packed)
-
-    def _stream(self, name: str) -> _Stream:
-        """The stream that the next rows are of: the one that is open, or a new one."""
-        if self._open is not None:
-            stream, self._open = self._open, None
-            if stream.name == name:
-                return stream
-            self._write(stream)
-        digest = hashlib.blake2b(digest_size=EPOCH_BYTES + TAG_BYTES)
-        for part in (self._fingerprint, self._job.plan.model.encode(), name.encode()):
-            digest.update(len(part).to_bytes(4, "little") + part)
-        return _Stream(name, self._layout.initial(), digest)
+        self._take_states(piece, columns, names, starts, ends, opened, result.after)
+        positions = np.arange(piece.height) - np.repeat(starts, ends - starts)
+        if opened is not None:
+            positions[: ends[0]] += opened.states.positions[0]
+        return self._table(piece, positions, result.outputs)
 
     def _run(
-        self, streams: list[_Stream], columns: EventColumns, starts: list[int], stops: list[int]
-    ) -> tuple[FloatArray, list[State]]:
-        parts = [
-            OrderedEvents(each.name, columns[start:stop], each.state, each.position)
-            for each, start, stop in zip(streams, starts, stops, strict=True)
-        ]
-        outputs, states = self._runner.run(parts, chunk=CHUNK, batch=BATCH)
-        for part, output, state in zip(parts, outputs, states, strict=True):
-            if not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
-                raise DataError(
-                    expected=f"stream {part.name!r}: finite outputs and states",
-                    got="NaN or infinity",
+        self, piece: pl.DataFrame, table: EventTable, opened: _OpenStream | None
+    ) -> TableResult:
+        try:
+            result = self._runner.run_table(table, None if opened is None else opened.states)
+        except DataError as error:
+            at = error.index or 0
+            raise self._at_row(piece, at, error.expected, error.got, error.field) from error
+        for values in (result.outputs, result.after.floats):
+            if not np.isfinite(values).all():
+                at = int(np.argmax(~np.isfinite(values).all(axis=1)))
+                row = at if values is result.outputs else int(table.starts[at])
+                raise self._at_row(
+                    piece, row, "finite outputs and states of the stream", "NaN or infinity"
                 )
-        return np.concatenate(outputs), states
+        return result
+
+    def _at_row(
+        self, piece: pl.DataFrame, at: int, expected: str, got: str, field: str | None = None
+    ) -> DataError:
+        row = piece.row(at, named=True)
+        source = self._job.plan.sources[row["file"]].path
+        place = f"{source}, row {row['row']}, stream {row['stream']!r}"
+        return DataError(field=field, expected=f"{place}: {expected}", got=got)
+
+    def _take_states(
+        self,
+        piece: pl.DataFrame,
+        columns: EventColumns,
+        names: list[str],
+        starts: IntArray,
+        ends: IntArray,
+        opened: _OpenStream | None,
+        after: StreamStates,
+    ) -> None:
+        """Write the states of the streams that ended in a piece; the last one stays open."""
+        seen = self._event_bytes(columns, piece)
+        last = piece[(ends - 1).tolist()]
+        times = [0] * len(names)
+        if self._schema.timestamp is not None:
+            times = last[self._schema.timestamp.name].fill_null(0).to_list()
+        marks: list[SourceMark | None] = [None] * len(names)
+        if "offset" in piece.columns:
+            places = zip(last["source"], last["offset"], last["sequence"], strict=True)
+            marks = [None if None in place else SourceMark(*place) for place in places]
+        for at, (name, start, end) in enumerate(
+            zip(names, starts.tolist(), ends.tolist(), strict=True)
+        ):
+            digest = self._new_digest(name) if opened is None or at else opened.digest
+            digest.update(seen[start:end])
+            states = StreamStates(*(column[at : at + 1] for column in after))
+            self._close_stream()
+            self._open = _OpenStream(name, digest, states, times[at], marks[at])
+
+    def _new_digest(self, stream: str) -> Any:
+        digest = hashlib.blake2b(digest_size=EPOCH_BYTES + TAG_BYTES)
+        for part in (self._fingerprint, self._model.encode(), stream.encode()):
+            digest.update(len(part).to_bytes(4, "little") + part)
+        return digest
 
     def _event_bytes(self, columns: EventColumns, piece: pl.DataFrame) -> BytesArray:
         """What the network sees of each event, uint8 [T, W]."""
         block = block_of(self._schema, columns)
-        parts = [np.ascontiguousarray(block.numbers.T).view(np.uint8)]
+        parts = [np.ascontiguousarray(block.numbers.T, "<f8").view(np.uint8)]
         if block.times_ms is not None:
             parts.append(block.times_ms.astype("<i8").reshape(-1, 1).view(np.uint8))
         if "reset" in piece.columns:
             parts.append(piece["reset"].fill_null(False).to_numpy().astype(np.uint8)[:, np.newaxis])
         return np.ascontiguousarray(np.concatenate(parts, axis=1))
 
-    def _follow_times(self, stream: _Stream, times: EventTimes | None, cut: slice) -> None:
-        if times is None:
+    def _close_stream(self) -> None:
+        """Write the state of the open stream, if there is one."""
+        stream, self._open = self._open, None
+        if stream is None:
             return
-        own = times.times_ms[cut][times.present[cut]]
-        if own.size:
-            latest = np.maximum.accumulate(np.concatenate(([stream.latest_ms], own)))
-            self.out_of_order += int(np.count_nonzero(own < latest[:-1]))
-            stream.latest_ms, stream.last_ms = int(latest[-1]), int(own[-1])
-
-    def _write(self, stream: _Stream) -> None:
-        """Write the state of a stream that has ended."""
         digest = stream.digest.digest()
+        head = StreamHead(
+            digest[:EPOCH_BYTES], digest[EPOCH_BYTES:], int(stream.states.positions[0])
+        )
         value = encode_state(
             StreamState(
-                head=StreamHead(digest[:EPOCH_BYTES], digest[EPOCH_BYTES:], stream.position),
+                head=head,
                 feed=Feed.EVENTS,
                 fingerprint=self._fingerprint,
                 last=None,
-                updated_ms=stream.last_ms,
-                state=stream.state,
+                updated_ms=stream.updated_ms,
+                state=State(stream.states.floats[0], stream.states.ints[0]),
+                source=stream.mark,
             )
         )
-        self._records.append([self._job.plan.model, stream.name, value])
+        self._records.append([self._model, stream.name, value])
         self._size_bytes += len(value)
         self.streams += 1
         if self._size_bytes >= BLOCK_BYTES:
@@ -301,12 +353,7 @@ class _BucketWriter:
             self._writer.write(self._records)
         self._records, self._size_bytes = [], 0
 
-    def _table(
-        self,
-        piece: pl.DataFrame,
-        positions: NDArray[np.int64],
-        packed: FloatArray,
-    ) -> pl.DataFrame:
+    def _table(self, piece: pl.DataFrame, positions: IntArray, packed: FloatArray) -> pl.DataFrame:
         table: dict[str, Any] = {"stream": piece["stream"]}
         if self._schema.timestamp is not None:
             table["time"] = piece[self._schema.timestamp.name].cast(pl.Datetime("ms", "UTC"))
