@@ -302,8 +302,10 @@ class _BucketWriter:
         ):
             digest = self._new_digest(name) if opened is None or at else opened.digest
             digest.update(seen[start:end])
-            states = StreamStates(*(column[at : at + 1] for column in after))
-            self._close_stream()
+            cut = slice(at, at + 1)
+            states = StreamStates(after.floats[cut], after.ints[cut], after.positions[cut])
+            if at:
+                self._close_stream()
             self._open = _OpenStream(name, digest, states, times[at], marks[at])
 
     def _new_digest(self, stream: str) -> Any:
