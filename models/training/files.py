@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -142,30 +142,38 @@ def check_duplicate_names(path: Path) -> None:
     """
     match path.suffix.lower():
         case ".csv":
-            _check_header(path)
+            header = pl.read_csv(path, has_header=False, n_rows=1, infer_schema=False).row(0)
+            check_header(str(path), [name or "" for name in header])
         case ".jsonl" | ".ndjson":
             _check_members(path)
 
 
-def _check_header(path: Path) -> None:
-    """Reject a CSV file with other delimiters than commas, or with a duplicate column: polars
-    would rename the second one."""
-    header = pl.read_csv(path, has_header=False, n_rows=1, infer_schema=False).row(0)
-    first = ",".join(name or "" for name in header)
-    for delimiter, name in _DELIMITERS.items():
+def check_header(name: str, header: Sequence[str]) -> None:
+    """Reject a header with other delimiters than commas, or with a duplicate column: polars would
+    rename the second one.
+
+    Args:
+        name: of the file, for errors.
+        header: the cells of its first line.
+
+    Raises:
+        DataError: it is such a header.
+    """
+    first = ",".join(header)
+    for delimiter, called in _DELIMITERS.items():
         if first.count(delimiter) >= len(header):
             raise DataError(
-                expected=f"{path}, line 1: columns separated by commas",
-                got=f"{name}: {first[:60]!r}; convert it: polars.read_csv(..., separator="
+                expected=f"{name}, line 1: columns separated by commas",
+                got=f"{called}: {first[:60]!r}; convert it: polars.read_csv(..., separator="
                 f"{delimiter!r}, decimal_comma=True if numbers have one).write_csv(...)",
             )
-    for name, count in Counter(name for name in header if name).items():
+    for column, count in Counter(column for column in header if column).items():
         if count > 1:
-            at = ", ".join(str(at) for at, each in enumerate(header, start=1) if each == name)
+            at = ", ".join(str(at) for at, each in enumerate(header, start=1) if each == column)
             raise DataError(
-                field=name,
-                expected=f"{path}, line 1: columns of different names",
-                got=f"{name!r} as columns {at}",
+                field=column,
+                expected=f"{name}, line 1: columns of different names",
+                got=f"{column!r} as columns {at}",
             )
 
 

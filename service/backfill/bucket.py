@@ -31,8 +31,9 @@ from models.spec.layout import output_spec
 from models.spec.model import schema_of
 from models.spec.state import FloatArray, IntArray, State
 from service.backfill.plan import Job, replacing
+from service.backfill.rows import field_column, read_columns
 from service.backfill.selection import HALTED, RowSelector
-from service.backfill.shuffle import read_bucket, read_columns
+from service.backfill.shuffle import read_bucket
 from service.core.values import EPOCH_BYTES, TAG_BYTES, Feed, SourceMark, StreamHead, StreamState
 from service.store.backup import BLOCK_BYTES, BackupInfo, BackupWriter
 from service.store.codec import encode_state
@@ -87,7 +88,7 @@ def compute_bucket(job: Job, bucket: int) -> BucketRecord:
         sizes = outputs.stat().st_size, states.stat().st_size
     if writer.ended:
         with replacing(job.rejected_bucket(bucket)) as path:
-            _list_ended(writer.ended).write_parquet(path)
+            _list_ended(job, writer.ended).write_parquet(path)
     record = BucketRecord(
         bucket=bucket,
         streams=writer.streams,
@@ -106,10 +107,16 @@ def compute_bucket(job: Job, bucket: int) -> BucketRecord:
     return record
 
 
-def _list_ended(ended: list[pl.DataFrame]) -> pl.DataFrame:
+def _list_ended(job: Job, ended: list[pl.DataFrame]) -> pl.DataFrame:
     """The events of halted streams, as a list of rejected rows."""
     missing = pl.lit(None, pl.String)
-    return pl.concat(ended).with_columns(column=missing, reason=pl.lit(HALTED), value=missing)
+    paths = {number: source.path for number, source in enumerate(job.plan.sources)}
+    return pl.concat(ended).with_columns(
+        file=pl.col("file").replace_strict(paths, return_dtype=pl.String),
+        column=missing,
+        reason=pl.lit(HALTED),
+        value=missing,
+    )
 
 
 def read_record(job: Job, bucket: int) -> BucketRecord | None:
@@ -292,7 +299,7 @@ class _BucketWriter:
         last = piece[(ends - 1).tolist()]
         times = [0] * len(names)
         if self._schema.timestamp is not None:
-            times = last[self._schema.timestamp.name].fill_null(0).to_list()
+            times = last[field_column(self._schema.timestamp.name)].fill_null(0).to_list()
         marks: list[SourceMark | None] = [None] * len(names)
         if "offset" in piece.columns:
             places = zip(last["source"], last["offset"], last["sequence"], strict=True)
@@ -358,7 +365,8 @@ class _BucketWriter:
     def _table(self, piece: pl.DataFrame, positions: IntArray, packed: FloatArray) -> pl.DataFrame:
         table: dict[str, Any] = {"stream": piece["stream"]}
         if self._schema.timestamp is not None:
-            table["time"] = piece[self._schema.timestamp.name].cast(pl.Datetime("ms", "UTC"))
+            times = piece[field_column(self._schema.timestamp.name)]
+            table["time"] = times.cast(pl.Datetime("ms", "UTC"))
         table["position"] = positions
         for output in self._outputs.outputs:
             columns = self._outputs.by_name(packed)[output.name].reshape(piece.height, -1)

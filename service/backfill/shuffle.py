@@ -1,23 +1,43 @@
-"""Stage 1: sorts the rows of every source by bucket, stream and order, into unit files."""
+"""Stage 1: rows of sources become unit files, sorted by bucket, stream and order.
+
+A sort-based shuffle: each unit is sorted in memory and written once, and a bucket is read out of
+all units by the statistics of their row groups. A unit is a file of up to `Plan.unit_rows` events:
+
+    bucket u32, stream str, order i64, file u32, row u64
+    reset bool                              if the source has such a column and no field its name
+    source str, offset u64, sequence u64    if the plan names a column of offsets
+    rejected bool                           if a stream ends before its first rejected event
+    .NAME, for each field                   f64, str, bool, or i64 epoch ms; null if absent
+
+`order` is in milliseconds, or the number of the column that orders, or the place in the sources.
+Rows that cannot be read are written beside it, with reasons. The number of a unit follows from its
+source and its place there, so that an interrupted run goes on with the units that are missing.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple
 
-import numpy as np
+import msgspec
 import polars as pl
-from numpy.typing import NDArray
 
-from models.events.columns import EventColumns
-from models.events.frame import columns_from_frame
-from models.events.schema import BooleanField, CategoricalField, EventSchema, TimestampField
 from models.spec.model import schema_of
-from models.training.files import read_data
 from service.backfill.plan import Job, Plan, replacing
-from service.core.values import StreamKey
-from service.store.keys import KeySpace
+from service.backfill.rows import REJECTED, RowReader, Unit
+from service.backfill.source import TEXT, check_unchanged, read_batches
+
+UNITS_PER_SOURCE: Final = 1_000_000
+TASK_UNITS: Final = 8
+"""Units of a task, if the number of rows of its source is known."""
+
+ROW_GROUPS: Final = 128
+"""Row groups of a full unit: so few rows are read that are of another bucket."""
+
+
+ROWS_PER_SOURCE: Final = 2**40
+"""More rows than a source has."""
 
 
 class ShuffleTask(NamedTuple):
@@ -26,7 +46,7 @@ class ShuffleTask(NamedTuple):
     Attributes:
         source: its index in the plan.
         first_unit: number of the first unit.
-        rows: about so many.
+        rows: of a text file an estimate of all its rows; otherwise so many.
     """
 
     source: int
@@ -34,78 +54,136 @@ class ShuffleTask(NamedTuple):
     rows: int
 
 
-class ShuffleRecord(NamedTuple):
-    """What became of the rows of a task."""
+class ShuffleRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of the rows of a task.
+
+    Attributes:
+        rows: that were read.
+        events: of them, those that are in units.
+        rejected: the others, by reason.
+        units: files with events.
+    """
 
     rows: int
-    rejected: int
+    events: int
+    rejected: dict[str, int]
+    units: int
 
 
 def plan_tasks(plan: Plan) -> list[ShuffleTask]:
-    """The tasks of the shuffle, with the numbers of their units."""
-    return [ShuffleTask(at, at, source.rows) for at, source in enumerate(plan.sources)]
+    """The tasks of the shuffle: a text file, or a range of rows of another source."""
+    tasks = []
+    for index, source in enumerate(plan.sources):
+        first = index * UNITS_PER_SOURCE
+        size = source.rows if source.kind in TEXT else TASK_UNITS * plan.unit_rows
+        for start in range(0, max(1, source.rows), max(1, size)):
+            rows = min(size, source.rows - start)
+            tasks.append(ShuffleTask(index, first + start // plan.unit_rows, rows))
+    return tasks
 
 
 def write_units(job: Job, task: ShuffleTask) -> ShuffleRecord:
-    """Write the units of a task that are not there yet."""
-    plan, schema = job.plan, schema_of(job.spec)
-    source = plan.sources[task.source]
-    data = read_data(Path(source.path), schema)
-    columns = columns_from_frame(schema, data)
-    streams = data[plan.stream].cast(pl.String)
-    space = KeySpace("backfill", plan.partitions)
-    buckets = {
-        name: plan.bucket_of(space.partition(StreamKey(plan.model, name)))
-        for name in streams.unique()
-    }
-    order: Any = np.zeros(data.height, np.int64)
-    if plan.order is not None:
-        order = columns.values[plan.order]
-    table: dict[str, Any] = {
-        "bucket": streams.replace_strict(buckets, return_dtype=pl.UInt32),
-        "stream": streams,
-        "order": order,
-        "file": np.full(data.height, task.source, np.uint32),
-        "row": np.arange(1, data.height + 1, dtype=np.uint64),
-    }
-    for field in schema.fields:
-        values = pl.Series(columns.values[field.name])
-        present = pl.Series(columns.present[field.name])
-        table[field.name] = values.to_frame().select(pl.when(present).then(pl.first())).to_series()
-    frame = pl.DataFrame(table).sort("bucket", "stream", "order", "file", "row")
-    with replacing(job.unit(task.first_unit)) as path:
-        frame.write_parquet(path, row_group_size=max(1000, frame.height // 128))
-    return ShuffleRecord(data.height, 0)
+    """Write the units of a task that are not there yet.
+
+    Raises:
+        DataError: the source cannot be read, or a row, if such a row ends the run.
+        BackfillError: the source was changed.
+        OSError: a file cannot be written.
+    """
+    file = job.unit(task.first_unit).with_suffix(".json")
+    if file.exists():
+        return msgspec.json.decode(file.read_bytes(), type=ShuffleRecord)
+    source, unit_rows = job.plan.sources[task.source], job.plan.unit_rows
+    check_unchanged(source)
+    reader = RowReader(job.plan, schema_of(job.spec), task.source)
+    first = task.first_unit % UNITS_PER_SOURCE * unit_rows
+    batches = read_batches(
+        source,
+        reader.names,
+        reader.required,
+        unit_rows,
+        first=first,
+        rows=None if source.kind in TEXT else task.rows,
+    )
+    rows = events = units = 0
+    rejected: Counter[str] = Counter()
+    for number, batch in enumerate(batches, start=task.first_unit):
+        found = _read_unit(job, number)
+        if found is None:
+            found = reader.read(batch)
+            _write_unit(job, number, found)
+        rows += len(batch.rows)
+        events += found.events.height
+        units += 1
+        rejected.update(found.reasons())
+    check_unchanged(source)
+    record = ShuffleRecord(rows=rows, events=events, rejected=dict(rejected), units=units)
+    with replacing(file) as path:
+        path.write_bytes(msgspec.json.encode(record))
+    return record
+
+
+def _read_unit(job: Job, number: int) -> Unit | None:
+    """A unit that an interrupted run has written."""
+    if not job.unit(number).exists():
+        return None
+    rejected = job.rejected_unit(number)
+    return Unit(
+        pl.read_parquet(job.unit(number), columns=["row"]),
+        pl.read_parquet(rejected) if rejected.exists() else pl.DataFrame(schema=REJECTED),
+    )
+
+
+def _write_unit(job: Job, number: int, unit: Unit) -> None:
+    if unit.rejected.height:
+        with replacing(job.rejected_unit(number)) as path:
+            unit.rejected.write_parquet(path)
+    with replacing(job.unit(number)) as path:
+        unit.events.write_parquet(
+            path,
+            compression="lz4",
+            row_group_size=max(1000, job.plan.unit_rows // ROW_GROUPS),
+        )
 
 
 def read_bucket(job: Job, bucket: int) -> Iterator[pl.DataFrame]:
-    """The rows of a bucket, sorted by stream, order, file and row, in pieces."""
+    """Read the events of a bucket, sorted by stream, order, file and row, in pieces."""
     units = sorted((job.out / "shuffle").glob("unit-*.parquet"))
-    rows = (
-        pl.scan_parquet(units)
-        .filter(pl.col("bucket") == bucket)
-        .collect()
-        .sort("stream", "order", "file", "row")
-    )
-    yield from rows.iter_slices(job.plan.piece_rows)
+    if not units:
+        return
+    most = 2 * job.plan.unit_rows
+    scan = pl.scan_parquet(units, glob=False, missing_columns="insert")
+    rows = scan.filter(pl.col("bucket") == bucket)
+    for part in _parts(rows, most, job.plan.order is None):
+        ordered = part.collect().sort("stream", "order", "file", "row")
+        yield from ordered.iter_slices(job.plan.piece_rows)
 
 
-def read_columns(schema: EventSchema, frame: pl.DataFrame) -> EventColumns:
-    """The events of rows of units."""
-    present: dict[str, NDArray[np.bool_]] = {}
-    values: dict[str, NDArray[Any]] = {}
-    for field in schema.fields:
-        column = frame[field.name]
-        present[field.name] = column.is_not_null().to_numpy()
-        match field:
-            case CategoricalField():
-                strings = np.empty(frame.height, object)
-                strings[:] = column.fill_null("").to_list()
-                values[field.name] = strings
-            case BooleanField():
-                values[field.name] = column.fill_null(False).to_numpy()
-            case TimestampField():
-                values[field.name] = column.fill_null(0).to_numpy()
-            case _:
-                values[field.name] = column.fill_null(0.0).to_numpy()
-    return EventColumns(frame.height, present, values)
+def _parts(rows: pl.LazyFrame, most: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
+    """Cut a bucket into parts of at most so many rows, between streams or within a longer one."""
+    counts = rows.group_by("stream").len().sort("stream").collect(engine="streaming")
+    names: list[str] = []
+    size = 0
+    for name, count in [*counts.rows(), ("", most + 1)]:
+        if names and size + count > most:
+            yield rows.filter(pl.col("stream").is_between(pl.lit(names[0]), pl.lit(names[-1])))
+            names, size = [], 0
+        if count <= most:
+            names.append(name)
+            size += count
+        elif name:
+            yield from _stream_parts(rows.filter(pl.col("stream") == name), most, is_file_order)
+
+
+def _stream_parts(rows: pl.LazyFrame, most: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
+    """Cut a stream between values of its order; rows of the same value stay together."""
+    place = pl.col("file").cast(pl.Int64) * ROWS_PER_SOURCE + pl.col("row").cast(pl.Int64)
+    key = place if is_file_order else pl.col("order")
+    keys = rows.select(key.alias("key")).collect(engine="streaming")["key"].sort()
+    after: int | None = None
+    for at in range(most, len(keys) + most, most):
+        upto = keys[min(at, len(keys)) - 1]
+        if after is None or upto > after:
+            part = rows.filter(key <= upto)
+            yield part if after is None else part.filter(key > after)
+            after = upto

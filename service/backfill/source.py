@@ -1,37 +1,467 @@
-"""Sources of a backfill: files of events, in the order in which they count."""
+"""Sources of a backfill: the files and tables of events, and their rows in batches.
+
+An argument is a file, a folder, a glob, a URL as polars opens it (`s3://`, `gs://`, `az://`,
+`https://`, `hf://`; credentials are those of the environment), or a table of Delta Lake or Iceberg:
+its folder, or its URL after `delta:` or `iceberg:`. Files end in `.csv`, `.jsonl`, `.ndjson` or
+`.parquet`; text files also in `.gz`. Parts of a path such as `day=2025-01-31` are columns. A table
+is read at the version that it has when the run is planned.
+
+Sources are sorted by name. A row is identified by its source and its number there from 1; of JSON
+Lines by its line. Text is read cell by cell (`models.events.cells`), quoted values of JSON too.
+
+A source that cannot be read as a whole ends the run with an error that names it. Rows that cannot
+are returned beside the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import glob
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
+import numpy as np
 import polars as pl
+import simdjson
+from numpy.typing import NDArray
 
+from models.errors import DataError
+from models.events.columns import BoolArray
+from models.events.frame import InvalidRows
+from models.training.files import check_encoding, check_header
 from service.backfill.plan import BackfillError, Source
+
+TEXT = ("csv", "jsonl")
+TABLES = ("delta", "iceberg")
+_KINDS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_SAMPLE_BYTES = 1 << 16
+_INFLATED = 5
+"""About as much larger is a text file that was compressed."""
+_UNKNOWN_ROWS = 1_000_000
+"""Rows of a text file whose size is unknown."""
+
+_EXTRA, _LAST = "\0extra", "\0last"
+_is_url = re.compile(r"[a-z][a-z0-9+.-]*://").match
+_partition = re.compile(r"([^=/]+)=([^=/]*)").fullmatch
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+
+class Batch(NamedTuple):
+    """Consecutive rows of a source.
+
+    Attributes:
+        frame: those of the wanted columns that the source has.
+        rows: uint64 [T], their numbers.
+        text: the columns whose values are text cells.
+        malformed: rows that are none of a table, with reasons.
+    """
+
+    frame: pl.DataFrame
+    rows: NDArray[np.uint64]
+    text: frozenset[str]
+    malformed: list[InvalidRows]
 
 
 def find_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
-    """The files that the arguments name, sorted by name."""
-    found = []
-    for argument in arguments:
-        path = Path(argument)
-        files = (
-            sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-        )
-        for file in files:
-            if not file.is_file():
-                raise BackfillError(f"expected an existing file, got {file}")
-            status = file.stat()
-            rows = max(1, status.st_size // 50)
-            if file.suffix == ".parquet":
-                rows = pl.scan_parquet(file).select(pl.len()).collect().item()
-            found.append(
-                Source(
-                    path=str(file),
-                    kind=file.suffix.removeprefix("."),
-                    rows=rows,
-                    size_bytes=status.st_size,
-                    modified_ns=status.st_mtime_ns,
-                )
-            )
+    """Find the files and tables that the arguments name, sorted by name.
+
+    Raises:
+        BackfillError: there is none, or one that is no table of events.
+        DataError: a Parquet file or a table cannot be read.
+    """
+    found = [source for argument in arguments for source in _find(argument)]
+    for path, count in Counter(source.path for source in found).items():
+        if count > 1:
+            raise BackfillError(f"{path}: expected each file once, got it {count} times")
     return tuple(sorted(found, key=lambda source: source.path))
+
+
+def _find(argument: str) -> Iterator[Source]:
+    kind, _, rest = argument.partition(":")
+    path = Path(argument)
+    if kind in TABLES:
+        yield _table(kind, rest)
+    elif _is_url(argument):
+        yield from _remote(argument)
+    elif (path / "_delta_log").is_dir():
+        yield _table("delta", argument)
+    elif any(path.glob("metadata/*.metadata.json")):
+        yield _table("iceberg", argument)
+    elif path.is_dir():
+        files = [each for each in path.rglob("*") if not _is_hidden(each.relative_to(path))]
+        if not (files := [each for each in files if not each.is_dir()]):
+            raise BackfillError(f"{argument}: expected a folder with files of events, got none")
+        yield from map(_local, files)
+    elif glob.has_magic(argument) and not path.exists():
+        if not (names := glob.glob(argument, recursive=True)):
+            raise BackfillError(f"{argument}: expected files of that form, got none")
+        for name in names:
+            yield from _find(name)
+    else:
+        yield _local(path)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether other programs wrote a file for themselves, such as `_SUCCESS`."""
+    return any(part[0] in "._" and "=" not in part for part in path.parts)
+
+
+def _kind(path: str) -> str:
+    name = path.partition("?")[0].lower()
+    kind = _KINDS.get(Path(name.removesuffix(".gz")).suffix)
+    if kind is None or (kind == "parquet" and name.endswith(".gz")):
+        raise BackfillError(
+            f"{path}: expected a file ending in {', '.join(_KINDS)}, of text also in .gz"
+        )
+    return kind
+
+
+def _local(path: Path) -> Source:
+    kind, name = _kind(str(path)), str(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BackfillError(f"{name}: expected a file")
+        with path.open("rb") as file:
+            sample = file.read(_SAMPLE_BYTES)
+    except OSError as error:
+        raise BackfillError(
+            f"{name}: expected an existing file that may be read, got {error.strerror}"
+        ) from error
+    if not sample:
+        raise BackfillError(f"{name}: expected a table with one row per event, got an empty file")
+    if kind == "parquet":
+        rows = _count(name, pl.scan_parquet(name, glob=False, hive_partitioning=False))
+    elif name.endswith(".gz"):
+        rows = _INFLATED * status.st_size // 50
+    else:
+        rows = status.st_size * sample.count(b"\n") // len(sample)
+    return Source(
+        path=name,
+        kind=kind,
+        rows=rows,
+        size_bytes=status.st_size,
+        modified_ns=status.st_mtime_ns,
+    )
+
+
+def _remote(url: str) -> Iterator[Source]:
+    if not (url.endswith("/") or glob.has_magic(url.partition("?")[0])):
+        kind, rows = _kind(url), _UNKNOWN_ROWS
+        if kind == "parquet":
+            rows = _count(url, pl.scan_parquet(url, glob=False, hive_partitioning=False))
+        yield Source(path=url, kind=kind, rows=rows)
+        return
+    if not url.endswith("/") and _kind(url) != "parquet":
+        raise BackfillError(f"{url}: expected the URL of each text file, got a pattern")
+    files = pl.scan_parquet(url, include_file_paths=_EXTRA, hive_partitioning=False)
+    with _reading(url):
+        counts = files.select(_EXTRA).group_by(_EXTRA).len().collect()
+    if counts.height == 0:
+        raise BackfillError(f"{url}: expected Parquet files with rows, got none")
+    for path, rows in counts.rows():
+        yield Source(path=path, kind="parquet", rows=rows)
+
+
+def _table(kind: str, path: str) -> Source:
+    with _reading(path):
+        if kind == "delta":
+            from deltalake import DeltaTable
+
+            version = str(DeltaTable(path).version())
+        else:
+            from pyiceberg.table import StaticTable
+
+            path = _iceberg_metadata(path)
+            snapshot = StaticTable.from_metadata(path).current_snapshot()
+            if snapshot is None:
+                raise BackfillError(f"{path}: expected a table with rows, got one without")
+            version = str(snapshot.snapshot_id)
+    rows = _count(path, _scan_table(kind, path, version))
+    return Source(path=path, kind=kind, rows=rows, table=version)
+
+
+def _iceberg_metadata(path: str) -> str:
+    """The newest metadata of a table in a folder."""
+    if path.endswith(".json") or _is_url(path):
+        return path
+    files = sorted(
+        Path(path).glob("metadata/*.metadata.json"),
+        key=lambda file: int(match[0]) if (match := re.search(r"\d+", file.name)) else -1,
+    )
+    if not files:
+        raise BackfillError(f"{path}: expected a table of Iceberg, got no metadata/*.metadata.json")
+    return str(files[-1])
+
+
+def _scan_table(kind: str, path: str, version: str) -> pl.LazyFrame:
+    with _reading(path):
+        if kind == "delta":
+            return pl.scan_delta(path, version=int(version))
+        return pl.scan_iceberg(path, snapshot_id=int(version))
+
+
+def _count(name: str, frame: pl.LazyFrame) -> int:
+    with _reading(name):
+        return int(frame.select(pl.len()).collect().item())
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn errors of libraries into one that names the source."""
+    try:
+        yield
+    except (BackfillError, DataError, GeneratorExit):
+        raise
+    except ImportError as error:
+        raise BackfillError(f"{name}: {error}") from error
+    except (Exception, pl.exceptions.PanicException) as error:
+        path = Path(name)
+        if not _is_url(name) and path.is_file() and path.suffix in _KINDS and "parquet" not in name:
+            check_encoding(path)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(expected=f"{name}: a table of events", got=repr(reason)) from error
+
+
+def check_unchanged(source: Source) -> None:
+    """Reject a file that was changed since the run was planned.
+
+    Raises:
+        BackfillError: it was, or it is gone.
+    """
+    if source.size_bytes:
+        try:
+            status = Path(source.path).stat()
+        except OSError as error:
+            raise BackfillError(f"{source.path}: {error.strerror}") from error
+        if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
+            raise BackfillError(
+                f"{source.path}: was changed since this backfill was planned; start it again with "
+                "--overwrite or in another folder"
+            )
+
+
+def read_batches(
+    source: Source,
+    names: Sequence[str],
+    required: Sequence[str],
+    batch_rows: int,
+    *,
+    first: int = 0,
+    rows: int | None = None,
+) -> Iterator[Batch]:
+    """Read some columns of a source, in the order of its rows, in bounded memory.
+
+    Args:
+        names: the wanted columns.
+        required: those that it must have.
+        batch_rows: of each batch; the last one has the rest.
+        first: number of rows at the beginning that are left out.
+        rows: most rows to read; None for all.
+
+    Raises:
+        DataError: the source cannot be read, or lacks a required column.
+    """
+    match source.kind:
+        case "csv":
+            batches = _csv_batches(source, names, required, batch_rows, first)
+        case "jsonl":
+            batches = _json_batches(source, names, required, batch_rows, first)
+        case _:
+            batches = _table_batches(source, names, required, batch_rows, first, rows)
+    in_path = _partition_values(source.path)
+    for batch in batches:
+        added = [name for name in names if name in in_path and name not in batch.frame.columns]
+        cells = [pl.lit(in_path[name], pl.String).alias(name) for name in added]
+        yield batch._replace(frame=batch.frame.with_columns(cells), text=batch.text.union(added))
+
+
+def _partition_values(path: str) -> dict[str, str | None]:
+    """Values of the columns that are written into a path, as Hive does."""
+    found = (_partition(part) for part in path.partition("?")[0].split("/")[:-1])
+    pairs = {match[1]: unquote(match[2]) for match in found if match}
+    return {name: None if value == _NO_PARTITION else value for name, value in pairs.items()}
+
+
+def _check_columns(source: Source, required: Sequence[str], columns: Sequence[str]) -> None:
+    missing = set(required) - set(columns) - set(_partition_values(source.path))
+    for name in required:
+        if name in missing:
+            raise DataError(
+                field=name, expected=f"{source.path}: a column of that name", got=f"{[*columns]}"
+            )
+
+
+def _frames(source: Source, scan: pl.LazyFrame, rows: int) -> Iterator[pl.DataFrame]:
+    """The rows of a scan, as many in each frame."""
+    kept: list[pl.DataFrame] = []
+    with _reading(source.path):
+        for frame in scan.collect_batches(chunk_size=rows, maintain_order=True):
+            kept.append(frame)
+            while sum(each.height for each in kept) >= rows:
+                joined = pl.concat(kept)
+                yield joined[:rows]
+                kept = [joined[rows:]]
+    rest = pl.concat(kept) if kept else pl.DataFrame()
+    if rest.height:
+        yield rest
+
+
+def _table_batches(
+    source: Source,
+    names: Sequence[str],
+    required: Sequence[str],
+    batch_rows: int,
+    first: int,
+    rows: int | None,
+) -> Iterator[Batch]:
+    with _reading(source.path):
+        if source.kind == "parquet":
+            scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+        else:
+            scan = _scan_table(source.kind, source.path, source.table)
+        columns = scan.collect_schema().names()
+    _check_columns(source, required, columns)
+    wanted = scan.select(name for name in names if name in columns).slice(first, rows)
+    for frame in _frames(source, wanted, batch_rows):
+        yield Batch(frame, _numbers(first, frame.height), frozenset(), [])
+        first += frame.height
+
+
+def _numbers(first: int, rows: int) -> NDArray[np.uint64]:
+    return np.arange(first + 1, first + rows + 1, dtype=np.uint64)
+
+
+def _csv_batches(
+    source: Source, names: Sequence[str], required: Sequence[str], batch_rows: int, first: int
+) -> Iterator[Batch]:
+    with _reading(source.path):
+        options: dict[str, Any] = {
+            "has_header": False,
+            "glob": False,
+            "truncate_ragged_lines": True,
+        }
+        start = pl.scan_csv(source.path, **options, n_rows=1, infer_schema=False).collect()
+    header = [name or "" for name in start.row(0)]
+    check_header(source.path, header)
+    _check_columns(source, required, header)
+    # a column without a name has one that no other has
+    columns = [name or f"\0{index}" for index, name in enumerate(header)]
+    scan = pl.scan_csv(
+        source.path,
+        **options,
+        skip_rows=1,
+        schema=dict.fromkeys([*columns, _EXTRA], pl.String),
+        missing_columns="insert",
+    ).slice(first)
+    wanted = [name for name in names if name in columns]
+    extra = pl.col(_EXTRA).is_not_null()
+    last = pl.col(columns[-1]).is_null().alias(_LAST)
+    scan = scan.select(*wanted, extra, last)
+    cut = _cells_of_cut_line(source.path, len(columns))
+    expected = f"{len(columns)} cells, as in the header"
+    frames = _frames(source, scan, batch_rows)
+    for frame, is_last in _until_last(frames) if cut else ((each, False) for each in frames):
+        malformed = []
+        if (wrong := frame[_EXTRA].to_numpy()).any():
+            malformed.append(InvalidRows("", wrong, expected, lambda _: "more"))
+        if is_last and frame[_LAST][-1]:
+            ends = np.arange(frame.height) == frame.height - 1
+            malformed.append(InvalidRows("", ends, expected, lambda _: f"{cut}: the file is cut"))
+        rows = _numbers(first, frame.height)
+        yield Batch(frame.select(wanted), rows, frozenset(wanted), malformed)
+        first += frame.height
+
+
+def _until_last(frames: Iterator[pl.DataFrame]) -> Iterator[tuple[pl.DataFrame, bool]]:
+    """Each frame, and whether it is the last one."""
+    frame = next(frames, None)
+    while frame is not None:
+        following = next(frames, None)
+        yield frame, following is None
+        frame = following
+
+
+def _cells_of_cut_line(path: str, columns: int) -> int | None:
+    """The number of cells in the last line of a local file, if it has no end and too few."""
+    if _is_url(path) or path.endswith(".gz"):
+        return None
+    with Path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _SAMPLE_BYTES))
+        line = file.read().rpartition(b"\n")[2]
+    row = next(csv.reader([line.decode(errors="replace")]), [])
+    return len(row) if 0 < len(row) < columns else None
+
+
+def _json_batches(
+    source: Source, names: Sequence[str], required: Sequence[str], batch_rows: int, first: int
+) -> Iterator[Batch]:
+    is_first = True
+    scan = pl.scan_lines(source.path, glob=False).slice(first)
+    for lines in _frames(source, scan, batch_rows):
+        numbers = _numbers(first, lines.height)
+        first += lines.height
+        written = lines["line"].str.strip_chars() != ""
+        texts = lines["line"].filter(written)
+        frame, malformed = _parse_lines(texts, names)
+        if is_first:
+            some = [name for name in frame.columns if frame[name].is_not_null().any()]
+            if not any(each.rows.all() for each in malformed):
+                _check_columns(source, required, some)
+            is_first = False
+        yield Batch(frame, numbers[written.to_numpy()], frozenset(names), malformed)
+
+
+def _parse_lines(lines: pl.Series, names: Sequence[str]) -> tuple[pl.DataFrame, list[InvalidRows]]:
+    """The members of objects as text, and the lines that are no objects of values."""
+    dtype = pl.Struct(dict.fromkeys(names, pl.String))
+    repeated = [lines.str.count_matches(f'"{name}"', literal=True) > 1 for name in names]
+    suspicious = np.any([each.to_numpy() for each in repeated], axis=0)
+    reasons: dict[int, tuple[str, str]] = {}
+    try:
+        objects = lines.str.json_decode(dtype)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        suspicious = np.ones(len(lines), np.bool_)
+    for row in np.flatnonzero(suspicious).tolist():
+        if (reason := _reject_line(lines[row], names)) is not None:
+            reasons[row] = reason
+    if reasons or suspicious.all():
+        wrong = np.zeros(len(lines), np.bool_)
+        wrong[list(reasons)] = True
+        kept = pl.select(pl.when(~pl.Series(wrong)).then(lines).otherwise(pl.lit("{}")))
+        objects = kept.to_series().str.json_decode(dtype)
+    frame = objects.struct.unnest() if len(lines) else pl.DataFrame(schema=dtype.to_schema())
+    return frame, _by_expectation(len(lines), reasons)
+
+
+def _by_expectation(rows: int, reasons: dict[int, tuple[str, str]]) -> list[InvalidRows]:
+    found = []
+    for expected in sorted({expected for expected, _ in reasons.values()}):
+        wrong: BoolArray = np.zeros(rows, np.bool_)
+        wrong[[row for row, reason in reasons.items() if reason[0] == expected]] = True
+        found.append(InvalidRows("", wrong, expected, lambda row: reasons[row][1]))
+    return found
+
+
+def _reject_line(line: str, names: Sequence[str]) -> tuple[str, str] | None:
+    """What was expected of a line and what it is instead; None if it is an object of values."""
+    shown = repr(line[:100])
+    try:
+        row = simdjson.Parser().parse(line.encode())
+    except ValueError:
+        return "a JSON object", shown
+    if not isinstance(row, simdjson.Object):
+        return "a JSON object", shown
+    members = Counter(row.keys())
+    for name in names:
+        if members[name] > 1:
+            return "each member once", f"{name!r} {members[name]} times"
+        if name in members and isinstance(row[name], (simdjson.Object, simdjson.Array)):
+            return f"one value as {name!r}", shown
+    return None
