@@ -34,6 +34,7 @@ from models.spec.model import ModelSpec
 from service.core.errors import OperatorError
 
 FORMAT = 1
+PLAN = "backfill.json"
 UNIT_ROWS = 1_000_000
 """Most rows of a unit, which one process sorts in memory."""
 
@@ -151,6 +152,18 @@ class Job(NamedTuple):
     def record(self, bucket: int) -> Path:
         """The record of a finished bucket."""
         return self.out / "done" / f"bucket-{bucket:05d}.json"
+
+
+def read_plan(out: Path) -> Plan:
+    """Read the plan of an output folder.
+
+    Raises:
+        BackfillError: the folder is none of a backfill.
+    """
+    try:
+        return msgspec.json.decode((out / PLAN).read_bytes(), type=Plan)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise BackfillError(f"{out}: expected a folder of `carry backfill`: {error}") from error
 
 
 def plan_buckets(rows: int, partitions: int) -> int:

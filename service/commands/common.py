@@ -96,8 +96,9 @@ def open_service(url: str) -> Iterator[Carry]:
 @contextmanager
 def show_progress(
     description: str, total: int | None = None, *, quiet: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr if that is a terminal; yields the function that updates it."""
+) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr if that is a terminal; yields the function that updates it, by what is
+    done and, if it is known only then, the total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -107,4 +108,4 @@ def show_progress(
         *columns, console=console, transient=True, disable=quiet or not console.is_terminal
     ) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        yield lambda done, total=None: bar.update(task, completed=done, total=total)

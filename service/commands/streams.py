@@ -1,6 +1,7 @@
 """`carry streams list|show|history|rewind|delete|reset`: manages streams of a running service.
 
-The commands are a client of the HTTP API: they hold no state and connect to no store.
+These commands are a client of the HTTP API: they hold no state and connect to no store. `load`, in
+a module of its own, writes into a store.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.commands.common import DEFAULT_URL, Url, open_service, show_progress
+from service.commands.load import load_streams
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
@@ -27,8 +29,10 @@ PAGE_STREAMS = 1000
 """Streams that are submitted together: it bounds the memory of their requests."""
 
 streams_app = typer.Typer(
-    help="List, show, rewind, delete and reset streams of a running service.", no_args_is_help=True
+    help="List, show, rewind, delete and reset streams of a running service; load new ones.",
+    no_args_is_help=True,
 )
+streams_app.command("load")(load_streams)
 
 Model = Annotated[str, typer.Argument(help="The model's name.")]
 StreamArgument = Annotated[str, typer.Argument(help="The stream's name.")]

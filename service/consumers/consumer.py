@@ -44,8 +44,8 @@ class Consumer(SharedTopics[OwnedTopic]):
         store: the store of the service.
 
     Attributes:
-        counts: events by result: `committed`, `duplicates`, `dead_letters`, `deleted`;
-            and `losses` of topics.
+        counts: events by result: `committed`, `duplicates`, `skipped` (in a state that was loaded
+            from a history), `dead_letters`, `deleted`; and `losses` of topics.
         topics: the topics that are assigned to this consumer, by name.
 
     Raises:

@@ -17,11 +17,15 @@ from service.codec.request_reader import RequestReader
 from service.codec.settings import RequestSettings
 from service.consumers.config import ConsumerConfig
 from service.core.errors import CarryError, InternalError, InvalidInput, InvalidName, MalformedBody
-from service.core.values import STREAM_NAME_RULE, Chunk, StreamKey, is_stream_name
+from service.core.values import STREAM_NAME_RULE, Chunk, SourceMark, StreamKey, is_stream_name
+from service.store.source_mark import parse_offset, source_name
 from service.store.topics import Entry
 
 MAX_MERGED_EVENTS: Final = 256
 """Most events of a stream that are merged into one chunk."""
+
+ORIGIN_FIELD: Final = b"carry-origin"
+"""The field of an entry that was a record of Kafka, with `topic:partition:offset`."""
 
 log = structlog.get_logger(__name__)
 
@@ -92,6 +96,8 @@ class EventReader:
         self._event = _bytes_of(config.event.field)
         self._position = _bytes_of(config.position)
         self._is_json = config.event.format == "json"
+        self._source = source_name(config.source)
+        self._is_kafka = config.kafka_source is not None
         schema = artifact.spec.events
         fields = () if schema is None else schema.fields
         self._texts = {each.name.encode() for each in fields if each.kind == "categorical"}
@@ -153,6 +159,18 @@ class EventReader:
             kind = "JSON" if self._is_json else "MessagePack"
             place = self._event.decode()
             raise MalformedBody(f"{place}: expected one {kind} document: {error}") from error
+
+    def mark(self, event: Event) -> SourceMark:
+        """The place of an event in the topic that it came from; nowhere if it does not say."""
+        fields = event.fields
+        if not self._is_kafka:
+            return SourceMark(self._source, *parse_offset(event.id.decode()))
+        origin = dict(zip(fields[::2], fields[1::2], strict=False)).get(ORIGIN_FIELD, b"")
+        try:
+            topic, partition, offset = origin.decode().rsplit(":", 2)
+            return SourceMark(source_name(topic, int(partition)), *parse_offset(offset))
+        except ValueError:
+            return SourceMark("", 0)
 
     def chunk(self, events: Sequence[Event]) -> Chunk:
         """Make the chunk of consecutive events of one stream.

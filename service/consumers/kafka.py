@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import structlog
 
 from service.consumers.config import ConsumerConfig
-from service.consumers.events import StreamNames
+from service.consumers.events import ORIGIN_FIELD, StreamNames
 from service.consumers.kafka_client import (
     REQUEST_TIMEOUT_S,
     TopicDescription,
@@ -62,7 +62,6 @@ RESTART_S: Final = 2.0
 """Pauses before a call of the store is repeated, and before the group is joined again."""
 
 KEY_FIELD: Final = b"stream"
-ORIGIN_FIELD: Final = b"carry-origin"
 
 Result = TypeVar("Result")
 WaitFor = Callable[[Coroutine[Any, Any, Any]], Any]

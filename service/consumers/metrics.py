@@ -26,7 +26,7 @@ this time for each."""
 TOPIC: Final = ("topic",)
 Reader = Literal["consumer", "relay"]
 ENTRY_COUNTERS: Final[dict[Reader, tuple[str, Sequence[str]]]] = {
-    "consumer": ("events", ("committed", "duplicates", "dead_letters", "deleted")),
+    "consumer": ("events", ("committed", "duplicates", "skipped", "dead_letters", "deleted")),
     "relay": ("outputs", ("delivered", "dead_letters", "deleted")),
 }
 """The entries of each reader, and their results."""

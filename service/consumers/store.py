@@ -1,14 +1,19 @@
-"""The store of a consumer: the commits of its chunks also write outputs and acknowledge entries."""
+"""The store of a consumer: the commits of its chunks also write outputs and acknowledge entries.
+
+A stream whose state already contains events of its chunk (a source mark) is not loaded for it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
-from service.core.errors import Conflict
-from service.core.values import StreamKey
-from service.store.base import CommitColumns, CommitResult
+from service.core.errors import CarryError, Conflict
+from service.core.values import StreamKey, StreamState
+from service.store.base import CommitColumns, CommitResult, StoredValue, decode_value
+from service.store.codec import has_source
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 
@@ -18,6 +23,10 @@ class Committer(Protocol):
 
     async def commit(self, commits: CommitColumns, deadline_s: float) -> list[CommitResult]:
         """Commit chunks of different streams; as `StateStore.commit`."""
+
+    def check_source(self, key: StreamKey, stored: StreamState) -> CarryError | None:
+        """Check that no event of a stream's chunk is in its stored state already, which has a
+        source mark."""
 
 
 class TopicStore(RedisStore):
@@ -32,6 +41,18 @@ class TopicStore(RedisStore):
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
         self.committers: dict[StreamKey, Committer] = {}
+
+    async def load(
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
+    ) -> list[StoredValue]:
+        values = await super().load(keys, deadline_s)
+        for index, value in enumerate(values):
+            if isinstance(value, bytes) and has_source(value):
+                key = keys[index]
+                stored, committer = decode_value(key, value), self.committers.get(key)
+                if isinstance(stored, StreamState) and committer is not None:
+                    values[index] = committer.check_source(key, stored) or value
+        return values
 
     async def commit(
         self, commits: CommitColumns, deadline_s: float = math.inf

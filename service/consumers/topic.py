@@ -23,6 +23,7 @@ from service.consumers.events import Event, EventReader
 from service.consumers.outputs import Condition, OutputWriter, condition_of, dead_letter
 from service.consumers.shared_topics import LeasedTopic, SharedTopics
 from service.consumers.waiting import WaitingEvents
+from service.core.delivery import already_applied
 from service.core.errors import (
     AlreadyApplied,
     CarryError,
@@ -33,12 +34,13 @@ from service.core.errors import (
     PositionBehind,
     PreviousFailed,
 )
-from service.core.values import Chunk, Reply, StreamHead, StreamKey
+from service.core.values import Chunk, Reply, SourceMark, StreamHead, StreamKey, StreamState
 from service.store.base import CommitColumns, CommitResult
 from service.store.codec import decode_reply
 from service.store.topics import ChunkCommit, Entry, TopicItem, TopicKeys
 
 DEAD: Final = "dead_letters"
+SKIPPED: Final = "skipped"
 MAX_ATTEMPTS: Final = 3
 """How often an event that fails with an internal error is computed before it is rejected."""
 
@@ -60,10 +62,15 @@ class Queue(Protocol):
 
 
 class Submitted(msgspec.Struct, eq=False):
-    """A chunk in the batcher, and its events."""
+    """A chunk in the batcher, and its events.
+
+    Attributes:
+        mark: the source mark of its stream, if that covers events of the chunk.
+    """
 
     events: Sequence[Event]
     chunk: Chunk
+    mark: SourceMark | None = None
 
 
 class OwnedTopic(LeasedTopic):
@@ -95,6 +102,7 @@ class OwnedTopic(LeasedTopic):
         self._waiting = WaitingEvents()
         self._submitted: dict[StreamKey, Submitted] = {}
         self._halted: set[str] = set()
+        self._skipping: set[str] = set()
         self._rejected: list[tuple[str, TopicItem]] = []
         self._writing: asyncio.Task[None] | None = None
         self._attempts: Counter[bytes] = Counter()
@@ -113,6 +121,7 @@ class OwnedTopic(LeasedTopic):
         for _, item in self._rejected:
             self._shared.release(len(item.ids))
         self._rejected.clear()
+        self._skipping.clear()
         await super()._drain()
 
     # Entries
@@ -146,9 +155,13 @@ class OwnedTopic(LeasedTopic):
     # Chunks
 
     def submit(self, stream: str) -> None:
-        """Submit the next chunk of a stream, if events of it wait and none is in the batcher; a
-        stream may have been queued twice, before and after the topic was lost."""
-        while self.fence is not None and self._reader.key(stream) not in self._submitted:
+        """Submit the next chunk of a stream, if events of it wait and none is in the batcher or
+        skipped; a stream may have been queued twice, before and after the topic was lost."""
+        while (
+            self.fence is not None
+            and self._reader.key(stream) not in self._submitted
+            and stream not in self._skipping
+        ):
             events = self._waiting.take(stream, self._reader.max_events)
             if not events:
                 return
@@ -161,6 +174,14 @@ class OwnedTopic(LeasedTopic):
             self._submitted[chunk.key] = submitted
             self._queue.submit(self, chunk, partial(self._finish, submitted))
             return
+
+    def check_source(self, key: StreamKey, stored: StreamState) -> CarryError | None:
+        """Check that no event of a chunk is in the state already; see `Committer`."""
+        submitted, mark = self._submitted[key], stored.source
+        if mark is None or not any(map(mark.covers, map(self._reader.mark, submitted.events))):
+            return None
+        submitted.mark = mark
+        return already_applied(key.stream, stored.head)
 
     async def commit(self, commits: CommitColumns, deadline_s: float) -> list[CommitResult]:
         """Commit chunks with their outputs and acknowledgements; see `Committer`."""
@@ -195,6 +216,8 @@ class OwnedTopic(LeasedTopic):
         stream = chunk.key.stream
         if is_committed:
             self._forget([event.id for event in events])
+        elif submitted.mark is not None and isinstance(result, AlreadyApplied):
+            self._skip(events, submitted.mark, condition_of(chunk.key, result))
         elif isinstance(result, CarryError):
             self._fail(events, result)
         else:
@@ -266,6 +289,19 @@ class OwnedTopic(LeasedTopic):
         ids = [event.id for event in events]
         self._write("duplicates", TopicItem(ids, condition=condition))
 
+    def _skip(self, events: Sequence[Event], mark: SourceMark, condition: Condition | None) -> None:
+        """Acknowledge the events of a stream that its state contains already.
+
+        Its other events wait until this is done: the commit of the next chunk drops the mark, and
+        then nothing would say that these were in the state.
+        """
+        stream = events[0].stream
+        waiting = [*events, *self._waiting.take_all(stream)]
+        skipped = {event.id for event in waiting if mark.covers(self._reader.mark(event))}
+        self._waiting.put_back([event for event in waiting if event.id not in skipped])
+        self._skipping.add(stream)
+        self._write(SKIPPED, TopicItem([*skipped], condition=condition))
+
     # Acknowledgements
 
     def _write(self, kind: str, item: TopicItem) -> None:
@@ -283,8 +319,17 @@ class OwnedTopic(LeasedTopic):
             while self._rejected and self.fence is not None:
                 rejected, self._rejected = self._rejected, []
                 await self._acknowledge(rejected)
+                for kind, item in rejected:
+                    if kind == SKIPPED and item.condition is not None and self.fence is not None:
+                        self._resume(item.condition[0].stream)
         finally:
             self._writing = None
+
+    def _resume(self, stream: str) -> None:
+        """Process the events of a stream behind those that were skipped."""
+        self._skipping.discard(stream)
+        if stream in self._waiting:
+            self._queue.add(self, stream)
 
     def _forget(self, ids: Sequence[bytes]) -> None:
         super()._forget(ids)

@@ -109,7 +109,8 @@ class SourceMark(NamedTuple):
     skips the events that it covers.
 
     Attributes:
-        source: name of the topic; of Kafka with the partition, such as `flights:3`.
+        source: name of the topic; of Kafka such as `kafka:flights:3`, with the partition
+            (`service.store.source_mark.source_name`).
         offset: of the record of Kafka, or the first number of the id of an entry.
         sequence: the second number of the id of an entry; 0 of Kafka.
     """

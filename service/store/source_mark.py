@@ -18,6 +18,7 @@ from typing import Final
 
 from service.core.values import SourceMark
 
+KAFKA: Final = "kafka:"
 _MARK: Final = struct.Struct("<QQH")
 _is_offset: Final = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII).fullmatch
 
@@ -42,6 +43,17 @@ def decode_mark(value: bytes, at: int) -> tuple[SourceMark, int]:
     start = at + _MARK.size
     name = value[start : start + length].decode()
     return SourceMark(name, offset, sequence), _MARK.size + length
+
+
+def source_name(topic: str, partition: int | None = None) -> str:
+    """The name of a source: a topic of the store, or a partition of a topic of Kafka."""
+    return topic if partition is None else f"{KAFKA}{topic}:{partition}"
+
+
+def format_offset(mark: SourceMark) -> str:
+    """The offset of a mark as its source names it."""
+    is_number = mark.source.startswith(KAFKA)
+    return str(mark.offset) if is_number else f"{mark.offset}-{mark.sequence}"
 
 
 def parse_offset(text: str) -> tuple[int, int]:

@@ -39,7 +39,7 @@ from service.store.codec import (
     unpack_head,
 )
 from service.store.layout import HEADER_BYTES, CodecError, StateHeader
-from service.store.source_mark import parse_offset
+from service.store.source_mark import format_offset, parse_offset, source_name
 from tests.support.streams import Streams, cached, encode_reply, same_reply, same_stream
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -222,7 +222,7 @@ def test_a_stream_with_a_source_mark_is_not_read_on_the_fast_path() -> None:
         (SourceMark("flights", 7, 2), SourceMark("flights", 6, 9), True),
         (SourceMark("flights", 7, 2), SourceMark("flights", 7, 3), False),
         (SourceMark("flights", 7, 2), SourceMark("flights", 8, 0), False),
-        (SourceMark("flights:1", 7), SourceMark("flights:2", 3), False),
+        (SourceMark(source_name("flights", 1), 7), SourceMark(source_name("flights", 2), 3), False),
     ],
 )
 def test_a_source_mark_covers_events_up_to_its_offset(
@@ -232,6 +232,8 @@ def test_a_source_mark_covers_events_up_to_its_offset(
 
 
 def test_offsets_are_numbers_of_kafka_or_ids_of_entries() -> None:
+    assert format_offset(SourceMark(source_name("flights"), 1700000000000, 3)) == "1700000000000-3"
+    assert format_offset(SourceMark(source_name("flights", 3), 42)) == "42"
     assert parse_offset("1700000000000-3") == (1700000000000, 3)
     assert parse_offset("42") == (42, 0)
     for text in ("", "-1", "1-", "x", "1-2-3", "1.5", "٣", str(2**64)):

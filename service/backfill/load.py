@@ -1,0 +1,330 @@
+"""Loads the states of a backfill into a store, which live consumers and clients then continue.
+
+A stream is created, whole or not at all, and never overwritten unless it is asked for: one that
+lives in the store is kept and listed. Epoch and tag of a state follow from the events that led to
+it, so a stream that was loaded before is recognised, also after live events: loading can be
+repeated at any time, and goes on after an error. Nothing is written before all files are verified.
+
+    OUT/kept.csv        the streams that were not loaded, and why; missing if there are none
+    OUT/offsets.json    of each source of events: up to where the states contain it (source marks)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from service.backfill.plan import BackfillError, Plan, read_plan, replacing
+from service.core.errors import CarryError, OutcomeUnknown, StateDamaged, StoreUnavailable
+from service.core.values import SourceMark, StreamHead, StreamKey, StreamState
+from service.store.backup import BackupError, BackupReader
+from service.store.base import CommitColumns, CommitResult, Committed, Store, decode_value
+from service.store.codec import encode_state, pack_head
+from service.store.source_mark import format_offset
+
+BATCH_STREAMS: Final = 256
+"""Most streams of one commit, so that no live chunk waits long behind it."""
+
+BATCHES_IN_FLIGHT: Final = 4
+PACE_S: Final = 0.05
+"""With a rate, the streams of about this time are committed together."""
+
+ATTEMPTS: Final = 8
+RETRY_S: Final = 0.2
+"""Pause before a store that does not answer is called again, doubled with each attempt."""
+
+EXISTS: Final = "the stream lives in the store"
+DAMAGED: Final = "the stored state of the stream is damaged"
+
+KEPT_FILE: Final = "kept.csv"
+OFFSETS_FILE: Final = "offsets.json"
+
+
+class KeptStream(NamedTuple):
+    """A stream that was not loaded.
+
+    Attributes:
+        position: of the state that was not loaded.
+        stored: the head that the store has; None if it is not known.
+    """
+
+    stream: str
+    reason: str
+    position: int
+    stored: StreamHead | None
+
+
+class OffsetRange(msgspec.Struct):
+    """The lowest and the highest of the offsets up to which states contain a source."""
+
+    lowest: str
+    highest: str
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """What was loaded so far.
+
+    Attributes:
+        total: streams in the files.
+        loaded: streams that were written.
+        loaded_before: streams that the store had from an earlier load, perhaps with later events.
+        kept: streams that were not loaded.
+        offsets: by source, the lowest and the highest of the states' source marks.
+    """
+
+    total: int = 0
+    loaded: int = 0
+    loaded_before: int = 0
+    kept: list[KeptStream] = field(default_factory=list)
+    offsets: dict[str, tuple[SourceMark, SourceMark]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Streams that were processed."""
+        return self.loaded + self.loaded_before + len(self.kept)
+
+    def note_mark(self, mark: SourceMark) -> None:
+        """Include the source mark of a state."""
+        lowest, highest = self.offsets.get(mark.source, (mark, mark))
+        self.offsets[mark.source] = min(lowest, mark), max(highest, mark)
+
+
+Report = Callable[[LoadProgress], None]
+
+
+async def load_states(
+    store: Store, out: Path, *, overwrite: bool = False, rate_per_s: float = 0.0, report: Report
+) -> LoadProgress:
+    """Write the states of a finished backfill into a store; may be repeated.
+
+    Args:
+        out: the output folder of the backfill.
+        overwrite: whether streams that live, and do not come from these states, are overwritten.
+        rate_per_s: most streams a second; 0 for no limit.
+        report: is called after each commit.
+
+    Raises:
+        BackfillError: the backfill is not complete, a file is damaged, or the store rejected a
+            stream. What was written stays; the load can be repeated.
+    """
+    plan = read_plan(out)
+    progress = LoadProgress()
+    files = _verify_files(out, plan, progress)
+    loader = _Loader(store, progress, report, overwrite=overwrite, rate_per_s=rate_per_s)
+    try:
+        for file in files:
+            with file.open("rb") as opened:
+                for block in BackupReader(opened):
+                    await loader.load({key: stream.state for key, stream in block})
+    except CarryError as error:
+        raise BackfillError(
+            f"{progress.done:,} of {progress.total:,} streams were processed, then the load "
+            f"stopped: {error.detail}; run the command again to load the others"
+        ) from error
+    finally:
+        _write_kept(out, progress.kept)
+    return progress
+
+
+def _verify_files(out: Path, plan: Plan, progress: LoadProgress) -> list[Path]:
+    """Read all files of states before any is written to a store; returns their paths.
+
+    Raises:
+        BackfillError
+    """
+    files = [out / "states" / f"bucket-{bucket:05d}.backup" for bucket in range(plan.buckets)]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise BackfillError(
+            f"the backfill in {out} is not complete: {len(missing):,} of {len(files):,} files of "
+            f"states are missing, such as {missing[0].name}; `carry backfill` continues it"
+        )
+    fingerprint = bytes.fromhex(plan.fingerprint)
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                for block in BackupReader(opened):
+                    for key, (state, _) in block:
+                        if key.model != plan.model or state.fingerprint != fingerprint:
+                            raise BackupError(f"stream {key.stream!r} is of another model")
+                        if state.source is not None:
+                            progress.note_mark(state.source)
+                    progress.total += len(block)
+        except BackupError as error:
+            raise BackfillError(
+                f"{file}: {error}; nothing was loaded. Delete the file, and `carry backfill` "
+                "computes it again"
+            ) from error
+    if progress.offsets:
+        ranges = {
+            source: OffsetRange(*map(format_offset, marks))
+            for source, marks in sorted(progress.offsets.items())
+        }
+        with replacing(out / OFFSETS_FILE) as temporary:
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(ranges)) + b"\n")
+    return files
+
+
+def _write_kept(out: Path, kept: Sequence[KeptStream]) -> None:
+    """List the streams that were not loaded."""
+    if not kept:
+        (out / KEPT_FILE).unlink(missing_ok=True)
+        return
+    with replacing(out / KEPT_FILE) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["stream", "reason", "position", "stored_position", "stored_epoch"])
+        for each in kept:
+            head = each.stored
+            stored = (head.position, head.epoch.hex()) if head else ("", "")
+            writer.writerow([each.stream, each.reason, each.position, *stored])
+
+
+class _Loader:
+    """Commits streams, a few batches at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        progress: LoadProgress,
+        report: Report,
+        *,
+        overwrite: bool,
+        rate_per_s: float,
+    ):
+        self._store = store
+        self._progress = progress
+        self._report = report
+        self._overwrite = overwrite
+        self._rate_per_s = rate_per_s
+        self._batch = BATCH_STREAMS
+        if rate_per_s:
+            self._batch = max(1, min(BATCH_STREAMS, round(rate_per_s * PACE_S)))
+        self._next_s = time.monotonic()
+
+    async def load(self, streams: Mapping[StreamKey, StreamState]) -> None:
+        """Load streams; each is loaded or kept when it returns.
+
+        Raises:
+            CarryError: the store does not accept them.
+        """
+        keys = list(streams)
+        batches = [
+            {key: streams[key] for key in keys[at : at + self._batch]}
+            for at in range(0, len(keys), self._batch)
+        ]
+        pending = iter(batches)
+
+        async def work() -> None:
+            for batch in pending:
+                await self._wait_for_turn(len(batch))
+                await self._load_batch(batch)
+                self._report(self._progress)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(BATCHES_IN_FLIGHT, len(batches))):
+                    group.create_task(work())
+        except* CarryError as errors:
+            raise errors.exceptions[0] from None
+
+    async def _wait_for_turn(self, count: int) -> None:
+        """Wait until so many streams may be written, at the rate."""
+        if self._rate_per_s:
+            now_s = time.monotonic()
+            start_s = max(now_s, self._next_s)
+            self._next_s = start_s + count / self._rate_per_s
+            await asyncio.sleep(start_s - now_s)
+
+    async def _load_batch(self, streams: dict[StreamKey, StreamState]) -> None:
+        """Commit streams with a compare-and-set until each is written or kept."""
+        expected = dict.fromkeys(streams, b"")
+        pause_s = RETRY_S
+        for attempt in range(1, ATTEMPTS + 1):
+            failure: CarryError | None = None
+            try:
+                met: list[StreamKey] = []
+                for key, result in (await self._commit(streams, expected)).items():
+                    if isinstance(result, Committed):
+                        self._progress.loaded += 1
+                        del streams[key]
+                    elif isinstance(result, StoreUnavailable | OutcomeUnknown):
+                        failure = result
+                    elif isinstance(result, CarryError) and not isinstance(result, StateDamaged):
+                        raise result
+                    else:
+                        met.append(key)
+                await self._look_at(met, streams, expected)
+            except StoreUnavailable as error:
+                failure = error
+            if not streams:
+                return
+            if failure is not None:
+                if attempt == ATTEMPTS:
+                    raise failure
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+        key = next(iter(streams))
+        raise BackfillError(f"stream {key.stream!r} was not loaded: other writers change it")
+
+    async def _commit(
+        self, streams: Mapping[StreamKey, StreamState], expected: Mapping[StreamKey, bytes]
+    ) -> dict[StreamKey, CommitResult]:
+        keys = list(streams)
+        columns = CommitColumns(
+            keys,
+            [expected[key] for key in keys],
+            [encode_state(streams[key]) for key in keys],
+            [b""] * len(keys),
+        )
+        return dict(zip(keys, await self._store.commit(columns), strict=True))
+
+    async def _look_at(
+        self,
+        keys: Sequence[StreamKey],
+        streams: dict[StreamKey, StreamState],
+        expected: dict[StreamKey, bytes],
+    ) -> None:
+        """Decide about streams of which something is stored: those that are done are removed from
+        `streams`, and for the others it is set what their next commit expects."""
+        if not keys:
+            return
+        for key, value in zip(keys, await self._store.load(keys), strict=True):
+            state, stored = streams[key], decode_value(key, value)
+            if isinstance(stored, StreamState) and _continues(stored.head, state.head):
+                self._progress.loaded_before += 1
+                del streams[key]
+            elif isinstance(stored, StreamState) and not self._overwrite:
+                self._keep(streams, key, EXISTS, stored.head)
+            elif isinstance(stored, StateDamaged):
+                if self._overwrite:
+                    await self._store.delete(key, stored.head)
+                else:
+                    self._keep(streams, key, DAMAGED, None)
+            elif isinstance(stored, CarryError):
+                raise stored
+            else:
+                # nothing, a tombstone, or what is overwritten
+                expected[key] = pack_head(stored.head if stored else None)
+
+    def _keep(
+        self,
+        streams: dict[StreamKey, StreamState],
+        key: StreamKey,
+        reason: str,
+        stored: StreamHead | None,
+    ) -> None:
+        position = streams.pop(key).head.position
+        self._progress.kept.append(KeptStream(key.stream, reason, position, stored))
+
+
+def _continues(stored: StreamHead, head: StreamHead) -> bool:
+    """Whether a stored stream is the one of this head, perhaps with later events."""
+    return stored == head or (stored.epoch == head.epoch and stored.position > head.position)
