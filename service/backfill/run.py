@@ -26,18 +26,20 @@ from service.backfill.bucket import BucketRecord, compute_bucket, read_record
 from service.backfill.engines import Engine, Function
 from service.backfill.plan import (
     FOLDERS,
+    PLAN,
     TEMPORARY,
     BackfillError,
     Job,
     OnError,
     Plan,
     plan_buckets,
+    read_plan,
     replacing,
 )
 from service.backfill.shuffle import ShuffleTask, plan_tasks, write_units
 from service.backfill.source import find_sources
 
-PLAN, REPORT, LOCK = "backfill.json", "report.json", ".lock"
+REPORT, LOCK = "report.json", ".lock"
 
 Show = Callable[[str, float, float], None]
 """Called with the stage, what is done of it so far, and its total, in events."""
@@ -142,18 +144,6 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
             for left in folder.glob(f".*{TEMPORARY}"):
                 left.unlink()
         yield
-
-
-def read_plan(out: Path) -> Plan:
-    """The plan of an output folder.
-
-    Raises:
-        BackfillError: the folder is none of a backfill.
-    """
-    try:
-        return msgspec.json.decode((out / PLAN).read_bytes(), type=Plan)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise BackfillError(f"{out}: expected a folder of `carry backfill`: {error}") from error
 
 
 def _check_plan(out: Path, plan: Plan) -> None:

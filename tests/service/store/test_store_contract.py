@@ -8,7 +8,7 @@ import pytest
 
 from service.core.errors import StateDamaged, StoreRefused
 from service.core.values import StreamHead, Tombstone
-from service.store.base import Committed, Conflicted, Store
+from service.store.base import CommitColumns, Committed, Conflicted, Store
 from service.store.layout import HEADER_BYTES
 from service.store.redis import capabilities
 from service.store.settings import StoreSettings
@@ -257,16 +257,20 @@ async def test_foreign_bytes_are_neither_read_nor_overwritten(
         assert isinstance((await load(store, [key("b")]))[0], Tombstone)
 
 
+@pytest.mark.parametrize("has_reply", [True, False], ids=["reply", "no reply"])
 async def test_a_full_server_rejects_commits_and_keeps_streams(
-    store: Store, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer, has_reply: bool
 ) -> None:
+    def sent(*commits: Commit) -> CommitColumns:
+        return columns(*[each if has_reply else each._replace(reply=None) for each in commits])
+
     first, other = streams.creation(key("a")), streams.creation(key("b"))
     await committed(store, first, other)
     server.configure("maxmemory", 1)
     try:
         late = streams.next(first)
         new = streams.creation(key("c"))
-        results = await store.commit(columns(streams.creation(key("a")), streams.next(other), new))
+        results = await store.commit(sent(streams.creation(key("a")), streams.next(other), new))
     finally:
         server.configure("maxmemory", 0)
     assert results[0] == Conflicted(first.new.head)
@@ -277,6 +281,7 @@ async def test_a_full_server_rejects_commits_and_keeps_streams(
     assert same_stream(found[0], first.new)
     assert same_stream(found[1], other.new)
     assert found[2] is None
+    await assert_replayable(store, other)
     await committed(store, late, new)
 
 

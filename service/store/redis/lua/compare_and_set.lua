@@ -16,7 +16,7 @@ local idle_ms, reply_ms = ARGV[1], ARGV[2]
 --           nil: nothing is called. After an error in it the state is unchanged.
 --
 -- Returns
---   {1}          written, the reply first and the state last
+--   {1}          written, the reply before the state; a reply is deleted after it
 --   {0}          not written, there is no state
 --   {0, header}  not written, with at most the first 96 bytes of the stored state
 local function compare_and_set(state_key, reply_key, expected, state, reply, on_match)
@@ -34,15 +34,17 @@ local function compare_and_set(state_key, reply_key, expected, state, reply, on_
   if on_match then
     on_match(header)
   end
-  if reply == '' then
-    redis.call('DEL', reply_key)
-  else
+  if reply ~= '' then
     redis.call('SET', reply_key, reply, 'PX', reply_ms)
   end
   if idle_ms == '0' then
     redis.call('SET', state_key, state)
   else
     redis.call('SET', state_key, state, 'PX', idle_ms)
+  end
+  if reply == '' then
+    -- not before the state: a full server lets a script go on that has written, if only this
+    redis.call('DEL', reply_key)
   end
   return {1}
 end
