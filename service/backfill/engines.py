@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 import traceback
@@ -91,11 +92,16 @@ def run_task(function: Function[Any, Any], job: Job, task: Any) -> Outcome:
         error = str(expected)
     except Exception:
         error = traceback.format_exc()
-    return Outcome(result, error, f"{os.uname().nodename} {os.getpid()}", peak_memory())
+    ((process, peak_bytes),) = own_peak().items()
+    return Outcome(result, error, process, peak_bytes)
 
 
-def peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
+def own_peak() -> dict[str, int]:
+    """The most memory that this process has had, in bytes, by its name."""
+    return {f"{platform.node()} {os.getpid()}": _peak_bytes()}
+
+
+def _peak_bytes() -> int:
     import resource
 
     try:

@@ -14,16 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.console import Console
 
 from models.artifact.artifact import Artifact
 from models.errors import SpecError
 from models.spec.model import schema_of
+from models.training.progress import Progress
 from service.backfill.bucket import BucketRecord, compute_bucket, read_record
-from service.backfill.engines import Engine, Function
+from service.backfill.engines import Engine, Function, own_peak
 from service.backfill.plan import (
     FOLDERS,
     PLAN,
@@ -36,13 +39,11 @@ from service.backfill.plan import (
     read_plan,
     replacing,
 )
-from service.backfill.shuffle import ShuffleTask, plan_tasks, write_units
+from service.backfill.report import Sample, make_report, plot_throughput
+from service.backfill.shuffle import ShuffleRecord, ShuffleTask, plan_tasks, write_units
 from service.backfill.source import find_sources
 
-REPORT, LOCK = "report.json", ".lock"
-
-Show = Callable[[str, float, float], None]
-"""Called with the stage, what is done of it so far, and its total, in events."""
+REPORT, PLOT, LOCK = "report.json", "throughput.png", ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,83 +164,87 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-@dataclass(frozen=True, slots=True)
-class BackfillResult:
-    """What a run did."""
-
-    report: dict[str, Any]
-
-    @property
-    def events(self) -> int:
-        """Events of all streams."""
-        return int(self.report["events"])
-
-
 def run_backfill(
-    job: Job, engine: Engine, *, overwrite: bool = False, show: Show = lambda *_: None
+    job: Job, engine: Engine, *, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Run a backfill, or go on with it; returns the report.
 
     Raises:
-        BackfillError, ModelsError, OSError: the same call goes on once the reason is gone.
+        OperatorError, ModelsError, OSError: the same call goes on once the reason is gone.
     """
-    started_s = time.monotonic()
-    plan = job.plan
-    with open_folder(job.out, plan, overwrite=overwrite):
-        records = {
-            bucket: record
-            for bucket in range(plan.buckets)
-            if (record := read_record(job, bucket)) is not None
-        }
-        missing = [bucket for bucket in range(plan.buckets) if bucket not in records]
-        if missing:
-            _shuffle(job, engine, show)
-            _compute(job, engine, missing, records, show)
-        report = _report(job, records, time.monotonic() - started_s, sum(engine.peaks.values()))
+    with open_folder(job.out, job.plan, overwrite=overwrite):
+        run = _Run(job, engine, progress or Progress(Console(quiet=True)))
+        run.compute()
+        report = make_report(job, run.records.values(), run.samples, engine.peaks | own_peak())
         with replacing(job.out / REPORT) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
+        if run.samples and find_spec("matplotlib") is not None:
+            with replacing(job.out / PLOT) as path:
+                path.write_bytes(plot_throughput(run.samples))
         shutil.rmtree(job.out / "shuffle", ignore_errors=True)
     return report
 
 
-def _shuffle(job: Job, engine: Engine, show: Show) -> None:
-    tasks = sorted(plan_tasks(job.plan), key=lambda task: -task.rows)
-    total, done = sum(task.rows for task in tasks), 0
-    show("shuffle", 0, total)
-    function: Function[ShuffleTask, Any] = write_units
-    for task, _ in engine.map(function, tasks):
-        done += task.rows
-        show("shuffle", done, total)
+class _Run:
+    """The stages of a run.
 
+    Attributes:
+        records: of the finished buckets, by number.
+        samples: how far this run was.
+    """
 
-def _compute(
-    job: Job,
-    engine: Engine,
-    missing: list[int],
-    records: dict[int, BucketRecord],
-    show: Show,
-) -> None:
-    show("compute", len(records), job.plan.buckets)
-    function: Function[int, BucketRecord] = compute_bucket
-    for bucket, record in engine.map(function, missing):
-        records[bucket] = record
-        show("compute", len(records), job.plan.buckets)
+    def __init__(self, job: Job, engine: Engine, progress: Progress):
+        self._job, self._engine, self._progress = job, engine, progress
+        self._started_s = time.monotonic()
+        self.samples: list[Sample] = []
+        self.records: dict[int, BucketRecord] = {}
+        for bucket in range(job.plan.buckets):
+            record = read_record(job, bucket)
+            if record is not None:
+                self.records[bucket] = record
 
+    def compute(self) -> None:
+        """Compute the buckets that are missing."""
+        buckets = [each for each in range(self._job.plan.buckets) if each not in self.records]
+        if not buckets:
+            return
+        self._shuffle()
+        self._compute(buckets)
 
-def _report(
-    job: Job, records: dict[int, BucketRecord], seconds: float, peak_bytes: int
-) -> dict[str, Any]:
-    every = records.values()
-    return {
-        "model": job.plan.model,
-        "fingerprint": job.plan.fingerprint,
-        "buckets": job.plan.buckets,
-        "streams": sum(each.streams for each in every),
-        "events": sum(each.events for each in every),
-        "out_of_order": sum(each.out_of_order for each in every),
-        "peak_memory_bytes": peak_bytes,
-        "seconds": round(seconds, 3),
-    }
+    def _shuffle(self) -> None:
+        tasks = sorted(plan_tasks(self._job.plan), key=lambda task: -task.rows)
+        function: Function[ShuffleTask, ShuffleRecord] = write_units
+        with self._stage("shuffle", sum(task.rows for task in tasks)) as note:
+            for task, _ in self._engine.map(function, tasks):
+                note(task.rows)
+
+    def _compute(self, buckets: list[int]) -> None:
+        plan = self._job.plan
+        function: Function[int, BucketRecord] = compute_bucket
+        events = sum(each.events for each in self.records.values())
+        with self._stage("compute", max(1, plan.rows - events)) as note:
+            for bucket, record in self._engine.map(function, buckets):
+                self.records[bucket] = record
+                note(record.events)
+
+    @contextmanager
+    def _stage(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show the progress of a stage; yields what is called with the events that were done."""
+        started_s = time.monotonic()
+        done = 0
+        self.samples.append(Sample(stage, started_s - self._started_s, 0))
+        with self._progress.task(stage, total) as advance:
+
+            def note(events: int) -> None:
+                nonlocal done
+                done += events
+                now_s = time.monotonic()
+                self.samples.append(Sample(stage, now_s - self._started_s, done))
+                rate = done / max(now_s - started_s, 1e-9)
+                left_s = max(0, total - done) / max(rate, 1e-9)
+                advance(done, f"{done:,} events, {rate:,.0f} a second, {left_s:,.0f} s left")
+
+            yield note
 
 
 def open_job(artifact: Artifact, plan: Plan, out: Path) -> Job:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from service.backfill.engines import Engine
+    from service.backfill.plan import Job
+
+INTERRUPTED = 128
+"""Exit status of a command that a signal ended, less the signal's number."""
 
 History = Annotated[
     list[str],
     typer.Argument(
-        metavar="HISTORY... OUT", help="Files or folders of events, and the output folder."
+        metavar="HISTORY... OUT",
+        help="Files, folders, URLs or tables of events, then the output folder.",
     ),
 ]
+EngineName = Literal["processes", "ray"]
+Policy = Literal["continue", "halt"]
 
 
 def backfill(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
     history: History,
+    *,
     stream: Annotated[
         str | None, typer.Option(help="Column of stream names; default: that of training.")
     ] = None,
@@ -27,25 +41,110 @@ def backfill(
     file_order: Annotated[
         bool, typer.Option("--file-order", help="Events are in the order of the files.")
     ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; default: one per core.")
+    on_error: Annotated[
+        Policy,
+        typer.Option(help="Leave out an event that is rejected, or end its stream before it."),
+    ] = "continue",
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Leave out events that equal the one before.")
+    ] = False,
+    offset: Annotated[
+        str | None,
+        typer.Option(help="Column of the offsets that events had in a topic, for consumers."),
     ] = None,
+    source_topic: Annotated[str | None, typer.Option(help="The topic of --offset.")] = None,
+    source_partition: Annotated[
+        str | None, typer.Option(help="Column of the partitions of Kafka, with --offset.")
+    ] = None,
+    partitions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the store for the states; default: CARRY_PARTITIONS."),
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="What computes: processes of this machine, or Ray.")
+    ] = "processes",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; default: RAY_ADDRESS, or a local one.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of processes; default: as cores and memory allow."),
+    ] = None,
+    memory_mib: Annotated[
+        int, typer.Option(min=1, help="Memory of all processes together, about.")
+    ] = 2048,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in OUT.")] = False,
 ) -> None:
     """Compute the outputs and states of recorded events; the same command goes on after a stop."""
+    from rich.console import Console
+
     from models.artifact.artifact import load_artifact
-    from service.backfill.engines import Processes
+    from models.training.progress import Progress
+    from service.backfill.report import report_lines
     from service.backfill.run import BackfillOptions, open_job, plan_backfill, run_backfill
+    from service.settings import Settings
 
     if len(history) < 2:
         raise typer.BadParameter("expected HISTORY... and OUT")
-    *sources, out = history
+    *sources, folder = history
+    options = BackfillOptions(
+        stream=stream,
+        order_by=order_by,
+        file_order=file_order,
+        partitions=partitions or Settings.load().store.partitions,
+        on_error=on_error,
+        drop_duplicates=drop_duplicates,
+        offset=offset,
+        topic=source_topic,
+        topic_partition=source_partition,
+    )
     loaded = load_artifact(artifact)
-    options = BackfillOptions(stream=stream, order_by=order_by, file_order=file_order)
-    job = open_job(loaded, plan_backfill(loaded, sources, options), Path(out))
-    engine = Processes(job, workers or 1)
+    job = open_job(loaded, plan_backfill(loaded, sources, options), Path(folder).absolute())
+    progress = Progress(Console(quiet=quiet, stderr=True))
+    with interruptible(), closing(open_engine(engine, job, address, workers, memory_mib)) as opened:
+        report = run_backfill(job, opened, overwrite=overwrite, progress=progress)
+    if not quiet:
+        for line in report_lines(report):
+            typer.echo(line)
+
+
+def open_engine(
+    name: EngineName, job: Job, address: str | None, workers: int | None, memory_mib: int
+) -> Engine:
+    """Open what runs the tasks of a job."""
+    from service.backfill.engines import Processes, RayCluster
+    from service.backfill.machine import MIB, count_cores, count_processes
+
+    if address is not None and name != "ray":
+        raise typer.BadParameter("expected --engine ray with --address")
+    if name == "ray":
+        return RayCluster(job, address, workers)
+    count = workers or count_processes(memory_mib * MIB, count_cores())
+    return Processes(job, count)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End cleanly by SIGINT and SIGTERM, with a line that says how to go on."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise _Interrupted(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
-        report = run_backfill(job, engine, overwrite=overwrite)
+        yield
+    except _Interrupted as interrupted:
+        typer.echo("interrupted: the same command goes on", err=True)
+        raise typer.Exit(INTERRUPTED + interrupted.number) from None
     finally:
-        engine.close()
-    typer.echo(f"{out}: {report['events']:,} events of {report['streams']:,} streams")
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class _Interrupted(BaseException):
+    """A signal that ends the command; no error that a function could handle."""
+
+    def __init__(self, number: int):
+        self.number = number
