@@ -18,8 +18,10 @@ import platform
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess, parent_process
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -126,7 +128,8 @@ def take_result(task: object, outcome: Outcome, peaks: dict[str, int]) -> Any:
     return outcome.result
 
 
-class _Worker(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Worker:
     process: BaseProcess
     pipe: connection.Connection
 
@@ -149,44 +152,44 @@ class Processes:
     ) -> Iterator[tuple[Task, Result]]:
         """Run a function over tasks, as `Engine` says."""
         waiting = list(reversed(tasks))
-        failures: dict[int, int] = {}
-        busy: dict[connection.Connection, tuple[_Worker, Task]] = {}
-        while waiting or busy:
-            while waiting and len(busy) < self._count:
-                worker = self._idle(busy)
-                task = waiting.pop()
-                busy[worker.pipe] = worker, task
-                try:
-                    worker.pipe.send((function, task))
-                except OSError:  # noted below
-                    continue
-            ready = connection.wait([worker.pipe for worker, _ in busy.values()])
-            for worker, task in [each for each in busy.values() if each[0].pipe in ready]:
-                del busy[worker.pipe]
-                try:
-                    outcome = worker.pipe.recv()
-                except (EOFError, OSError):
-                    self._remove(worker)
-                    failures[id(task)] = count = failures.get(id(task), 0) + 1
-                    if count == ATTEMPTS:
-                        raise TaskError(
-                            f"{task}: its process ended {count} times, the last time with "
-                            f"{_ending(worker.process)}"
-                        ) from None
-                    waiting.append(task)
-                else:
-                    yield task, take_result(task, outcome, self.peaks)
+        losses: Counter[int] = Counter()
+        busy: dict[_Worker, Task] = {}
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self._count:
+                    worker, task = self._idle(busy), waiting.pop()
+                    busy[worker] = task
+                    # the loss of the process is noticed below
+                    with suppress(OSError):
+                        worker.pipe.send((function, task))
+                ready = connection.wait([worker.pipe for worker in busy])
+                for worker in [each for each in busy if each.pipe in ready]:
+                    task = busy.pop(worker)
+                    try:
+                        outcome = worker.pipe.recv()
+                    except (EOFError, OSError):
+                        self._remove(worker)
+                        losses[id(task)] += 1
+                        if losses[id(task)] == ATTEMPTS:
+                            raise TaskError(
+                                f"{task}: its process ended {ATTEMPTS} times, the last time with "
+                                f"{_ending(worker.process)}"
+                            ) from None
+                        waiting.append(task)
+                    else:
+                        yield task, take_result(task, outcome, self.peaks)
+        finally:
+            for worker in busy:
+                self._remove(worker)
 
     def close(self) -> None:
         """End the processes, whatever they do."""
-        for worker in self._workers:
-            worker.process.kill()
         for worker in list(self._workers):
             self._remove(worker)
 
-    def _idle(self, busy: dict[connection.Connection, Any]) -> _Worker:
+    def _idle(self, busy: Collection[_Worker]) -> _Worker:
         for worker in self._workers:
-            if worker.pipe not in busy:
+            if worker not in busy:
                 return worker
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -199,8 +202,9 @@ class Processes:
 
     def _remove(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        worker.pipe.close()
+        worker.process.kill()
         worker.process.join()
+        worker.pipe.close()
 
 
 @contextmanager
@@ -280,19 +284,26 @@ class RayCluster:
         """Run a function over tasks, as `Engine` says."""
         waiting = list(reversed(tasks))
         flying: dict[Any, Task] = {}
-        while waiting or flying:
-            resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
-            most = IN_FLIGHT_PER_CPU * int(resources.get("CPU", 1))
-            while waiting and len(flying) < max(1, most):
-                task = waiting.pop()
-                flying[self._run.remote(function, self._job, task)] = task
-            (ready, *_), _ = self._ray.wait(list(flying))
-            task = flying.pop(ready)
-            try:
-                outcome = self._ray.get(ready)
-            except self._ray.exceptions.RayError as error:
-                raise TaskError(f"{task}: {error}") from error
-            yield task, take_result(task, outcome, self.peaks)
+        try:
+            while waiting or flying:
+                while waiting and len(flying) < IN_FLIGHT_PER_CPU * self._count_cpus():
+                    task = waiting.pop()
+                    flying[self._run.remote(function, self._job, task)] = task
+                (ready, *_), _ = self._ray.wait(list(flying))
+                task = flying.pop(ready)
+                try:
+                    outcome = self._ray.get(ready)
+                except self._ray.exceptions.RayError as error:
+                    raise TaskError(f"{task}: {error}") from error
+                yield task, take_result(task, outcome, self.peaks)
+        finally:
+            for running in flying:
+                self._ray.cancel(running, force=True)
+
+    def _count_cpus(self) -> int:
+        """The CPUs of the cluster, which may grow and shrink."""
+        resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return max(1, int(resources.get("CPU", 1)))
 
     def close(self) -> None:
         """Cancel what runs, and leave the cluster."""
