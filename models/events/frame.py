@@ -31,6 +31,7 @@ from models.events.parse import (
     TRUTH,
     datetime_ms,
     epoch_ms,
+    parse_uniform_strings,
     rfc3339_ms,
 )
 from models.events.schema import (
@@ -51,6 +52,12 @@ COERCE_HINT = "true or false (with `coerce: true` in the field also 1, 0 and str
 _HAS_OFFSET = r"([Zz]|[+-]\d{2}:?\d{2})$"
 _EXPECTED_TIME = "an RFC 3339 timestamp from 1900 to before 2200"
 _STRINGS = (pl.String, pl.Categorical, pl.Enum)
+_USUAL_SHAPE = 16
+"""Of so many strings of a shape, all are parsed at once."""
+
+_NAIVE_SUFFIXES = {"0000-00-00": "T00:00:00Z", "0000-00-00 00:00:00": "Z"}
+"""By the shape of a date and time without an offset, what makes it one in UTC."""
+
 _CANONICAL: dict[type, Any] = {
     NumericField: pl.Float64,
     CategoricalField: pl.String,
@@ -310,9 +317,15 @@ def _from_strings(
         values[present] = alike
         return values
     naive, wrong = np.zeros(len(column), np.bool_), np.zeros(len(column), np.bool_)
-    for row, text in enumerate(column.to_list()):
-        if text is None:
-            continue
+    rest = present.copy()
+    for shape, rows in _rows_by_shape(column):
+        suffix = _NAIVE_SUFFIXES.get(shape.partition(".")[0].replace("T", " "))
+        strings = column.gather(rows) + (suffix or "")
+        alike = parse_uniform_strings(strings.to_list())
+        if alike is not None:
+            values[rows], naive[rows], rest[rows] = alike, suffix is not None, False
+    for row in np.flatnonzero(rest).tolist():
+        text = column[row]
         try:
             values[row] = rfc3339_ms(text)
         except ValueError:
@@ -324,6 +337,14 @@ def _from_strings(
         moments = _from_local(schema, column, values, present & naive, invalid)
         values = np.where(naive, moments, values)
     return values
+
+
+def _rows_by_shape(column: pl.Series) -> list[tuple[str, NDArray[np.int64]]]:
+    """The rows of each shape that many strings have; in a shape every digit is 0."""
+    shapes = column.alias("shape").str.replace_all("[1-9]", "0").to_frame()
+    grouped = shapes.with_row_index("row").drop_nulls().group_by("shape").agg("row")
+    usual = grouped.filter(pl.col("row").list.len() >= _USUAL_SHAPE)
+    return [(shape, np.asarray(rows, np.int64)) for shape, rows in usual.rows()]
 
 
 def _naive(text: str) -> datetime | None:

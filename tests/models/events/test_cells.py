@@ -68,6 +68,30 @@ def test_each_row_of_text_is_read_by_itself(rows: list[tuple[str | None, ...]]) 
             assert values[index] == alone
 
 
+@pytest.mark.parametrize("dropped", [None, "2025-06-20 12:00:00.5", "2025-03-30T02:30:00"])
+def test_many_times_of_a_form_are_read_as_each_alone(dropped: str | None) -> None:
+    forms = [
+        "2025-06-20T12:00:00",
+        "2025-06-20 12:00:00.5",
+        "2025-06-20T12:00:00.123456",
+        "2025-12-31",
+        "2025-06-20T12:00:00Z",
+        "2025-06-20T12:00:00.001+05:30",
+        "2025-03-30T02:30:00",
+        "2025-02-30",
+        "1899-12-31T23:30:00",
+        "soon",
+        None,
+    ]
+    times = [form for form in forms if form != dropped] * 50
+    frame = pl.DataFrame({"at": times}, schema={"at": pl.String}).with_columns(x=pl.lit("1"))
+    values, invalid = read(frame)
+    for row in range(len(forms)):
+        (alone,), rejected = read(frame[row : row + 1])
+        assert values[row] == alone or rejected
+        assert (row in invalid) == bool(rejected)
+
+
 def test_all_rejected_rows_are_found_with_their_reasons() -> None:
     frame = pl.DataFrame(
         {
