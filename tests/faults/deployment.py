@@ -37,6 +37,9 @@ _SETTINGS: Final = {
 }
 """The workers' time limits are shorter than the pauses of a run."""
 _STARTS: Final = 20
+MOST_RUNS: Final = 8
+"""With a planted bug, each with another seed, until one has a finding: on a busy machine the race
+that the bug loses may not occur in a run."""
 
 
 Stores = SingleStore | ClusterStore | SentinelStore

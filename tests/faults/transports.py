@@ -313,7 +313,7 @@ class WorkerClient:
         path = stream_path(MODEL, stream)
         await self._in_time(self._carry.request("DELETE", path, headers=headers))
 
-    async def request(self, method: str, path: str, body: object) -> Members:
+    async def request(self, method: str, path: str, body: object = None) -> Members:
         """Any other request of version 1."""
         return await self._in_time(self._carry.request(method, path, body))
 

@@ -3,9 +3,11 @@ only a cluster does; and a planted bug fails a run."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.faults.deployment import new_seed
+from tests.faults.deployment import MOST_RUNS, new_seed
 from tests.faults.planted_bugs.sitecustomize import TOPIC_SCRIPTS
 from tests.faults.topics.run import TopicOptions, TopicRun, kinds_of, report, run
 
@@ -38,6 +40,14 @@ def test_each_output_is_written_once_and_in_order(store: str, plan: list[str]) -
 
 
 @pytest.mark.harness
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("bug", sorted(TOPIC_SCRIPTS))
 def test_a_planted_bug_of_topics_is_detected(bug: str) -> None:
-    assert run_short("valkey", PLANTED[bug], events=20_000, plant=bug).findings
+    found = False
+    for _ in range(MOST_RUNS):
+        findings = run_short("valkey", PLANTED[bug], events=20_000, plant=bug).findings
+        # of the outputs of a stream: a run that stalls says nothing of the bug
+        found = any(re.match(r"s\d+: ", each) for each in findings)
+        if found:
+            break
+    assert found

@@ -19,7 +19,7 @@ from tests.faults.deployment import Deployment, RunOptions, deploy
 from tests.faults.faults import KILL, FaultInjector, make_fault
 from tests.faults.history import NO_HEAD, Chunk, History
 from tests.faults.traffic import STAGES
-from tests.faults.transports import Conditions
+from tests.faults.transports import Conditions, WorkerClient
 from tests.faults.versions.check import Stream, check
 
 VERSIONS: Final = {"z": 1, "a": 2, "b": 3, "c": 5}
@@ -43,20 +43,30 @@ PLAN: Final[Plan] = tuple(
 
 SENDERS: Final = 32
 LONGEST: Final = 8
+QUIET_SHARE: Final = 3
+"""One stream of this many gets a chunk from each champion and then rests until the next one: the
+state that an earlier champion left is behind it, and its events since then are in the history."""
+
 LONGEST_PAUSE_S: Final = 1.5
 """Between two tries: on a busy machine many tries would keep the workers from starting."""
 
 DUPLICATES: Final = 0.1
+MOST_FAULTS: Final = 3
+"""For each action: it waits until every worker serves."""
 FINISH_S: Final = 120.0
 _SETTINGS: Final = {"CARRY_HISTORY_EVENTS": str(HISTORY_EVENTS), "CARRY_HISTORY_SNAPSHOTS": "4"}
+_SETTINGS_WITH_A_BUG: Final = {"CARRY_SHADOW_BUDGET": "0"}
+"""On an idle machine the shadow keeps the states of every version at the heads of their streams:
+each bug that needs one behind it would go unnoticed."""
 
 
 def options_of(store: str, **options: Any) -> RunOptions:
     """The options of a run; on a cluster, what was acknowledged survives a failover."""
+    settings = _SETTINGS | (_SETTINGS_WITH_A_BUG if "plant" in options else {})
     return RunOptions(
         store,
         strict=store == "cluster",
-        settings=_SETTINGS,
+        settings=settings,
         model=f"{network.MODEL}/z",
         burn_in=BURN_IN,
         **options,
@@ -80,11 +90,14 @@ class StreamSender(Sender):
     async def send_all(self, stop: asyncio.Event) -> None:
         """Send chunks until `stop` is set."""
         while not stop.is_set():
-            stream = self.streams.popleft()
+            stream, changes = self.streams.popleft(), self.run.changes
             async with self.lock:
                 await self.deliver(stream)
-            self.streams.append(stream)
             self.run.delivered += 1
+            if changes == self.run.changes and self.run.may_rest(stream):
+                self.run.resting.append(stream)
+            else:
+                self.streams.append(stream)
 
     async def deliver(self, stream: Stream) -> None:
         """Send the stream's next chunk until it is answered; some to two workers at once."""
@@ -116,19 +129,40 @@ class StreamSender(Sender):
 
 
 class VersionRun:
-    """A run on a deployment."""
+    """A run on a deployment.
+
+    Attributes:
+        champions: versions, by fingerprint; the last one answers, a rollback goes back to the one
+            before.
+        changes: how often the champion changed.
+        resting: quiet streams that the champion has answered.
+    """
 
     def __init__(self, options: RunOptions, deployment: Deployment, plan: Plan):
         self.options, self.deployment, self.history = options, deployment, History()
         self.streams = [Stream(f"s{number:04d}") for number in range(options.streams)]
         self.delivered, self.plan = 0, plan
         self.gains: dict[str, int] = {}
+        self.champions: list[str] = []
+        self.changes, self.resting, self._faults = 0, list[Stream](), 0
+        self._quiet = frozenset(self.streams[QUIET_SHARE - 1 :: QUIET_SHARE])
         random = np.random.default_rng(options.seed)
-        self._random, queue = random, deque(self.streams)
+        self._random, self._queue = random, deque(self.streams)
+        # so that a stream is left for each sender while the quiet ones rest
+        senders = min(SENDERS, options.streams - len(self._quiet))
         self.senders = [
-            StreamSender(f"sender{number}", deployment.clients, self.history, child, queue, self)
-            for number, child in enumerate(random.spawn(min(SENDERS, options.streams)))
+            StreamSender(
+                f"sender{number}", deployment.clients, self.history, child, self._queue, self
+            )
+            for number, child in enumerate(random.spawn(senders))
         ]
+
+    def may_rest(self, stream: Stream) -> bool:
+        """Whether it is a quiet stream whose last chunk the champion answered."""
+        reply = stream.replies[-1]
+        # some transports name no champion
+        is_by_champion = not reply.code and reply.version in (self.champions[-1], None)
+        return is_by_champion and stream in self._quiet
 
     async def drive(self) -> None:
         """Send chunks while versions change and processes are killed."""
@@ -136,7 +170,7 @@ class VersionRun:
         injector = FaultInjector(
             self.deployment, self.senders, self.history, *self._random.spawn(1)
         )
-        self._find_version("z")
+        self.champions.append(self._find_version("z"))
         async with asyncio.TaskGroup() as group:
             sending = [group.create_task(sender.send_all(stop)) for sender in self.senders]
             breaking = group.create_task(self._break(injector, changed))
@@ -166,13 +200,18 @@ class VersionRun:
                 )
             await injector.inject(fault)
             number += 1
-            await _wait(lambda target=target: self.delivered >= target or changed.is_set())
+            self._faults += 1
+            await _wait(
+                lambda target=target: (
+                    (self.delivered >= target and self._faults < MOST_FAULTS) or changed.is_set()
+                )
+            )
 
     async def _change_versions(self) -> None:
-        """Carry out the plan, one action for each part of the chunks."""
-        for number, (action, version) in enumerate(self.plan):
-            target = self.options.events * (number + 1) // (len(self.plan) + 1)
-            await _wait(lambda target=target: self.delivered >= target)
+        """Carry out the plan, one action for each part of the chunks, however late it is done."""
+        part = self.options.events // (len(self.plan) + 1)
+        for action, version in self.plan:
+            await self._deliver_more(part)
             if action == "load":
                 folder = f"{network.MODEL}/{version}"
                 models, gain = self.deployment.models, VERSIONS[version]
@@ -180,25 +219,57 @@ class VersionRun:
                 self._find_version(version)
                 await self._post("versions", path=folder, label=version)
             elif action == "rollback":
-                await self._post("aliases", action=action)
+                if await self._post("aliases", action=action):
+                    await self._change_champion(self.champions[:-1])
             else:
                 share = {"share": CANARY} if action == "canary" else {}
-                await self._post("aliases", action=action, version=version, **share)
+                done = await self._post("aliases", action=action, version=version, **share)
+                if done and action == "promote":
+                    await self._change_champion([*self.champions, self._find_version(version)])
+            self._faults = 0
             self.history.seen[f"{action} of a version"] += 1
             if self.options.verbose:
                 print(
                     f"  {self._now_s():7.2f} s {self.delivered:8d} chunks  {action} {version}",
                     flush=True,
                 )
-        await _wait(lambda: self.delivered >= self.options.events)
+        await self._deliver_more(part)
 
-    def _find_version(self, name: str) -> None:
-        """Remember the gain of a version by its fingerprint."""
+    async def _deliver_more(self, count: int) -> None:
+        """Wait for more chunks."""
+        target = self.delivered + count
+        await _wait(lambda: self.delivered >= target)
+
+    async def _change_champion(self, champions: list[str]) -> None:
+        """Wait until the last of these answers in every worker; then until each quiet stream got a
+        chunk from it."""
+        for worker in self.deployment.clients.values():
+            await self._wait_for_champion(worker, champions[-1])
+        self.champions, self.changes = champions, self.changes + 1
+        self._queue.extendleft(self.resting)
+        self.resting.clear()
+        await _wait(lambda: len(self.resting) == len(self._quiet))
+
+    async def _wait_for_champion(self, worker: WorkerClient, version: str) -> None:
+        """Wait until a version answers in a worker."""
+        answering = None
+        while answering != version:
+            await asyncio.sleep(0.02)
+            try:
+                model = await worker.request("GET", f"/v1/models/{network.MODEL}")
+                answering = str(model["version"])
+            except Problem as problem:
+                self.history.seen[f"operator: {problem.code or 'no reply'}"] += 1
+
+    def _find_version(self, name: str) -> str:
+        """The fingerprint of a version, whose gain it remembers."""
         folder = self.deployment.models / network.MODEL / name
-        self.gains[load_artifact(folder).version] = VERSIONS[name]
+        version = load_artifact(folder).version
+        self.gains[version] = VERSIONS[name]
+        return version
 
-    async def _post(self, place: str, **body: object) -> None:
-        """Change versions, once every worker is able to."""
+    async def _post(self, place: str, **body: object) -> bool:
+        """Change versions, once every worker is able to; whether it was done."""
         sender, deadline_s = self.senders[0], time.monotonic() + FINISH_S
         may_be_done = False
         path = f"/v1/models/{network.MODEL}/{place}"
@@ -206,16 +277,16 @@ class VersionRun:
             worker = self.deployment.clients[sender._any_worker()]
             try:
                 await worker.request("POST", path, body)
-                return
+                return True
             except Problem as problem:
                 self.history.seen[f"operator: {problem.code or 'no reply'}"] += 1
                 if may_be_done and problem.code == "invalid_input":
-                    return  # a rollback whose reply was lost
+                    return True  # a rollback whose reply was lost
                 may_be_done |= body.get("action") == "rollback" and not problem.status
                 is_late = time.monotonic() > deadline_s
                 if is_late or (problem.status and not problem.is_retryable):
                     self.history.unexpected.append(f"{body}: {dict(problem.document)}")
-                    return
+                    return False
             await asyncio.sleep(0.1)
 
     def _now_s(self) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.faults.checker import DOUBLED, LOST, MIXED, Finding
+from tests.faults.deployment import MOST_RUNS
 from tests.faults.history import FIRST_TAG, Chunk, Head, Reply, next_tag
 from tests.faults.network import ZERO, compute, random_events
 from tests.faults.planted_bugs.sitecustomize import VERSION_CODE
@@ -114,11 +115,17 @@ def test_the_plan_promotes_three_versions_and_rolls_back() -> None:
 
 @pytest.mark.harness
 @needs_redis
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("bug", VERSION_CODE)
 async def test_planted_bug_is_detected(bug: str) -> None:
-    options = options_of("redis", streams=24, events=800, transports=("json",), plant=bug)
-    _, findings = await run(options, SHORT_PLAN)
-    assert MIXED in {kind for kind, _ in findings}
+    found = set[str]()
+    for _ in range(MOST_RUNS):
+        options = options_of("redis", streams=24, events=800, transports=("json",), plant=bug)
+        _, findings = await run(options, SHORT_PLAN)
+        found = {kind for kind, _ in findings}
+        if MIXED in found:
+            break
+    assert MIXED in found
 
 
 @needs_redis
