@@ -37,6 +37,7 @@ from service.backfill.shuffle import read_bucket
 from service.core.values import EPOCH_BYTES, TAG_BYTES, Feed, SourceMark, StreamHead, StreamState
 from service.store.backup import BLOCK_BYTES, BackupInfo, BackupWriter
 from service.store.codec import encode_state
+from service.store.source_mark import encode_mark
 
 OUTPUT_ROWS = 65_536
 """Rows of a row group of the outputs."""
@@ -196,7 +197,7 @@ class _OpenStream:
         digest: of its events so far.
         floats, ints, position: its state; int64 and float32 [1, ...] as of `StreamStates`.
         updated_ms: time of its last event, 0 if there is none.
-        mark: the place of its last event in the topic that it came from.
+        mark: the furthest place of its events in the topic that its last one came from.
     """
 
     name: str
@@ -300,10 +301,7 @@ class _BucketWriter:
         times = [0] * len(names)
         if self._schema.timestamp is not None:
             times = last[field_column(self._schema.timestamp.name)].fill_null(0).to_list()
-        marks: list[SourceMark | None] = [None] * len(names)
-        if "offset" in piece.columns:
-            places = zip(last["source"], last["offset"], last["sequence"], strict=True)
-            marks = [None if None in place else SourceMark(*place) for place in places]
+        marks = _furthest_places(piece)
         for at, (name, start, end) in enumerate(
             zip(names, starts.tolist(), ends.tolist(), strict=True)
         ):
@@ -313,7 +311,10 @@ class _BucketWriter:
             states = StreamStates(after.floats[cut], after.ints[cut], after.positions[cut])
             if at:
                 self._close_stream()
-            self._open = _OpenStream(name, digest, states, times[at], marks[at])
+            mark, before = marks.get(name), None if opened is None or at else opened.mark
+            if before is not None and (mark is None or before.covers(mark)):
+                mark = before
+            self._open = _OpenStream(name, digest, states, times[at], mark)
 
     def _new_digest(self, stream: str) -> Any:
         digest = hashlib.blake2b(digest_size=EPOCH_BYTES + TAG_BYTES)
@@ -336,6 +337,9 @@ class _BucketWriter:
         stream, self._open = self._open, None
         if stream is None:
             return
+        if stream.mark is not None:
+            # another mark is another state: one that was loaded without it is not this one
+            stream.digest.update(encode_mark(stream.mark))
         digest = stream.digest.digest()
         head = StreamHead(
             digest[:EPOCH_BYTES], digest[EPOCH_BYTES:], int(stream.states.positions[0])
@@ -372,3 +376,18 @@ class _BucketWriter:
             columns = self._outputs.by_name(packed)[output.name].reshape(piece.height, -1)
             table.update(zip(output.column_names(), map(pl.Series, columns.T), strict=True))
         return pl.DataFrame({**table, "file": piece["file"], "row": piece["row"]})
+
+
+def _furthest_places(piece: pl.DataFrame) -> dict[str, SourceMark]:
+    """The furthest place of each stream's events in the topic that its last one came from; events
+    may be ordered by time otherwise than in their topic."""
+    if "offset" not in piece.columns:
+        return {}
+    last = (
+        piece.select("stream", "source", "offset", "sequence")
+        .filter(pl.col("source") == pl.col("source").last().over("stream"))
+        .sort("offset", "sequence")
+        .group_by("stream")
+        .last()
+    )
+    return {name: SourceMark(*place) for name, *place in last.iter_rows() if None not in place}

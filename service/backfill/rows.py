@@ -20,6 +20,7 @@ from models.events.schema import BooleanField, EventSchema, TimestampField
 from service.backfill.plan import Plan, Source
 from service.backfill.source import Batch
 from service.core.values import STREAM_NAME_RULE, is_stream_name
+from service.store.source_mark import source_name
 
 NOWHERE: Final = -(2**63)
 """The order of a rejected event whose place is unknown: its stream ends before its first event."""
@@ -245,7 +246,7 @@ class RowReader:
                         lambda row: repr(column[row]),
                     )
                 )
-            names = {number: f"{topic}:{number}" for number in numbers.drop_nulls().unique()}
+            names = {number: source_name(topic, number) for number in numbers.drop_nulls().unique()}
             source = numbers.replace_strict(names, default=None, return_dtype=pl.String)
         return {"source": source, "offset": offset, "sequence": sequence}
 
