@@ -27,7 +27,7 @@ from service.core.values import SourceMark, StreamHead, StreamKey, StreamState
 from service.store.backup import BackupError, BackupReader
 from service.store.base import CommitColumns, CommitResult, Committed, Store, decode_value
 from service.store.codec import encode_state, pack_head
-from service.store.source_mark import format_offset
+from service.store.source_mark import KAFKA, format_offset
 
 BATCH_STREAMS: Final = 256
 """Most streams of one commit, so that no live chunk waits long behind it."""
@@ -171,6 +171,23 @@ def _verify_files(out: Path, plan: Plan, progress: LoadProgress) -> list[Path]:
         with replacing(out / OFFSETS_FILE) as temporary:
             temporary.write_bytes(msgspec.json.format(msgspec.json.encode(ranges)) + b"\n")
     return files
+
+
+def describe_starts(progress: LoadProgress) -> dict[str, str]:
+    """By topic, the `start` of new consumers: no event behind it is in all states of its topic, and
+    what is in some of them is skipped."""
+    starts: dict[str, str] = {}
+    partitions: dict[str, dict[int, int]] = {}
+    for source, (lowest, _) in sorted(progress.offsets.items()):
+        if source.startswith(KAFKA):
+            topic, _, partition = source.removeprefix(KAFKA).rpartition(":")
+            partitions.setdefault(topic, {})[int(partition)] = lowest.offset + 1
+        else:
+            starts[source] = format_offset(lowest)
+    for topic, offsets in partitions.items():
+        numbers = ", ".join(f"{each}: {offset}" for each, offset in sorted(offsets.items()))
+        starts[topic] = f"{{{numbers}}}"
+    return starts
 
 
 def _write_kept(out: Path, kept: Sequence[KeptStream]) -> None:

@@ -53,18 +53,17 @@ def load_streams(
 
 def describe_load(progress: LoadProgress, out: Path) -> list[str]:
     """The lines that say what was loaded, and where consumers start."""
-    from service.backfill.load import KEPT_FILE
-    from service.store.source_mark import format_offset
+    from service.backfill.load import KEPT_FILE, describe_starts
 
     line = f"loaded {progress.loaded:,} stream{'' if progress.loaded == 1 else 's'}"
     if progress.loaded_before:
         line += f", {progress.loaded_before:,} were loaded before"
     if progress.kept:
         line += f", kept {len(progress.kept):,} that the store has ({out / KEPT_FILE})"
-    lines = [line]
-    for source, (lowest, highest) in sorted(progress.offsets.items()):
-        lines.append(
-            f"events of {source}: the states contain them up to {format_offset(lowest)} and, at "
-            f"most, {format_offset(highest)}; start a new consumer at the former"
-        )
-    return lines
+    return [
+        line,
+        *(
+            f"new consumers of {topic}: start: {start}"
+            for topic, start in describe_starts(progress).items()
+        ),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -12,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StringConstraints,
     ValidationError,
 )
@@ -27,10 +29,12 @@ from service.consumers.webhook_config import Secret, WebhookConfig
 from service.core.errors import OperatorError
 from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.keys import KeySpace
+from service.store.source_mark import parse_offset
 from service.store.topics import TopicKeys, TopicRegistration
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TopicName = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+SIDES: Final = {"beginning": "0", "end": "$"}
 NamePart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
 
 
@@ -60,6 +64,22 @@ class StreamSource(_Part):
 
 def _stream_source(value: Any) -> Any:
     return {"key": True} if value == "key" else value
+
+
+def _parse_start(value: Any) -> Any:
+    if value in ("beginning", "end"):
+        return value
+    if isinstance(value, dict) and value:
+        numbers = [each for pair in value.items() for each in pair]
+        if all(type(each) is int and 0 <= each < 2**63 for each in numbers):
+            return value
+    if type(value) in (int, str):
+        with suppress(ValueError):
+            return "{}-{}".format(*parse_offset(str(value)))
+    raise ValueError(
+        "expected beginning, end, the id of an entry such as 1700000000000-3, or with a topic of "
+        "Kafka the offset of each partition, such as {0: 1200, 1: 800}"
+    )
 
 
 class EventSource(_Part):
@@ -104,8 +124,10 @@ class ConsumerConfig(_Part):
     """The field with the event's position in its stream, which makes a repeated event a
     duplicate; entries without the field are appended. null: no entry has one."""
 
-    start: Literal["beginning", "end"] = "beginning"
-    """Where a new group starts to read a topic."""
+    start: Annotated[str | dict[int, int], PlainValidator(_parse_start)] = "beginning"
+    """Where a new group starts to read a topic: `beginning`, `end`, or behind the entry with an id;
+    of Kafka at the offset of each partition, such as `{0: 1200, 1: 800}`, and at the beginning of
+    those that are not named."""
 
     create: bool = False
     """Whether to create a topic that does not exist; topics of partitions are always created."""
@@ -150,11 +172,23 @@ class ConsumerConfig(_Part):
         if self.webhook is not None and self.kafka_sink is not None:
             raise ValueError("to: expected a topic of the store with `webhook`, got one of Kafka")
         check_properties(self.kafka)
+        is_kafka, is_offsets = self.kafka_source is not None, isinstance(self.start, dict)
+        if is_offsets and not is_kafka:
+            raise ValueError("start: expected beginning, end or an id with a topic of the store")
+        if is_kafka and not is_offsets and self.start not in SIDES:
+            raise ValueError("start: expected beginning, end or offsets with a topic of Kafka")
         if self.kafka_source is not None:
             if self.event.field is None:
                 raise ValueError("event: expected a field with a topic of Kafka, got null")
         elif self.stream.key and not is_stream_name(self.source):
             raise ValueError(f"from: expected with `stream: key` {STREAM_NAME_RULE}")
+
+    @property
+    def start_id(self) -> str:
+        """The id behind which a new group starts; of Kafka all of what was read."""
+        if isinstance(self.start, dict) or self.kafka_source is not None:
+            return SIDES["beginning"]
+        return SIDES.get(self.start, self.start)
 
     @property
     def constant_stream(self) -> str | None:

@@ -67,9 +67,6 @@ class Consumer(SharedTopics[OwnedTopic]):
             pool=f"{config.group}:{config.input}",
             room=EVENTS_PER_CHUNK * self._places,
         )
-        if config.kafka_source is not None:
-            # where Kafka is read from decides what is in the topic
-            self.start = "0"
         self._pipeline = pipeline
         self._committers = store.committers
         self._config = config

@@ -327,7 +327,7 @@ class SharedTopics(ABC, Generic[AnyTopic]):
         self.store = store
         self.name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.lease_s = config.lease_s
-        self.start = "0" if config.start == "beginning" else "$"
+        self.start = config.start_id
         self.counts: Counter[str] = Counter()
         self.topics: dict[str, AnyTopic] = {}
         self.poll_s = MIN_POLL_S

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from service.core.errors import StoreUnavailable
+from service.consumers.config import make_config
+from service.core.errors import OperatorError, StoreUnavailable
 from service.core.values import SourceMark, StreamKey
 from service.store.base import COMMITTED, CommitColumns
 from service.store.codec import encode_state, pack_head
@@ -18,7 +19,15 @@ from service.store.keys import KeySpace
 from service.store.redis.topics import RedisTopics
 from service.store.source_mark import source_name
 from tests.support.cluster import Cluster, shared_cluster
-from tests.support.consumers import add, consuming, fields_of, interleaved, outputs_of, until_count
+from tests.support.consumers import (
+    PROBE,
+    add,
+    consuming,
+    fields_of,
+    interleaved,
+    outputs_of,
+    until_count,
+)
 from tests.support.kafka import Broker, reading, record_of
 from tests.support.marked import assert_continued, create_streams, mark_of, stream_after
 from tests.support.pipelines import rows_of
@@ -212,3 +221,52 @@ async def test_a_topic_of_kafka_is_continued_at_the_offsets_of_its_partitions(
     found = outputs_of(client, "scores")
     for number, (name, each) in enumerate(rows.items()):
         assert_continued(artifact, found[name], each, number)
+
+
+async def test_a_new_group_starts_behind_an_id(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = rows_of(RANDOM, 9)
+    ids = add(client, "events", *[fields_of("a", row) for row in rows])
+    async with opened(server.url) as store:
+        await create_streams(store, {"a": stream_after(artifact, rows[:4], None)})
+    async with consuming(server.url, artifact, start=ids[3].decode()):
+        await until_count(client, "scores", 5)
+    assert_continued(artifact, outputs_of(client, "scores")["a"], rows, 4)
+
+
+async def test_a_new_group_starts_at_the_offsets_of_kafka(
+    server: RealServer, client: Any, broker: Broker
+) -> None:
+    url = broker.create("events", 3)
+    broker.produce("events", *[{"partition": each % 3, "value": "0"} for each in range(12)])
+    async with reading(server.url, **{"from": url, "start": {0: 1, 2: 3}}):
+        await becomes(lambda: client.xlen("events:carry:probe") == 8, "the records")
+    origins = [fields[b"carry-origin"] for _, fields in client.xrange("events:carry:probe")]
+    expected = {0: range(1, 4), 1: range(4), 2: range(3, 4)}
+    assert {*origins} == {b"events:%d:%d" % (p, n) for p, each in expected.items() for n in each}
+
+
+@pytest.mark.parametrize(
+    ("start", "source", "expected"),
+    [
+        ("first", "events", "start: expected beginning, end, the id of an entry such as 17"),
+        ("1-2-3", "events", "expected beginning, end, the id"),
+        (True, "events", "expected beginning, end, the id"),
+        ({}, "events", "expected beginning, end, the id"),
+        ({0: -1}, "events", "expected beginning, end, the id"),
+        ({"0": 1}, "kafka://h:9/events", "expected beginning, end, the id"),
+        ({0: 1}, "events", "start: expected beginning, end or an id with a topic of the store"),
+        ("7-0", "kafka://h:9/events", "start: expected beginning, end or offsets with a topic of"),
+    ],
+)
+def test_where_a_group_cannot_start_is_rejected(start: Any, source: str, expected: str) -> None:
+    with pytest.raises(OperatorError, match=expected):
+        make_config(PROBE | {"from": source, "start": start}, "test")
+
+
+def test_ids_of_entries_are_read_as_numbers_too() -> None:
+    starts = [make_config(PROBE | {"start": each}, "test").start_id for each in (7, "7", "7-1")]
+    assert starts == ["7-0", "7-0", "7-1"]
+    assert make_config(PROBE, "test").start_id == "0"
+    assert make_config(PROBE | {"start": "end"}, "test").start_id == "$"

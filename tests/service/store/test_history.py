@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from service.core.errors import StoreRefused
 from service.core.values import Feed, Steps, StreamHead, StreamKey, StreamState
 from service.store.base import COMMITTED, CommitResult, Committed, Conflicted, Store, decode_stream
 from service.store.codec import encode_state, pack_head
@@ -337,6 +338,30 @@ async def test_of_too_many_states_for_versions_the_one_furthest_behind_is_droppe
     for letter in order:
         found = await store.histories.read(key("a"), letter.encode() * 16)
         assert (found.version_state is None) == (letter == "w")
+
+
+async def test_a_full_server_rejects_states_with_histories(
+    store: Store, streams: Streams, server: RealServer
+) -> None:
+    last = await filled(store, streams, key("a"), [5] * 30)
+    before = await read(store, last.new, key("a"), 150)
+    back = streams.begin(position=45)._replace(fingerprint=last.new.fingerprint)
+    history = HistoryCopy(CODEC.keep_until(before.entries, 45))
+    server.configure("maxmemory", 1)
+    try:
+        for name, expected, keeps in (
+            ("a", pack_head(last.new.head), True),
+            ("a", pack_head(last.new.head), False),
+            ("b", b"", False),
+        ):
+            with pytest.raises(StoreRefused, match="OOM"):
+                await store.histories.write(
+                    key(name), expected, encode_state(back), history, keeps_snapshots=keeps
+                )
+    finally:
+        server.configure("maxmemory", 0)
+    assert await read(store, last.new, key("a"), 150) == before
+    assert await store.histories.copy([key("b")]) == [(None, None)]
 
 
 async def test_a_version_state_of_an_earlier_epoch_is_not_written(

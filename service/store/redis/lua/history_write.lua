@@ -15,6 +15,8 @@ local expected, state, last_entry = ARGV[3], ARGV[4], 6 + ARGV[6]
 
 return {compare_and_set(KEYS[1], KEYS[2], expected, state, '', function()
   local head = redis.call('HGET', KEYS[4], 'head')
+  -- the first write, which a full server rejects; it would let a script go on that has deleted
+  redis.call('HSET', KEYS[4], 'head', head or '')
   redis.call('UNLINK', KEYS[3])
   local index = ''
   if ARGV[5] == '1' and head and string.sub(head, 1, 24) == expected then
