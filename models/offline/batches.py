@@ -179,8 +179,6 @@ def _run_round(
             result.outputs[outputs[valid]] = values[valid]
         for source, target in ((slot[call], held), (running.place[call], result.after)):
             which = np.flatnonzero(source >= 0)
-            if target is result.after:
-                which = which[slot[call][which] < 0]
             target[source[which]] = after[which]
         if advance is not None:
             advance(int(own.sum()))

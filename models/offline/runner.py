@@ -181,8 +181,6 @@ class Runner:
             advance=advance,
         )
         ints = np.tile(self._initial.ints, (len(starts), 1))
-        lasting = going_on[first[going_on] == last[going_on]]
-        ints[lasting] = before.ints[lasting]
         encoded.clocks.write_ints(self._layout, ints)
         after = self._runtime_layout.unpack(floats, ints)
         lengths = np.diff(starts, append=steps)
