@@ -16,6 +16,7 @@ import numpy as np
 
 from models.artifact.graphs import GRAPH_NAME
 from tests.bench import workloads
+from tests.bench.backfill import measure_backfill
 from tests.bench.consume import measure_consume
 from tests.bench.cost import counted_server
 from tests.bench.curves import CURVE, CURVES, measure_curve
@@ -456,6 +457,7 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "compute": measure_compute,
     "threads": measure_threads,
     "detection": measure_detection,
+    "backfill": measure_backfill,
     "latency": measure_latency,
     "cold": measure_cold_start,
     "workers": measure_workers,
@@ -476,6 +478,7 @@ ONCE = (
     "single",
     "threads",
     "detection",
+    "backfill",
     "overload",
     "consume",
     "history",

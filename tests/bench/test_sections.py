@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bench import consume, curves, peer, run, sections, workloads
+from tests.bench import backfill, consume, curves, peer, run, sections, workloads
 from tests.bench.__main__ import main
 from tests.bench.results import MISSED, Results, check_targets
 from tests.bench.run import UNANSWERED, Bench, Options
@@ -31,6 +31,7 @@ FIGURES = {
     "compute": {"onnxruntime 8 x 16, us CPU/chunk"},
     "threads": {"onnxruntime 8 units, 1 x 16: CPU of two over one"},
     "detection": {"32 x 16, a season, us/stream more"},
+    "backfill": {f"standard: table over {way}" for way in ("network", "streams", "predict")},
     "latency": {
         f"{CARRY} p99 beside long chunks over without",
         f"{CARRY} p99 at 50 % over unloaded p50, over the echo's",
@@ -87,6 +88,7 @@ BRIEF = {
         "CONNECTION_COUNTS": (1, 40),
         "WORKERS": (1, 2),
     },
+    backfill: {"EVENTS": 2_000, "STREAMS": 20, "LOOP_EVENTS": 200, "PREDICT_EVENTS": 400},
     consume: {"LEAST_EVENTS": 100, "SAMPLED_CHUNKS": 2, "SETTLED_S": 0.1},
     workloads: {
         "COMPUTE_S": 0.01,
@@ -118,7 +120,7 @@ def bench(
         finally:
             helpers.append(helper)
 
-    for module in (run, sections, curves):
+    for module in (run, sections, curves, backfill):
         monkeypatch.setattr(module, "helper_process", shared_helper)
     for module, values in BRIEF.items():
         for name, value in values.items():
