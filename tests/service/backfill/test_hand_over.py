@@ -1,0 +1,204 @@
+"""Backfilled streams are loaded into a store, and consumers and clients continue them: the outputs
+are those of the whole history."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from numpy.typing import NDArray
+
+from models.artifact.artifact import Artifact
+from models.spec.model import schema_of
+from service.backfill.load import load_states
+from service.backfill.run import run_backfill
+from service.core.values import StreamKey
+from tests.service.transports.v1.harness import harness
+from tests.support.backfill import Inline, job_of, random_events, small_artifact
+from tests.support.consumers import consuming
+from tests.support.servers import KINDS, RealServer, becomes, emptied, opened, real_server
+from tests.support.streams import load
+
+STREAMS = 7
+Outputs = dict[str, dict[int, NDArray[np.float32]]]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest) -> Iterator[RealServer]:
+    """Each kind of server."""
+    with real_server(request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RealServer) -> Iterator[Any]:
+    """A client of the server, which is empty."""
+    with emptied(server).client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return small_artifact(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def events(small: Artifact) -> pl.DataFrame:
+    """Events of streams in order, each with its entry in a topic."""
+    number = pl.int_range(420)
+    entry = pl.format("{}-{}", number // 3 + 1, number % 3)
+    return random_events(schema_of(small.spec), 420, streams=STREAMS).with_columns(entry=entry)
+
+
+def backfill(artifact: Artifact, events: pl.DataFrame, folder: Path, **changes: Any) -> Path:
+    """Compute a history; returns the output folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    events.write_parquet(folder / "events.parquet")
+    job = job_of(artifact, [folder / "events.parquet"], folder / "out", **changes)
+    run_backfill(job, Inline(job))
+    return folder / "out"
+
+
+def outputs_in(out: Path) -> Outputs:
+    """The outputs of a backfill, by stream and position."""
+    found: Outputs = {}
+    table = pl.read_parquet(out / "outputs" / "*.parquet")
+    values = table.drop("stream", "time", "position", "file", "row").to_numpy()
+    for name, position, row in zip(table["stream"], table["position"], values, strict=True):
+        found.setdefault(name, {})[position] = row
+    return found
+
+
+def packed(outputs: dict[str, Any]) -> NDArray[np.float32]:
+    """Outputs of one event in JSON as a row."""
+    return np.concatenate([np.ravel(np.asarray(each, np.float32)) for each in outputs.values()])
+
+
+def body_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The event of a row, as it is sent."""
+    at = datetime.fromtimestamp(row["at"] / 1000, UTC).isoformat()
+    return {
+        name: at if name == "at" else value
+        for name, value in row.items()
+        if name not in ("stream", "entry") and value is not None
+    }
+
+
+def publish(client: Any, events: pl.DataFrame) -> None:
+    """Add events to their topic."""
+    pipe = client.pipeline(transaction=False)
+    for row in events.iter_rows(named=True):
+        fields = {"stream": row["stream"], "event": json.dumps(body_of(row))}
+        pipe.xadd("events", fields, id=row["entry"])
+    pipe.execute()
+
+
+def lengths_of(events: pl.DataFrame) -> dict[str, int]:
+    return dict(events.group_by("stream").len().iter_rows())
+
+
+async def test_a_consumer_continues_backfilled_streams(
+    server: RealServer, client: Any, small: Artifact, events: pl.DataFrame, tmp_path: Path
+) -> None:
+    """Whose topic has a part of the history, and whose events go on during the load."""
+    expected = outputs_in(backfill(small, events, tmp_path / "whole"))
+    past = events[:250].filter(pl.col("stream") != "s3")
+    out = backfill(small, past, tmp_path / "past", offset="entry", topic="events")
+    known = lengths_of(past)
+    # what is left of the topic, and a stream of which there is no history
+    is_in_topic = (events["stream"] == "s3") | pl.Series(range(420)).ge(120)
+    publish(client, events[:300].filter(is_in_topic[:300]))
+    async with opened(server.url) as store:
+
+        def go_on(_: Any) -> None:
+            publish(client, events[300 + 40 * len(parts) : 340 + 40 * len(parts)])
+            parts.append(0)
+
+        parts: list[int] = []
+        progress = await load_states(store, out, report=go_on)
+        assert (progress.loaded, progress.kept) == (STREAMS - 1, [])
+    publish(client, events[300 + 40 * len(parts) :])
+    config = {"model": "small", "from": "events"}
+    total = 420 - len(past)
+    async with consuming(server.url, small, **config) as consumer:
+        await becomes(lambda: client.xlen("scores") >= total, "all outputs")
+        await becomes(lambda: client.xpending("events", "carry")["pending"] == 0, "nothing pending")
+    assert client.xlen("scores") == total
+    assert client.xlen("events:dead") == 0
+    skipped = events[120:250].filter(pl.col("stream") != "s3")
+    assert consumer.counts["skipped"] == len(skipped)
+    found: dict[str, list[int]] = {}
+    for _, fields in client.xrange("scores"):
+        name, position = fields[b"stream"].decode(), int(fields[b"position"])
+        found.setdefault(name, []).append(position)
+        row = packed(json.loads(fields[b"outputs"]))
+        np.testing.assert_allclose(row, expected[name][position], rtol=1e-4, atol=1e-5)
+    for name, count in lengths_of(events).items():
+        assert found[name] == [*range(known.get(name, 0), count)]
+
+
+async def test_clients_continue_at_the_position_and_late_duplicates_are_rejected(
+    server: RealServer, client: Any, small: Artifact, events: pl.DataFrame, tmp_path: Path
+) -> None:
+    expected = outputs_in(backfill(small, events, tmp_path / "whole"))
+    out = backfill(small, events[:250], tmp_path / "past")
+    known = lengths_of(events[:250])
+    async with harness(server, {"small": small}) as api, opened(server.url) as store:
+        await load_states(store, out, report=lambda _: None)
+        for name, start in known.items():
+            rows = list(events.filter(pl.col("stream") == name).iter_rows(named=True))
+            bodies = list(map(body_of, rows))
+            # of a client that does not know of the load
+            early = await api.chunk(
+                {"position": 0, "events": bodies[:2]}, stream=name, model="small"
+            )
+            assert (early.status_code, early.json()["code"]) == (409, "position_behind")
+            assert early.json()["expected"] == start
+            chunk = {"position": start, "events": bodies[start : start + 10]}
+            for _ in range(2):
+                reply = await api.chunk(chunk, stream=name, model="small")
+                assert reply.status_code == 200, reply.text
+                outputs = reply.json()["outputs"]
+                for at in range(len(chunk["events"])):
+                    row = packed({each: values[at] for each, values in outputs.items()})
+                    wanted = expected[name][start + at]
+                    np.testing.assert_allclose(row, wanted, rtol=1e-4, atol=1e-5)
+
+
+async def test_a_mark_is_the_furthest_place_of_a_stream_in_its_topic(
+    server: RealServer, client: Any, small: Artifact, events: pl.DataFrame, tmp_path: Path
+) -> None:
+    """The events of the history are ordered by time, and late ones are behind in the topic."""
+    late = events.with_columns(entry=events["entry"].reverse())
+    out = backfill(small, late, tmp_path / "past", offset="entry", topic="events")
+    first = dict(
+        late.group_by("stream", maintain_order=True).first()["stream", "entry"].iter_rows()
+    )
+    pieces = backfill(small, late, tmp_path / "cut", offset="entry", topic="events", piece_rows=11)
+    for folder in (out, pieces):
+        client.flushall()
+        async with opened(server.url) as store:
+            await load_states(store, folder, report=lambda _: None)
+            found = await load(store, [StreamKey("small", name) for name in first])
+        places = [f"{each.source.offset}-{each.source.sequence}" for each in found]
+        assert places == list(first.values())
+        assert {each.source.source for each in found} == {"events"}
+
+
+async def test_states_with_another_mark_are_not_taken_for_loaded(
+    server: RealServer, client: Any, small: Artifact, events: pl.DataFrame, tmp_path: Path
+) -> None:
+    plain = backfill(small, events, tmp_path / "plain")
+    marked = backfill(small, events, tmp_path / "marked", offset="entry", topic="events")
+    async with opened(server.url) as store:
+        await load_states(store, plain, report=lambda _: None)
+        progress = await load_states(store, marked, report=lambda _: None)
+        assert (progress.loaded_before, len(progress.kept)) == (0, STREAMS)
+        progress = await load_states(store, marked, overwrite=True, report=lambda _: None)
+        assert progress.loaded == STREAMS
