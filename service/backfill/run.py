@@ -35,12 +35,13 @@ from service.backfill.plan import (
     Job,
     OnError,
     Plan,
+    Source,
     plan_buckets,
     read_plan,
     replacing,
 )
 from service.backfill.report import Sample, make_report, plot_throughput
-from service.backfill.shuffle import ShuffleRecord, ShuffleTask, plan_tasks, write_units
+from service.backfill.shuffle import ShuffleRecord, ShuffleTask, plan_tasks, source_of, write_units
 from service.backfill.source import find_sources
 
 REPORT, PLOT, LOCK = "report.json", "throughput.png", ".lock"
@@ -134,11 +135,9 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
                     shutil.rmtree(entry)
                 elif entry.name != LOCK:
                     entry.unlink()
-        if (out / PLAN).exists():
-            _check_plan(out, plan)
-        else:
-            with replacing(out / PLAN) as path:
-                path.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
+        _check_plan(out, resume_plan(out, plan), plan)
+        with replacing(out / PLAN) as path:
+            path.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
         for name in FOLDERS:
             folder = out / name
             folder.mkdir(exist_ok=True)
@@ -147,16 +146,48 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
         yield
 
 
-def _check_plan(out: Path, plan: Plan) -> None:
+def resume_plan(out: Path, plan: Plan) -> Plan:
+    """The plan by which a run in a folder goes on: the given one in a new folder.
+
+    Tables are read at the versions of the first run. A file may have been repaired as long as none
+    of its rows was shuffled.
+
+    Raises:
+        BackfillError: the folder is of another backfill, or a file was changed.
+    """
+    if not (out / PLAN).exists():
+        return plan
     stored = read_plan(out)
+    if [each.path for each in stored.sources] == [each.path for each in plan.sources]:
+        pairs = enumerate(zip(stored.sources, plan.sources, strict=True))
+        sources = tuple(_resume_source(out, at, before, now) for at, (before, now) in pairs)
+        plan = msgspec.structs.replace(plan, sources=sources, buckets=stored.buckets)
+        stored = msgspec.structs.replace(stored, sources=sources)
+    _check_plan(out, stored, plan)
+    return plan
+
+
+def _check_plan(out: Path, expected: Plan, plan: Plan) -> None:
     for name in Plan.__struct_fields__:
-        before, now = getattr(stored, name), getattr(plan, name)
+        before, now = getattr(expected, name), getattr(plan, name)
         if before != now:
             raise BackfillError(
                 f"{out} is of another backfill: {name} was {_shorten(before)}, and is "
                 f"{_shorten(now)}; expected the same options to go on, another folder, or "
                 "--overwrite"
             )
+
+
+def _resume_source(out: Path, index: int, before: Source, now: Source) -> Source:
+    if before == now or before.table:
+        return before
+    units = (out / "shuffle").glob("unit-*.parquet")
+    if any((out / "done").glob("*.json")) or any(source_of(unit) == index for unit in units):
+        raise BackfillError(
+            f"{now.path}: was changed since its rows were read; restore it, or start again with "
+            "--overwrite or in another folder"
+        )
+    return now
 
 
 def _shorten(value: object) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
@@ -80,6 +81,11 @@ def plan_tasks(plan: Plan) -> list[ShuffleTask]:
             rows = min(size, source.rows - start)
             tasks.append(ShuffleTask(index, first + start // plan.unit_rows, rows))
     return tasks
+
+
+def source_of(unit: Path) -> int:
+    """The index of the source whose rows are in a unit."""
+    return int(unit.stem.removeprefix("unit-")) // UNITS_PER_SOURCE
 
 
 def write_units(job: Job, task: ShuffleTask) -> ShuffleRecord:

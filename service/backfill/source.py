@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import os
 import re
 import stat
 from collections import Counter
@@ -123,7 +124,7 @@ def _kind(path: str) -> str:
 
 
 def _local(path: Path) -> Source:
-    kind, name = _kind(str(path)), str(path)
+    kind, name = _kind(str(path)), str(path.absolute())
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -170,6 +171,7 @@ def _remote(url: str) -> Iterator[Source]:
 
 
 def _table(kind: str, path: str) -> Source:
+    path = path if _is_url(path) else str(Path(path).absolute())
     with _reading(path):
         if kind == "delta":
             from deltalake import DeltaTable
@@ -178,8 +180,7 @@ def _table(kind: str, path: str) -> Source:
         else:
             from pyiceberg.table import StaticTable
 
-            path = _iceberg_metadata(path)
-            snapshot = StaticTable.from_metadata(path).current_snapshot()
+            snapshot = StaticTable.from_metadata(_iceberg_metadata(path)).current_snapshot()
             if snapshot is None:
                 raise BackfillError(f"{path}: expected a table with rows, got one without")
             version = str(snapshot.snapshot_id)
@@ -204,7 +205,9 @@ def _scan_table(kind: str, path: str, version: str) -> pl.LazyFrame:
     with _reading(path):
         if kind == "delta":
             return pl.scan_delta(path, version=int(version))
-        return pl.scan_iceberg(path, snapshot_id=int(version))
+        # polars warns of the planner of another package, which would be faster
+        os.environ.setdefault("POLARS_ICEBERG_PLANNER", "pyiceberg")
+        return pl.scan_iceberg(_iceberg_metadata(path), snapshot_id=int(version))
 
 
 def _count(name: str, frame: pl.LazyFrame) -> int:
@@ -268,14 +271,15 @@ def read_batches(
     Raises:
         DataError: the source cannot be read, or lacks a required column.
     """
+    in_path = _partition_values(source.path)
     match source.kind:
         case "csv":
             batches = _csv_batches(source, names, required, batch_rows, first)
         case "jsonl":
-            batches = _json_batches(source, names, required, batch_rows, first)
+            members = [name for name in names if name not in in_path]
+            batches = _json_batches(source, members, required, batch_rows, first)
         case _:
             batches = _table_batches(source, names, required, batch_rows, first, rows)
-    in_path = _partition_values(source.path)
     for batch in batches:
         added = [name for name in names if name in in_path and name not in batch.frame.columns]
         cells = [pl.lit(in_path[name], pl.String).alias(name) for name in added]

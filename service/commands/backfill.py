@@ -82,7 +82,13 @@ def backfill(
     from models.artifact.artifact import load_artifact
     from models.training.progress import Progress
     from service.backfill.report import report_lines
-    from service.backfill.run import BackfillOptions, open_job, plan_backfill, run_backfill
+    from service.backfill.run import (
+        BackfillOptions,
+        open_job,
+        plan_backfill,
+        resume_plan,
+        run_backfill,
+    )
     from service.settings import Settings
 
     if len(history) < 2:
@@ -100,7 +106,8 @@ def backfill(
         topic_partition=source_partition,
     )
     loaded = load_artifact(artifact)
-    job = open_job(loaded, plan_backfill(loaded, sources, options), Path(folder).absolute())
+    out, plan = Path(folder).absolute(), plan_backfill(loaded, sources, options)
+    job = open_job(loaded, plan if overwrite else resume_plan(out, plan), out)
     progress = Progress(Console(quiet=quiet, stderr=True))
     with interruptible(), closing(open_engine(engine, job, address, workers, memory_mib)) as opened:
         report = run_backfill(job, opened, overwrite=overwrite, progress=progress)

@@ -8,12 +8,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 import pytest
 
 from models.errors import DataError
 from models.spec.model import parse_spec
-from service.backfill.plan import FOLDERS, BackfillError, Job, Plan
+from service.backfill.plan import FOLDERS, PLAN, BackfillError, Job, Plan
+from service.backfill.run import resume_plan
 from service.backfill.shuffle import plan_tasks, read_bucket, write_units
 from service.backfill.source import find_sources
 
@@ -397,3 +399,29 @@ def test_sources_are_found_and_sorted(tmp_path: Path) -> None:
     (tmp_path / "d" / "empty.csv").write_bytes(b"")
     with pytest.raises(BackfillError, match=r"empty\.csv: .*got an empty file"):
         names(".")
+
+
+def test_a_file_may_be_repaired_before_its_rows_are_read(tmp_path: Path) -> None:
+    history = tmp_path / "history"
+    good = write(history / "a", table(10), "csv")
+    broken = write(history / "b", table(10), "csv")
+    content = broken.read_bytes()
+    broken.write_bytes(content + b"\xff")
+    job = make_job(tmp_path / "out", history)
+    (job.out / PLAN).write_bytes(msgspec.json.encode(job.plan))
+    with pytest.raises(DataError, match=r"b/events\.csv, line 12: UTF-8"):
+        shuffle(job)
+
+    broken.write_bytes(content)
+    now = msgspec.structs.replace(job.plan, sources=find_sources([str(history)]), buckets=9)
+    resumed = resume_plan(job.out, now)
+
+    assert resumed == msgspec.structs.replace(now, buckets=job.plan.buckets)
+    good.write_bytes(good.read_bytes() + b"\n")
+    now = msgspec.structs.replace(job.plan, sources=find_sources([str(history)]))
+    with pytest.raises(BackfillError, match=r"a/events\.csv: was changed since its rows were"):
+        resume_plan(job.out, now)
+    now = msgspec.structs.replace(job.plan, stream="kind")
+    with pytest.raises(BackfillError, match="stream was pump, and is kind"):
+        resume_plan(job.out, now)
+    assert resume_plan(tmp_path / "new", now) == now
