@@ -47,11 +47,13 @@ class Outcome(NamedTuple):
 
     Attributes:
         error: one line, or the traceback of an unexpected error; empty if there is none.
+        is_expected: whether it is one line, which needs no name of the task.
         peak_bytes: the most memory that the process has had.
     """
 
     result: Any
     error: str
+    is_expected: bool
     process: str
     peak_bytes: int
 
@@ -66,12 +68,13 @@ class Engine(Protocol):
     peaks: dict[str, int]
 
     def map(
-        self, function: Function[Task, Result], tasks: Sequence[Task]
+        self, function: Function[Task, Result], tasks: Sequence[Task], what: str
     ) -> Iterator[tuple[Task, Result]]:
         """Run a function over tasks, started in their order; yields each as it is done.
 
         Args:
             function: of a module, with a result that can be pickled; a repetition does no harm.
+            what: what a task is, for errors.
 
         Raises:
             OperatorError: a task failed; it is named.
@@ -87,15 +90,15 @@ class TaskError(OperatorError):
 
 def run_task(function: Function[Any, Any], job: Job, task: Any) -> Outcome:
     """Run one task in this process."""
-    result, error = None, ""
+    result, error, is_expected = None, "", False
     try:
         result = function(job, task)
     except (CarryError, ModelsError, OperatorError, OSError) as expected:
-        error = str(expected)
+        error, is_expected = str(expected), True
     except Exception:
         error = traceback.format_exc()
     ((process, peak_bytes),) = own_peak().items()
-    return Outcome(result, error, process, peak_bytes)
+    return Outcome(result, error, is_expected, process, peak_bytes)
 
 
 def own_peak() -> dict[str, int]:
@@ -116,7 +119,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def take_result(task: object, outcome: Outcome, peaks: dict[str, int]) -> Any:
+def take_result(task: str, outcome: Outcome, peaks: dict[str, int]) -> Any:
     """The result of an outcome.
 
     Raises:
@@ -124,7 +127,7 @@ def take_result(task: object, outcome: Outcome, peaks: dict[str, int]) -> Any:
     """
     peaks[outcome.process] = max(outcome.peak_bytes, peaks.get(outcome.process, 0))
     if outcome.error:
-        raise TaskError(f"{task}: {outcome.error}")
+        raise TaskError(outcome.error if outcome.is_expected else f"{task}: {outcome.error}")
     return outcome.result
 
 
@@ -148,7 +151,7 @@ class Processes:
         self.peaks: dict[str, int] = {}
 
     def map(
-        self, function: Function[Task, Result], tasks: Sequence[Task]
+        self, function: Function[Task, Result], tasks: Sequence[Task], what: str
     ) -> Iterator[tuple[Task, Result]]:
         """Run a function over tasks, as `Engine` says."""
         waiting = list(reversed(tasks))
@@ -172,12 +175,12 @@ class Processes:
                         losses[id(task)] += 1
                         if losses[id(task)] == ATTEMPTS:
                             raise TaskError(
-                                f"{task}: its process ended {ATTEMPTS} times, the last time with "
-                                f"{_ending(worker.process)}"
+                                f"{what} {task}: its process ended {ATTEMPTS} times, the last time "
+                                f"with {_ending(worker.process)}"
                             ) from None
                         waiting.append(task)
                     else:
-                        yield task, take_result(task, outcome, self.peaks)
+                        yield task, take_result(f"{what} {task}", outcome, self.peaks)
         finally:
             for worker in busy:
                 self._remove(worker)
@@ -279,7 +282,7 @@ class RayCluster:
         self.peaks: dict[str, int] = {}
 
     def map(
-        self, function: Function[Task, Result], tasks: Sequence[Task]
+        self, function: Function[Task, Result], tasks: Sequence[Task], what: str
     ) -> Iterator[tuple[Task, Result]]:
         """Run a function over tasks, as `Engine` says."""
         waiting = list(reversed(tasks))
@@ -294,8 +297,8 @@ class RayCluster:
                 try:
                     outcome = self._ray.get(ready)
                 except self._ray.exceptions.RayError as error:
-                    raise TaskError(f"{task}: {error}") from error
-                yield task, take_result(task, outcome, self.peaks)
+                    raise TaskError(f"{what} {task}: {error}") from error
+                yield task, take_result(f"{what} {task}", outcome, self.peaks)
         finally:
             for running in flying:
                 self._ray.cancel(running, force=True)

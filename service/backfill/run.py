@@ -246,7 +246,7 @@ class _Run:
         tasks = sorted(plan_tasks(self._job.plan), key=lambda task: -task.rows)
         function: Function[ShuffleTask, ShuffleRecord] = write_units
         with self._stage("shuffle", sum(task.rows for task in tasks)) as note:
-            for task, _ in self._engine.map(function, tasks):
+            for task, _ in self._engine.map(function, tasks, "source"):
                 note(task.rows)
 
     def _compute(self, buckets: list[int]) -> None:
@@ -254,7 +254,7 @@ class _Run:
         function: Function[int, BucketRecord] = compute_bucket
         events = sum(each.events for each in self.records.values())
         with self._stage("compute", max(1, plan.rows - events)) as note:
-            for bucket, record in self._engine.map(function, buckets):
+            for bucket, record in self._engine.map(function, buckets, "bucket"):
                 self.records[bucket] = record
                 note(record.events)
 

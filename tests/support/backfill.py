@@ -38,14 +38,14 @@ class Inline:
         self.peaks: dict[str, int] = {}
 
     def map(
-        self, function: Function[Task, Result], tasks: Sequence[Task]
+        self, function: Function[Task, Result], tasks: Sequence[Task], what: str
     ) -> Iterator[tuple[Task, Result]]:
         for task in reversed(tasks) if self._last_first else tasks:
             if len(self.done) == self.stop_after:
                 raise KeyboardInterrupt
             outcome = run_task(function, self._job, task)
             self.done.append(task)
-            yield task, take_result(task, outcome, self.peaks)
+            yield task, take_result(what, outcome, self.peaks)
 
     def close(self) -> None:
         pass

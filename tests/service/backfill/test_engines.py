@@ -46,13 +46,13 @@ def engine(request: pytest.FixtureRequest, job: Job) -> Iterator[Engine]:
 
 
 def test_lost_processes_cost_their_tasks_only(engine: Engine) -> None:
-    assert dict(engine.map(double, range(5))) == {task: 2 * task for task in range(5)}
-    assert dict(engine.map(kill_once, range(5))) == {task: 2 * task for task in range(5)}
+    assert dict(engine.map(double, range(5), "task")) == {task: 2 * task for task in range(5)}
+    assert dict(engine.map(kill_once, range(5), "task")) == {task: 2 * task for task in range(5)}
     assert all(peak > 0 for peak in engine.peaks.values())
 
 
 def test_a_task_that_fails_or_kills_every_process_is_named(engine: Engine) -> None:
-    with pytest.raises(TaskError, match=r"(?s)^7: Traceback.*LocalError: no 7"):
-        dict(engine.map(fail, [7]))
-    with pytest.raises(TaskError, match=r"^3: "):
-        dict(engine.map(kill_always, range(4)))
+    with pytest.raises(TaskError, match=r"(?s)^task 7: Traceback.*LocalError: no 7"):
+        dict(engine.map(fail, [7], "task"))
+    with pytest.raises(TaskError, match=r"^task 3: "):
+        dict(engine.map(kill_always, range(4), "task"))

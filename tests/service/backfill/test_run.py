@@ -1,0 +1,309 @@
+"""A backfill equals the runner over each stream, in whatever steps, order and processes it ran."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
+from models.errors import SpecError
+from models.events.frame import columns_from_frame
+from models.offline.runner import OrderedEvents, open_runner
+from models.spec.layout import output_spec, state_spec
+from models.spec.model import parse_spec, schema_of
+from service.backfill import run as backfills
+from service.backfill.bucket import BucketRecord, read_record
+from service.backfill.engines import Processes, TaskError
+from service.backfill.plan import BackfillError, Job
+from service.backfill.run import BackfillOptions, plan_backfill, run_backfill
+from service.core.values import StreamState
+from service.store.backup import BackupReader
+from tests.support.backfill import (
+    Inline,
+    files_of,
+    job_of,
+    random_events,
+    small_artifact,
+    time_column,
+)
+from tests.support.command import carry
+from tests.support.forks import COMMAND
+from tests.support.models import random_weights, small_spec
+
+EVENTS = 400
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return small_artifact(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def frame(artifact: Artifact) -> pl.DataFrame:
+    return random_events(schema_of(artifact.spec), EVENTS, streams=9)
+
+
+@pytest.fixture(scope="module")
+def history(frame: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The events in two files, neither of them in order."""
+    folder = tmp_path_factory.mktemp("history")
+    shuffled = frame.sample(fraction=1.0, shuffle=True, seed=3)
+    shuffled.head(150).write_parquet(folder / "a.parquet")
+    shuffled.tail(-150).write_csv(folder / "b.csv")
+    return [folder / "a.parquet", folder / "b.csv"]
+
+
+def run(job: Job, **options: Any) -> dict[str, Any]:
+    return run_backfill(job, Inline(job), **options)
+
+
+def states_of(job: Job) -> dict[str, StreamState]:
+    states = {}
+    for bucket in range(job.plan.buckets):
+        with job.states(bucket).open("rb") as file:
+            for block in BackupReader(file):
+                states |= {key.stream: backed_up.state for key, backed_up in block}
+    return states
+
+
+def outputs_of(job: Job) -> pl.DataFrame:
+    return pl.read_parquet(job.out / "outputs" / "*.parquet").sort("stream", "position")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1000), (4, 1000), (2, 7)], ids=str)
+def test_outputs_and_states_equal_those_of_the_runner(
+    artifact: Artifact,
+    frame: pl.DataFrame,
+    history: list[Path],
+    tmp_path: Path,
+    sizes: tuple[int, int],
+) -> None:
+    buckets, rows = sizes
+    job = job_of(artifact, history, tmp_path / "out", buckets=buckets, piece_rows=rows)
+    report = run(job)
+    assert (report["events"], report["streams"], report["rejected_events"]) == (EVENTS, 9, 0)
+    outputs, states = outputs_of(job), states_of(job)
+    assert sorted(states) == sorted(frame["stream"].unique())
+    columns = [name for each in output_spec(artifact.spec).outputs for name in each.column_names()]
+    initial = state_spec(artifact.spec).initial()
+    for name, state in states.items():
+        events = frame.filter(pl.col("stream") == name)
+        own = columns_from_frame(schema_of(artifact.spec), events)
+        (expected,), (after,) = open_runner(artifact).run([OrderedEvents(name, own, initial)])
+        rows_of = outputs.filter(pl.col("stream") == name)
+        np.testing.assert_allclose(rows_of.select(columns), expected, rtol=1e-5, atol=1e-5)
+        assert rows_of["position"].to_list() == list(range(events.height))
+        times = events[time_column(artifact)].to_list()
+        assert rows_of["time"].dt.timestamp("ms").to_list() == times
+        np.testing.assert_allclose(state.state.floats, after.floats, rtol=1e-5, atol=1e-5)
+        assert state.state.ints.tolist() == after.ints.tolist()
+        assert state.head.position == events.height
+        assert (state.updated_ms, state.last, state.since) == (times[-1], None, None)
+        assert state.fingerprint == artifact.fingerprint
+    assert outputs.select("file", "row").n_unique() == EVENTS
+
+
+def test_epoch_and_tag_are_of_the_events(
+    artifact: Artifact, frame: pl.DataFrame, history: list[Path], tmp_path: Path
+) -> None:
+    def heads(name: str, files: list[Path], **changes: int) -> dict[str, bytes]:
+        job = job_of(artifact, files, tmp_path / name, **changes)
+        run(job)
+        return {
+            stream: state.head.epoch + state.head.tag for stream, state in states_of(job).items()
+        }
+
+    whole = heads("whole", history)
+    frame.write_parquet(tmp_path / "sorted.parquet")
+    assert heads("cut", [tmp_path / "sorted.parquet"], piece_rows=5, buckets=3) == whole
+    assert len(set(whole.values())) == 9
+    last = pl.int_range(pl.len()) == EVENTS - 1
+    late = frame.with_columns(pl.col(time_column(artifact)) + pl.when(last).then(1).otherwise(0))
+    late.write_parquet(tmp_path / "late.parquet")
+    other = heads("late", [tmp_path / "late.parquet"])
+    assert [name for name in whole if whole[name] != other[name]] == [frame["stream"][-1]]
+
+
+def test_bytes_do_not_depend_on_engine_and_order(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    jobs = [job_of(artifact, history, tmp_path / name, buckets=4) for name in "abc"]
+    run(jobs[0])
+    run_backfill(jobs[1], Inline(jobs[1], last_first=True))
+    with closing(Processes(jobs[2], 2)) as processes:
+        report = run_backfill(jobs[2], processes)
+    files = files_of(jobs[0].out)
+    assert len(files) == 8
+    assert files_of(jobs[1].out) == files
+    assert files_of(jobs[2].out) == files
+    assert report["peak_memory_bytes"] > 2**20
+
+
+def test_an_interrupted_run_computes_what_is_missing(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    whole = job_of(artifact, history, tmp_path / "whole", buckets=4)
+    run(whole)
+    job = job_of(artifact, history, tmp_path / "cut", buckets=4)
+    computed: Counter[Any] = Counter()
+    while True:
+        engine = Inline(job, stop_after=3)
+        try:
+            run_backfill(job, engine)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            computed.update(each for each in engine.done if isinstance(each, int))
+    assert computed == dict.fromkeys(range(4), 1)
+    assert files_of(job.out) == files_of(whole.out)
+    assert not (job.out / "shuffle").exists()
+    again = Inline(job)
+    run_backfill(job, again)
+    assert again.done == []
+    # a file that was removed or cut is computed again, from the sources
+    job.outputs(1).write_bytes(job.outputs(1).read_bytes()[:-1])
+    job.states(2).unlink()
+    run_backfill(job, again)
+    assert [each for each in again.done if isinstance(each, int)] == [1, 2]
+    assert files_of(job.out) == files_of(whole.out)
+
+
+def test_temporary_files_of_a_killed_run_are_removed(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    job = job_of(artifact, history, tmp_path / "out")
+    run(job)
+    left = job.out / "outputs" / f".{job.outputs(0).name}.0123456789ab.tmp"
+    left.touch()
+    run(job)
+    assert not left.exists()
+
+
+def test_the_record_has_the_checksums_of_the_files(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    import hashlib
+
+    job = job_of(artifact, history, tmp_path / "out")
+    run(job)
+    record = read_record(job, 0)
+    assert isinstance(record, BucketRecord)
+    for file, checksum in (
+        (job.outputs(0), record.outputs_blake2b),
+        (job.states(0), record.states_blake2b),
+    ):
+        assert hashlib.blake2b(file.read_bytes(), digest_size=32).hexdigest() == checksum
+
+
+def test_another_plan_is_rejected_unless_it_is_to_start_anew(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    job = job_of(artifact, history, tmp_path / "out")
+    run(job)
+    other = job_of(artifact, history[:1], tmp_path / "out")
+    with pytest.raises(BackfillError, match="of another backfill: sources was"):
+        run(other)
+    assert run(other, overwrite=True)["events"] == 150
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    for overwrite in (False, True):
+        with pytest.raises(BackfillError, match="expected a new folder"):
+            run(job_of(artifact, history, tmp_path / "mine"), overwrite=overwrite)
+
+
+def test_one_run_at_a_time_works_in_a_folder(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    job = job_of(artifact, history, tmp_path / "out")
+    with (
+        backfills.open_folder(job.out, job.plan, overwrite=False),
+        pytest.raises(BackfillError, match="another run"),
+    ):
+        run(job, overwrite=True)
+
+
+def test_models_that_depend_on_cuts_are_rejected(artifact: Artifact, tmp_path: Path) -> None:
+    both_ways = parse_spec(
+        {
+            "name": "both",
+            "events": small_spec().events,
+            "layers": [{"kind": "bidirectional", "units": 2}],
+            "heads": [{"kind": "sequence", "name": "y"}],
+        }
+    )
+    write_artifact(tmp_path / "both", both_ways, random_weights(both_ways))
+    with pytest.raises(SpecError, match="do not depend on how a stream is cut"):
+        plan_backfill(load_artifact(tmp_path / "both"), [], BackfillOptions(stream="stream"))
+    with pytest.raises(SpecError, match="--stream"):
+        plan_backfill(artifact, [], BackfillOptions())
+
+
+def test_outputs_that_are_not_finite_are_rejected_with_their_place(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    weights = {name: np.full_like(each, 3e38) for name, each in artifact.weights.items()}
+    write_artifact(tmp_path / "wild", artifact.spec, weights)
+    frame.write_parquet(tmp_path / "a.parquet")
+    job = job_of(load_artifact(tmp_path / "wild"), [tmp_path / "a.parquet"], tmp_path / "out")
+    with pytest.raises(TaskError, match=r"a\.parquet, row \d+, stream 's\d': finite"):
+        run(job)
+
+
+def test_the_command_reports_what_it_did(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    field = next(each.name for each in schema_of(artifact.spec).fields if each.kind == "numeric")
+    row = pl.int_range(pl.len()) == 7
+    values = pl.col(field).cast(pl.String)
+    frame.with_columns(pl.when(row).then(pl.lit("much")).otherwise(values).alias(field)).write_csv(
+        tmp_path / "a.csv"
+    )
+    files = [artifact.path, tmp_path / "a.csv", tmp_path / "out"]
+    result = carry("backfill", *files, "--stream", "stream", "--workers", "1")
+    assert result.exit_code == 0, result.stderr
+    printed = result.stdout.decode()
+    assert f"{EVENTS - 1} events of 9 streams" in printed
+    assert f"rejected 1: {field}: " in printed
+    assert "a.csv, row 8" in printed
+    assert (tmp_path / "out" / "throughput.png").read_bytes().startswith(b"\x89PNG")
+    again = carry("backfill", *files, "--stream", "stream")
+    assert again.exit_code == 0, again.stderr
+    files[1].write_text("stream\n")
+    changed = carry("backfill", *files, "--stream", "stream")
+    assert changed.exit_code == 1
+    assert "is of another backfill: sources" in changed.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_cleanly(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path, number: signal.Signals
+) -> None:
+    frame.write_csv(tmp_path / "b.csv")
+    pipe = tmp_path / "a.csv"
+    words = [artifact.path, tmp_path / "b.csv", tmp_path / "out", "--stream", "stream"]
+    with subprocess.Popen(
+        [COMMAND, "backfill", *map(str, words), "--workers", "1"],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        while not (tmp_path / "out" / "shuffle").exists() and process.poll() is None:
+            os.sched_yield()
+        os.killpg(process.pid, number)
+        _, printed = process.communicate()
+    if process.returncode:  # else it was done before
+        assert process.returncode == 128 + number
+        assert printed == b"interrupted: the same command goes on\n"
+    assert not pipe.exists()
+    result = carry("backfill", *words)
+    assert result.exit_code == 0, result.stderr
