@@ -18,7 +18,9 @@ A file is written under a temporary name, synced and renamed, so that none is ev
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,11 +175,17 @@ def plan_buckets(rows: int, partitions: int) -> int:
 
 FOLDERS = ("shuffle", "rejected", "outputs", "states", "done")
 TEMPORARY = ".tmp"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_NOT_WRITTEN = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes the file, whole or not at all."""
+    """Yield a temporary path; what is written there becomes the file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; names the file.
+    """
     temporary = file.parent / f".{file.name}.{secrets.token_hex(6)}{TEMPORARY}"
     try:
         yield temporary
@@ -185,5 +193,15 @@ def replacing(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.replace(file)
         sync_directory(file.parent)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        code = error.errno if isinstance(error, OSError) else None
+        # polars has the number in the message of an error of its own
+        if code is None and (found := _OS_ERROR.search(str(error))):
+            code = int(found[1])
+        if code not in _NOT_WRITTEN:
+            raise
+        raise OSError(code, os.strerror(code), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
