@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-harness coverage model faults topic-faults version-faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
+.PHONY: help run test test-harness coverage model faults topic-faults version-faults backfill-faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,10 @@ topic-faults: ## inject faults into consumers and stores, check every output (AR
 version-faults: ## change versions of a model while workers and stores are killed (ARGS="--store redis")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.faults.versions $(ARGS)
+
+backfill-faults: ## interrupt backfills at random moments, compare their bytes (ARGS="--kills 50")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.backfill kills $(ARGS)
 
 check: ## run the linter, the formatter, the type checker, import contracts and the link checker
 	@scripts/setup dev

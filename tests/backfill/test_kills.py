@@ -1,0 +1,106 @@
+"""A run that is interrupted, or made in another way, has the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backfill.command import BUGS
+from tests.backfill.histories import History, write_model
+from tests.backfill.kills import (
+    ALL,
+    RAY_WORKER,
+    WORKER,
+    Disturbed,
+    check_run,
+    kill_all,
+    run_disturbed,
+)
+from tests.backfill.runs import Run
+from tests.support.servers import until
+
+HISTORY = History(events=20_000, streams=400, files=3, bad=0.01, duplicates=0.01)
+SIZES = {"unit_rows": 1_000, "piece_rows": 1_500, "buckets": 4}
+STEPS = 3 * 7 + 4
+LIMITED = ("sh", "-c", 'ulimit -f "$1"; shift; exec "$@"', "sh")
+"""Runs a command with a limit on the size of its files, in blocks of 512 bytes."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An undisturbed run, and the digests of its files."""
+
+    run: Run
+    digests: dict[str, str]
+
+    def other(self, out: Path, *options: str, **changes: Any) -> Run:
+        """A run of the same history into another folder."""
+        return replace(self.run, out=out, options=options, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("backfill")
+    write_model(folder / "machines", units=8)
+    HISTORY.write(folder / "history")
+    places = folder / "machines", folder / "history", folder / "whole"
+    run = Run(*places, ("--workers", "1"), SIZES)
+    assert run.finish() == 0, run.printed()
+    assert run.count_buckets() == SIZES["buckets"]
+    assert len(run.digests()) >= 2 * SIZES["buckets"]
+    return Whole(run, run.digests())
+
+
+def disturb(run: Run, whole: Whole, kinds: Sequence[str], seed: int = 1) -> list[str]:
+    """What is wrong with a run after interruptions."""
+    seen = run_disturbed(run, kinds, STEPS, seed)
+    assert not seen.failures
+    return check_run(run, whole.digests, seen)
+
+
+def test_killed_run_goes_on_with_the_same_bytes(whole: Whole, tmp_path: Path) -> None:
+    run = whole.other(tmp_path / "killed", "--workers", "2")
+    assert disturb(run, whole, [ALL, WORKER, ALL]) == []
+
+
+@pytest.mark.parametrize("options", [("--workers", "3"), ("--engine", "ray", "--workers", "2")])
+def test_bytes_do_not_depend_on_engine_or_workers(
+    whole: Whole, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    if "ray" in options:
+        pytest.importorskip("ray")
+    kinds = [RAY_WORKER] if "ray" in options else []
+    assert disturb(whole.other(tmp_path / "other", *options), whole, kinds) == []
+
+
+def test_run_whose_disk_is_full_names_the_file_and_goes_on(whole: Whole, tmp_path: Path) -> None:
+    run, finished = whole.other(tmp_path / "full", "--workers", "1"), {}
+    for size_bytes, file in ((10_000, "shuffle/unit-"), (60_000, "outputs/bucket-")):
+        limited = replace(run, prefix=(*LIMITED, str(size_bytes // 512)))
+        assert limited.finish() == 1
+        assert "Traceback" not in run.printed()
+        assert f"File too large: '{run.out}/{file}" in run.printed()
+        assert run.computed_again(finished) == []
+        finished = run.finished()
+    assert len(finished) == STEPS - SIZES["buckets"]
+    assert run.finish() == 0, run.printed()
+    assert run.computed_again(finished) == []
+    assert run.digests() == whole.digests
+    assert run.leftovers() == []
+
+
+@pytest.mark.harness
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_detected(whole: Whole, tmp_path: Path, bug: str) -> None:
+    run = whole.other(tmp_path / "planted", bug=bug)
+    process = run.start()
+    until(lambda: process.poll() is not None or run.count_buckets(), "a bucket", 240)
+    kill_all(process)
+    finished = run.finished()
+    assert run.finish() == 0, run.printed()
+    seen = Disturbed(again=run.computed_again(finished))
+    assert check_run(run, whole.digests, seen) != []
