@@ -23,7 +23,7 @@ load_own_packages("models", "service")
 
 from models.commands import COMMANDS, add_model_commands  # noqa: E402
 from models.errors import ModelsError  # noqa: E402
-from service.commands.backfill import backfill  # noqa: E402
+from service.commands.backfill import backfill, score  # noqa: E402
 from service.commands.backup import backup, restore  # noqa: E402
 from service.commands.capacity import capacity  # noqa: E402
 from service.commands.consume import consume  # noqa: E402
@@ -40,6 +40,7 @@ EXTRAS = {
     "backfill": "backfill",
     "models": "mlflow",
     "replay": "replay",
+    "score": "backfill",
     **dict.fromkeys(COMMANDS, "train"),
 }
 """The extra with the packages that a command needs."""
@@ -86,6 +87,7 @@ app.command("produce")(produce)
 add_model_commands(app)
 app.command("replay")(replay)
 app.command("backfill")(backfill)
+app.command("score")(score)
 app.command("backup")(backup)
 app.command("restore")(restore)
 app.add_typer(keys_app, name="keys")

@@ -1,4 +1,4 @@
-"""Commands of `carry` that make, score and convert models; each is a function of Python too.
+"""Commands of `carry` that make, evaluate and convert models; each is a function of Python too.
 
 The options of a command are the arguments of its function, so that `carry train` and `carry.train`
 are the same. A function imports what it needs when it runs: `carry --help` is quick, and every
@@ -265,41 +265,6 @@ def plot(
     typer.echo(f"{out}: stream {stream}")
 
 
-def score(
-    artifact: ArtifactDir,
-    data: DataFile,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, .parquet or .csv.")],
-    stream: Annotated[
-        str | None, typer.Option(help="Column of stream names; default: that of training.")
-    ] = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a model's outputs for a file of events, as the service would answer them."""
-    from rich.console import Console
-
-    from models.offline.score import score_file
-    from models.training.progress import Progress
-
-    progress = Progress(Console(quiet=quiet))
-    with progress.task("events", 1.0) as advance:
-        scored = score_file(
-            *(artifact, data, out),
-            stream=stream,
-            resume=resume,
-            overwrite=overwrite,
-            advance=lambda rows: advance(0.0, f"{rows:,} done"),
-        )
-    progress.say(f"{out}: {scored.events:,} events of {scored.streams:,} streams")
-    if scored.out_of_order:
-        progress.say(
-            f"warning: {scored.out_of_order:,} events are earlier than one before them in "
-            "their stream; `carry train` sorts them: sort DATA by time to score as trained",
-            "yellow",
-        )
-
-
 def import_model(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A saved Keras model, or an ONNX graph.")
@@ -422,7 +387,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "evaluate": _printing_command(evaluate),
     "plot": plot,
-    "score": score,
     "import": import_model,
     "graph": write_graphs,
 }

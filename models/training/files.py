@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,38 +49,6 @@ def read_data(path: Path, schema: EventSchema | None) -> pl.DataFrame:
     except (OSError, pl.exceptions.PolarsError) as error:
         raise _unreadable(path, error) from error
     return frame if schema is None else _parse_columns(path, schema, frame)
-
-
-def read_batches(
-    path: Path, schema: EventSchema, rows: int, *, skip: int = 0
-) -> Iterator[pl.DataFrame]:
-    """Read a table as `read_data` does, in its order, without holding more than a few batches.
-
-    The types of JSON Lines are those of their first `rows` lines.
-
-    Args:
-        rows: of each batch; the last one has the rest.
-        skip: rows at the beginning that are left out.
-
-    Raises:
-        DataError: as `read_data`; rows are counted from the beginning of the file.
-    """
-    kind = _check_kind(path)
-    try:
-        check_duplicate_names(path)
-        if kind == ".parquet":
-            table = pl.scan_parquet(path)
-        elif kind == ".csv":
-            table = pl.scan_csv(path, infer_schema=False)
-        else:
-            table = pl.scan_ndjson(path, infer_schema_length=rows)
-        for frame in table.slice(skip).collect_batches(chunk_size=rows, maintain_order=True):
-            if frame.height:
-                is_text = kind == ".csv"
-                yield _parse_columns(path, schema, frame, skip) if is_text else frame
-                skip += frame.height
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise _unreadable(path, error) from error
 
 
 def _check_kind(path: Path) -> str:
@@ -214,12 +182,10 @@ def _check_members(path: Path) -> None:
                 )
 
 
-def _parse_columns(
-    path: Path, schema: EventSchema, frame: pl.DataFrame, skipped: int = 0
-) -> pl.DataFrame:
+def _parse_columns(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
     typed, invalid = typed_cells(schema, frame)
     if invalid:
-        raise invalid[0].error().in_table(str(path), skipped)
+        raise invalid[0].error().in_table(str(path))
     return typed
 
 

@@ -131,6 +131,25 @@ def take_result(task: str, outcome: Outcome, peaks: dict[str, int]) -> Any:
     return outcome.result
 
 
+class ThisProcess:
+    """Runs tasks in this process, one after the other: for few events."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self.peaks: dict[str, int] = {}
+
+    def map(
+        self, function: Function[Task, Result], tasks: Sequence[Task], what: str
+    ) -> Iterator[tuple[Task, Result]]:
+        """Run a function over tasks, as `Engine` says."""
+        for task in tasks:
+            outcome = run_task(function, self._job, task)
+            yield task, take_result(f"{what} {task}", outcome, self.peaks)
+
+    def close(self) -> None:
+        """Do nothing: there are no other processes."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Worker:
     process: BaseProcess

@@ -1,4 +1,4 @@
-"""`carry backfill`: turns recorded events into outputs and states of streams."""
+"""`carry backfill` and `carry score`: turn recorded events into outputs, and states of streams."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ History = Annotated[
         help="Files, folders, URLs or tables of events, then the output folder.",
     ),
 ]
+Stream = Annotated[
+    str | None, typer.Option(help="Column of stream names; default: that of training.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of processes; default: as cores and memory allow."),
+]
+MemoryMib = Annotated[int, typer.Option(min=1, help="Memory of all processes together, about.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
 EngineName = Literal["processes", "ray"]
 Policy = Literal["continue", "halt"]
 
@@ -32,9 +41,7 @@ def backfill(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
     history: History,
     *,
-    stream: Annotated[
-        str | None, typer.Option(help="Column of stream names; default: that of training.")
-    ] = None,
+    stream: Stream = None,
     order_by: Annotated[
         str | None, typer.Option(help="Column that orders events; default: the timestamp.")
     ] = None,
@@ -66,14 +73,9 @@ def backfill(
     address: Annotated[
         str | None, typer.Option(help="Of the Ray cluster; default: RAY_ADDRESS, or a local one.")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of processes; default: as cores and memory allow."),
-    ] = None,
-    memory_mib: Annotated[
-        int, typer.Option(min=1, help="Memory of all processes together, about.")
-    ] = 2048,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    workers: Workers = None,
+    memory_mib: MemoryMib = 2048,
+    quiet: Quiet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in OUT.")] = False,
 ) -> None:
     """Compute the outputs and states of recorded events; the same command goes on after a stop."""
@@ -114,6 +116,50 @@ def backfill(
     if not quiet:
         for line in report_lines(report):
             typer.echo(line)
+
+
+def score(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Events as CSV, JSON Lines or Parquet.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, .parquet or .csv.")],
+    *,
+    stream: Stream = None,
+    workers: Workers = None,
+    memory_mib: MemoryMib = 2048,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
+    quiet: Quiet = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Write a model's outputs for a file of events, as the service would answer them."""
+    from rich.console import Console
+
+    from models.training.progress import Progress
+    from service.backfill.engines import ThisProcess
+    from service.backfill.score import score_file
+
+    def open_for(job: Job) -> Engine:
+        if job.plan.buckets == 1:
+            return ThisProcess(job)
+        return open_engine("processes", job, None, workers, memory_mib)
+
+    progress = Progress(Console(quiet=quiet))
+    with interruptible():
+        report = score_file(
+            *(artifact, data, out, open_for),
+            stream=stream,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    progress.say(f"{out}: {report['events']:,} events of {report['streams']:,} streams")
+    if report["out_of_order"]:
+        progress.say(
+            f"warning: {report['out_of_order']:,} events are earlier than one before them in "
+            "their stream; `carry train` sorts them: sort DATA by time to score as trained",
+            "yellow",
+        )
 
 
 def open_engine(

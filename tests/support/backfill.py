@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import polars as pl
 
@@ -15,7 +16,7 @@ from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.writing import write_artifact
 from models.events.schema import CategoricalField, EventSchema, NumericField, TimestampField
 from models.spec.model import schema_of
-from service.backfill.engines import Function, Result, Task, run_task, take_result
+from service.backfill.engines import Function, Result, Task, ThisProcess
 from service.backfill.plan import Job
 from service.backfill.run import BackfillOptions, open_job, plan_backfill
 from tests.support.models import random_weights, small_spec
@@ -23,8 +24,8 @@ from tests.support.models import random_weights, small_spec
 START_MS = 1_370_000_000_000
 
 
-class Inline:
-    """Runs tasks in this process, one after the other.
+class Recording(ThisProcess):
+    """Runs tasks in this process, and notes them.
 
     Attributes:
         done: the tasks that were computed.
@@ -32,10 +33,9 @@ class Inline:
     """
 
     def __init__(self, job: Job, stop_after: int | None = None, *, last_first: bool = False):
-        self._job, self._last_first = job, last_first
-        self.stop_after = stop_after
+        super().__init__(job)
+        self._last_first, self.stop_after = last_first, stop_after
         self.done: list[Any] = []
-        self.peaks: dict[str, int] = {}
 
     def map(
         self, function: Function[Task, Result], tasks: Sequence[Task], what: str
@@ -43,12 +43,8 @@ class Inline:
         for task in reversed(tasks) if self._last_first else tasks:
             if len(self.done) == self.stop_after:
                 raise KeyboardInterrupt
-            outcome = run_task(function, self._job, task)
+            yield from super().map(function, [task], what)
             self.done.append(task)
-            yield task, take_result(what, outcome, self.peaks)
-
-    def close(self) -> None:
-        pass
 
 
 def random_events(
@@ -93,13 +89,7 @@ def job_of(artifact: Artifact, history: Sequence[Path], out: Path, **changes: An
     """The job of a backfill of files, with changes to its plan."""
     options = BackfillOptions(stream="stream")
     plan = plan_backfill(artifact, [str(file) for file in history], options)
-    return open_job(artifact, _changed(plan, changes), out)
-
-
-def _changed(plan: Any, changes: dict[str, Any]) -> Any:
-    import msgspec
-
-    return msgspec.structs.replace(plan, **changes)
+    return open_job(artifact, msgspec.structs.replace(plan, **changes), out)
 
 
 def files_of(out: Path) -> dict[str, bytes]:

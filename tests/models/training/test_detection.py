@@ -15,7 +15,6 @@ from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.fingerprint import compute_fingerprint
 from models.artifact.writing import write_artifact
 from models.errors import ArtifactError, DataError
-from models.offline.score import score_file
 from models.spec.detection import DetectionSpec
 from models.spec.layout import output_spec
 from models.spec.model import schema_of
@@ -23,6 +22,7 @@ from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
 from models.training.trainer import train
+from tests.support.command import carry
 from tests.support.training import latch_frame, latch_spec
 
 DETECTION = DetectionSpec(
@@ -64,9 +64,10 @@ def test_chunks_and_carry_score_give_equal_outputs(
     streams = streams_of(artifact.spec, frame, "data")
     found = output_spec(artifact.spec).by_name(run_chunks(artifact, streams, chunk=5))
     frame.write_parquet(tmp_path / "events.parquet")
-    pieces = tmp_path / "scores.parquet"
-    score_file(artifact.path, tmp_path / "events.parquet", pieces, rows_per_piece=97)
-    scores = pl.read_parquet(pieces)[streams.table_rows]
+    files = [artifact.path, tmp_path / "events.parquet", tmp_path / "scores.parquet"]
+    result = carry("score", *files)
+    assert result.exit_code == 0, result.stderr
+    scores = pl.read_parquet(files[-1])[streams.table_rows]
     for name in ("odd", "odd.probability", "odd.alarm"):
         np.testing.assert_allclose(scores[name].to_numpy(), found[name], rtol=1e-3, atol=1e-5)
     labels = next(o.labels for o in artifact.outputs.outputs if o.name == "odd.share")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import polars as pl
 import pytest
 
 from models.errors import DataError
 from models.spec.model import ModelSpec, parse_spec, schema_of
 from models.training.data import streams_of
-from models.training.files import read_batches, read_data
+from models.training.files import read_data
 
 HEADER = "id,at,x,flag,name"
 ROWS = ["a,2025-01-01T00:00:00Z,1.5,true,é", "b,2025-01-01T01:00:00Z,,false,u"]
@@ -91,18 +90,14 @@ def test_malformed_files_of_other_formats_are_rejected(
     spec: ModelSpec, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    for read in (
-        lambda path: read_data(path, schema_of(spec)),
-        lambda path: list(read_batches(path, schema_of(spec), 9)),
-    ):
-        with pytest.raises(DataError, match=message):
-            read(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        read_data(tmp_path / name, schema_of(spec))
     with pytest.raises(DataError, match="an existing file"):
         read_data(tmp_path / "none.csv", schema_of(spec))
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
-def test_batches_have_the_rows_of_the_table(spec: ModelSpec, tmp_path: Path, mark: bytes) -> None:
+def test_a_table_has_the_rows_of_the_file(spec: ModelSpec, tmp_path: Path, mark: bytes) -> None:
     """A byte order mark is skipped; columns of optional fields may be missing."""
     path = tmp_path / "events.csv"
     path.write_bytes(mark + GOOD)
@@ -110,13 +105,4 @@ def test_batches_have_the_rows_of_the_table(spec: ModelSpec, tmp_path: Path, mar
     assert frame.columns == HEADER.split(",")
     assert frame["x"].to_list() == [1.5, None]
     assert frame["flag"].to_list() == [True, False]
-    assert pl.concat(read_batches(path, schema_of(spec), 1)).equals(frame)
-    assert pl.concat(read_batches(path, schema_of(spec), 1, skip=1)).equals(frame[1:])
     assert streams_of(spec, frame).columns.present["later"].tolist() == [False, False]
-
-
-def test_errors_of_batches_count_rows_from_the_beginning(spec: ModelSpec, tmp_path: Path) -> None:
-    path = tmp_path / "events.csv"
-    path.write_bytes(changed("false", "no"))
-    with pytest.raises(DataError, match="row 2: true or false"):
-        list(read_batches(path, schema_of(spec), 1, skip=1))

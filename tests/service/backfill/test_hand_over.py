@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.spec.model import schema_of
+from service.backfill.engines import ThisProcess
 from service.backfill.load import load_states
 from service.backfill.run import run_backfill
 from service.core.values import StreamKey
 from tests.service.transports.v1.harness import harness
-from tests.support.backfill import Inline, job_of, random_events, small_artifact
+from tests.support.backfill import job_of, random_events, small_artifact
 from tests.support.consumers import consuming
 from tests.support.servers import KINDS, RealServer, becomes, emptied, opened, real_server
 from tests.support.streams import load
@@ -61,7 +62,7 @@ def backfill(artifact: Artifact, events: pl.DataFrame, folder: Path, **changes: 
     folder.mkdir(parents=True, exist_ok=True)
     events.write_parquet(folder / "events.parquet")
     job = job_of(artifact, [folder / "events.parquet"], folder / "out", **changes)
-    run_backfill(job, Inline(job))
+    run_backfill(job, ThisProcess(job))
     return folder / "out"
 
 

@@ -29,7 +29,7 @@ from service.backfill.run import BackfillOptions, plan_backfill, run_backfill
 from service.core.values import StreamState
 from service.store.backup import BackupReader
 from tests.support.backfill import (
-    Inline,
+    Recording,
     files_of,
     job_of,
     random_events,
@@ -64,7 +64,7 @@ def history(frame: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 def run(job: Job, **options: Any) -> dict[str, Any]:
-    return run_backfill(job, Inline(job), **options)
+    return run_backfill(job, Recording(job), **options)
 
 
 def states_of(job: Job) -> dict[str, StreamState]:
@@ -139,7 +139,7 @@ def test_bytes_do_not_depend_on_engine_and_order(
 ) -> None:
     jobs = [job_of(artifact, history, tmp_path / name, buckets=4) for name in "abc"]
     run(jobs[0])
-    run_backfill(jobs[1], Inline(jobs[1], last_first=True))
+    run_backfill(jobs[1], Recording(jobs[1], last_first=True))
     with closing(Processes(jobs[2], 2)) as processes:
         report = run_backfill(jobs[2], processes)
     files = files_of(jobs[0].out)
@@ -157,7 +157,7 @@ def test_an_interrupted_run_computes_what_is_missing(
     job = job_of(artifact, history, tmp_path / "cut", buckets=4)
     computed: Counter[Any] = Counter()
     while True:
-        engine = Inline(job, stop_after=3)
+        engine = Recording(job, stop_after=3)
         try:
             run_backfill(job, engine)
             break
@@ -168,7 +168,7 @@ def test_an_interrupted_run_computes_what_is_missing(
     assert computed == dict.fromkeys(range(4), 1)
     assert files_of(job.out) == files_of(whole.out)
     assert not (job.out / "shuffle").exists()
-    again = Inline(job)
+    again = Recording(job)
     run_backfill(job, again)
     assert again.done == []
     # a file that was removed or cut is computed again, from the sources
