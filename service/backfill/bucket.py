@@ -30,6 +30,7 @@ from models.offline.steps import open_step
 from models.spec.layout import output_spec
 from models.spec.model import schema_of
 from models.spec.state import FloatArray, IntArray, State
+from service.backfill.heads import HeadCutter, load_heads
 from service.backfill.plan import Job, replacing
 from service.backfill.rows import field_column, read_columns
 from service.backfill.selection import HALTED, RowSelector
@@ -82,7 +83,7 @@ def compute_bucket(job: Job, bucket: int) -> BucketRecord:
     started_s = time.monotonic()
     with replacing(job.states(bucket)) as states, replacing(job.outputs(bucket)) as outputs:
         with states.open("wb") as file:
-            writer = _BucketWriter(job, file)
+            writer = _BucketWriter(job, bucket, file)
             write_outputs(writer.tables(read_bucket(job, bucket)), job, outputs)
             writer.finish()
         checksums = file_checksum(outputs), file_checksum(states)
@@ -210,7 +211,7 @@ class _OpenStream:
 class _BucketWriter:
     """Computes the rows of a bucket piece by piece, and writes the states of its streams."""
 
-    def __init__(self, job: Job, file: BinaryIO):
+    def __init__(self, job: Job, bucket: int, file: BinaryIO):
         self._job, self._schema = job, schema_of(job.spec)
         self._runner = _open_runner(_HashedJob(job))
         self._outputs = output_spec(job.spec)
@@ -219,6 +220,7 @@ class _BucketWriter:
         self._records: list[list[Any]] = []
         self._size_bytes = 0
         self._open: _OpenStream | None = None
+        self._cutter = HeadCutter(load_heads(job.out, bucket)) if job.plan.version else None
         self.selector = RowSelector(job.plan)
         self.ended: list[pl.DataFrame] = []
         self.streams = self.events = self.out_of_order = 0
@@ -230,6 +232,8 @@ class _BucketWriter:
                 rows, ended = self.selector.select(piece)
                 if ended.height:
                     self.ended.append(ended.select("file", "row", "stream"))
+                if self._cutter is not None:
+                    rows = self._cutter.cut(rows)
                 if rows.height:
                     yield self._compute(rows)
 
@@ -337,13 +341,9 @@ class _BucketWriter:
         stream, self._open = self._open, None
         if stream is None:
             return
-        if stream.mark is not None:
-            # another mark is another state: one that was loaded without it is not this one
-            stream.digest.update(encode_mark(stream.mark))
-        digest = stream.digest.digest()
-        head = StreamHead(
-            digest[:EPOCH_BYTES], digest[EPOCH_BYTES:], int(stream.states.positions[0])
-        )
+        head = self._head(stream)
+        if head is None:
+            return
         value = encode_state(
             StreamState(
                 head=head,
@@ -360,6 +360,17 @@ class _BucketWriter:
         self.streams += 1
         if self._size_bytes >= BLOCK_BYTES:
             self._flush()
+
+    def _head(self, stream: _OpenStream) -> StreamHead | None:
+        """The head of a stream that has ended; None if the live stream has more events."""
+        position = int(stream.states.positions[0])
+        if self._cutter is not None:
+            return self._cutter.find_head(stream.name, position)
+        if stream.mark is not None:
+            # another mark is another state: one that was loaded without it is not this one
+            stream.digest.update(encode_mark(stream.mark))
+        digest = stream.digest.digest()
+        return StreamHead(digest[:EPOCH_BYTES], digest[EPOCH_BYTES:], position)
 
     def _flush(self) -> None:
         if self._records:

@@ -12,30 +12,30 @@ repeated at any time, and goes on after an error. Nothing is written before all 
 from __future__ import annotations
 
 import asyncio
-import csv
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
+from service.backfill.load_progress import (
+    KeptStream,
+    LoadProgress,
+    OffsetRange,
+    Pace,
+    Report,
+    write_kept,
+)
+from service.backfill.load_versions import VersionLoader
 from service.backfill.plan import BackfillError, Plan, read_plan, replacing
 from service.core.errors import CarryError, OutcomeUnknown, StateDamaged, StoreUnavailable
-from service.core.values import SourceMark, StreamHead, StreamKey, StreamState
+from service.core.values import StreamHead, StreamKey, StreamState
 from service.store.backup import BackupError, BackupReader
 from service.store.base import CommitColumns, CommitResult, Committed, Store, decode_value
 from service.store.codec import encode_state, pack_head
-from service.store.source_mark import KAFKA, format_offset
-
-BATCH_STREAMS: Final = 256
-"""Most streams of one commit, so that no live chunk waits long behind it."""
+from service.store.source_mark import format_offset
 
 BATCHES_IN_FLIGHT: Final = 4
-PACE_S: Final = 0.05
-"""With a rate, the streams of about this time are committed together."""
-
 ATTEMPTS: Final = 8
 RETRY_S: Final = 0.2
 """Pause before a store that does not answer is called again, doubled with each attempt."""
@@ -43,61 +43,7 @@ RETRY_S: Final = 0.2
 EXISTS: Final = "the stream lives in the store"
 DAMAGED: Final = "the stored state of the stream is damaged"
 
-KEPT_FILE: Final = "kept.csv"
 OFFSETS_FILE: Final = "offsets.json"
-
-
-class KeptStream(NamedTuple):
-    """A stream that was not loaded.
-
-    Attributes:
-        position: of the state that was not loaded.
-        stored: the head that the store has; None if it is not known.
-    """
-
-    stream: str
-    reason: str
-    position: int
-    stored: StreamHead | None
-
-
-class OffsetRange(msgspec.Struct):
-    """The lowest and the highest of the offsets up to which states contain a source."""
-
-    lowest: str
-    highest: str
-
-
-@dataclass(slots=True)
-class LoadProgress:
-    """What was loaded so far.
-
-    Attributes:
-        total: streams in the files.
-        loaded: streams that were written.
-        loaded_before: streams that the store had from an earlier load, perhaps with later events.
-        kept: streams that were not loaded.
-        offsets: by source, the lowest and the highest of the states' source marks.
-    """
-
-    total: int = 0
-    loaded: int = 0
-    loaded_before: int = 0
-    kept: list[KeptStream] = field(default_factory=list)
-    offsets: dict[str, tuple[SourceMark, SourceMark]] = field(default_factory=dict)
-
-    @property
-    def done(self) -> int:
-        """Streams that were processed."""
-        return self.loaded + self.loaded_before + len(self.kept)
-
-    def note_mark(self, mark: SourceMark) -> None:
-        """Include the source mark of a state."""
-        lowest, highest = self.offsets.get(mark.source, (mark, mark))
-        self.offsets[mark.source] = min(lowest, mark), max(highest, mark)
-
-
-Report = Callable[[LoadProgress], None]
 
 
 async def load_states(
@@ -107,7 +53,8 @@ async def load_states(
 
     Args:
         out: the output folder of the backfill.
-        overwrite: whether streams that live, and do not come from these states, are overwritten.
+        overwrite: whether streams that live, and do not come from these states, are overwritten;
+            without effect on states for another version.
         rate_per_s: most streams a second; 0 for no limit.
         report: is called after each commit.
 
@@ -118,19 +65,26 @@ async def load_states(
     plan = read_plan(out)
     progress = LoadProgress()
     files = _verify_files(out, plan, progress)
-    loader = _Loader(store, progress, report, overwrite=overwrite, rate_per_s=rate_per_s)
+    pace = Pace(rate_per_s)
+    loader: StreamLoader | VersionLoader = StreamLoader(
+        store, progress, report, pace, overwrite=overwrite
+    )
+    if plan.version:
+        loader = VersionLoader(store, progress, report, pace, out)
     try:
-        for file in files:
+        for bucket, file in enumerate(files):
             with file.open("rb") as opened:
                 for block in BackupReader(opened):
                     await loader.load({key: stream.state for key, stream in block})
+            if isinstance(loader, VersionLoader):
+                loader.finish_bucket(bucket)
     except CarryError as error:
         raise BackfillError(
             f"{progress.done:,} of {progress.total:,} streams were processed, then the load "
             f"stopped: {error.detail}; run the command again to load the others"
         ) from error
     finally:
-        _write_kept(out, progress.kept)
+        write_kept(out, progress.kept)
     return progress
 
 
@@ -173,38 +127,7 @@ def _verify_files(out: Path, plan: Plan, progress: LoadProgress) -> list[Path]:
     return files
 
 
-def describe_starts(progress: LoadProgress) -> dict[str, str]:
-    """By topic, the `start` of new consumers: no event behind it is in all states of its topic, and
-    what is in some of them is skipped."""
-    starts: dict[str, str] = {}
-    partitions: dict[str, dict[int, int]] = {}
-    for source, (lowest, _) in sorted(progress.offsets.items()):
-        if source.startswith(KAFKA):
-            topic, _, partition = source.removeprefix(KAFKA).rpartition(":")
-            partitions.setdefault(topic, {})[int(partition)] = lowest.offset + 1
-        else:
-            starts[source] = format_offset(lowest)
-    for topic, offsets in partitions.items():
-        numbers = ", ".join(f"{each}: {offset}" for each, offset in sorted(offsets.items()))
-        starts[topic] = f"{{{numbers}}}"
-    return starts
-
-
-def _write_kept(out: Path, kept: Sequence[KeptStream]) -> None:
-    """List the streams that were not loaded."""
-    if not kept:
-        (out / KEPT_FILE).unlink(missing_ok=True)
-        return
-    with replacing(out / KEPT_FILE) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["stream", "reason", "position", "stored_position", "stored_epoch"])
-        for each in kept:
-            head = each.stored
-            stored = (head.position, head.epoch.hex()) if head else ("", "")
-            writer.writerow([each.stream, each.reason, each.position, *stored])
-
-
-class _Loader:
+class StreamLoader:
     """Commits streams, a few batches at a time."""
 
     def __init__(
@@ -212,19 +135,15 @@ class _Loader:
         store: Store,
         progress: LoadProgress,
         report: Report,
+        pace: Pace,
         *,
         overwrite: bool,
-        rate_per_s: float,
     ):
         self._store = store
         self._progress = progress
         self._report = report
         self._overwrite = overwrite
-        self._rate_per_s = rate_per_s
-        self._batch = BATCH_STREAMS
-        if rate_per_s:
-            self._batch = max(1, min(BATCH_STREAMS, round(rate_per_s * PACE_S)))
-        self._next_s = time.monotonic()
+        self._pace = pace
 
     async def load(self, streams: Mapping[StreamKey, StreamState]) -> None:
         """Load streams; each is loaded or kept when it returns.
@@ -232,16 +151,15 @@ class _Loader:
         Raises:
             CarryError: the store does not accept them.
         """
-        keys = list(streams)
+        keys, size = list(streams), self._pace.batch
         batches = [
-            {key: streams[key] for key in keys[at : at + self._batch]}
-            for at in range(0, len(keys), self._batch)
+            {key: streams[key] for key in keys[at : at + size]} for at in range(0, len(keys), size)
         ]
         pending = iter(batches)
 
         async def work() -> None:
             for batch in pending:
-                await self._wait_for_turn(len(batch))
+                await self._pace.wait(len(batch))
                 await self._load_batch(batch)
                 self._report(self._progress)
 
@@ -251,14 +169,6 @@ class _Loader:
                     group.create_task(work())
         except* CarryError as errors:
             raise errors.exceptions[0] from None
-
-    async def _wait_for_turn(self, count: int) -> None:
-        """Wait until so many streams may be written, at the rate."""
-        if self._rate_per_s:
-            now_s = time.monotonic()
-            start_s = max(now_s, self._next_s)
-            self._next_s = start_s + count / self._rate_per_s
-            await asyncio.sleep(start_s - now_s)
 
     async def _load_batch(self, streams: dict[StreamKey, StreamState]) -> None:
         """Commit streams with a compare-and-set until each is written or kept."""

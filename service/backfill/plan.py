@@ -11,6 +11,7 @@ engine, the number of processes, the machine.
     OUT/outputs/bucket-NNNNN.parquet     outputs of the events of a range of partitions
     OUT/states/bucket-NNNNN.backup       the states after them, as `carry backup` writes them
     OUT/done/bucket-NNNNN.json           the record of a finished bucket
+    OUT/heads/part-NNNNN.parquet         the heads of live streams, for another version's states
     OUT/report.json                      the report
 
 A file is written under a temporary name, synced and renamed, so that none is ever incomplete.
@@ -34,6 +35,8 @@ from numpy.typing import NDArray
 from models.artifact.files import sync_directory
 from models.spec.model import ModelSpec
 from service.core.errors import OperatorError
+from service.core.values import StreamKey
+from service.store.keys import KeySpace
 
 FORMAT = 1
 PLAN = "backfill.json"
@@ -90,6 +93,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         offset: the column with the place of an event in the topic that it came from; None: it has
             none.
         topic, topic_partition: the topic of these, and the column with its partition.
+        version: whether the streams live, and the states are for another version of their model.
     """
 
     model: str
@@ -106,12 +110,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     offset: str | None = None
     topic: str | None = None
     topic_partition: str | None = None
+    version: bool = False
     format: int = FORMAT
 
     @property
     def rows(self) -> int:
         """Rows of all sources; an estimate if one is a text file."""
         return sum(source.rows for source in self.sources)
+
+    def partition_of(self, stream: str) -> int:
+        """The partition of a stream in the store."""
+        return KeySpace("backfill", self.partitions).partition(StreamKey(self.model, stream))
 
     def bucket_of(self, partition: int) -> int:
         """The bucket of a partition of the store."""

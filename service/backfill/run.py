@@ -27,6 +27,7 @@ from models.spec.model import schema_of
 from models.training.progress import Progress
 from service.backfill.bucket import BucketRecord, compute_bucket, read_record
 from service.backfill.engines import Engine, Function, own_peak
+from service.backfill.heads import has_heads
 from service.backfill.plan import (
     FOLDERS,
     PLAN,
@@ -60,6 +61,7 @@ class BackfillOptions:
     offset: str | None = None
     topic: str | None = None
     topic_partition: str | None = None
+    version: bool = False
 
 
 def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillOptions) -> Plan:
@@ -92,6 +94,7 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
         offset=options.offset,
         topic=options.topic,
         topic_partition=options.topic_partition,
+        version=options.version,
     )
 
 
@@ -196,14 +199,25 @@ def _shorten(value: object) -> str:
 
 
 def run_backfill(
-    job: Job, engine: Engine, *, overwrite: bool = False, progress: Progress | None = None
+    job: Job,
+    engine: Engine,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a backfill, or go on with it; returns the report.
+
+    Args:
+        prepare: called once the folder is open: for a version it writes the heads of the streams.
 
     Raises:
         OperatorError, ModelsError, OSError: the same call goes on once the reason is gone.
     """
     with open_folder(job.out, job.plan, overwrite=overwrite):
+        prepare()
+        if job.plan.version and not has_heads(job.out):
+            raise BackfillError("expected the heads of the live streams: `--version --into URL`")
         run = _Run(job, engine, progress or Progress(Console(quiet=True)))
         run.compute()
         report = make_report(job, run.records.values(), run.samples, engine.peaks | own_peak())

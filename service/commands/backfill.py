@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands.common import run_on_store
+from service.commands.load import load_streams
+
 if TYPE_CHECKING:
     from service.backfill.engines import Engine
     from service.backfill.plan import Job
@@ -63,6 +66,18 @@ def backfill(
     source_partition: Annotated[
         str | None, typer.Option(help="Column of the partitions of Kafka, with --offset.")
     ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(metavar="REDIS_URL", help="Load the states into this store at the end."),
+    ] = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="The streams live in the store of --into, computed by another version of the "
+            "model: end at their positions, and store states for this one beside theirs.",
+        ),
+    ] = False,
     partitions: Annotated[
         int | None,
         typer.Option(min=1, help="Of the store for the states; default: CARRY_PARTITIONS."),
@@ -83,6 +98,7 @@ def backfill(
 
     from models.artifact.artifact import load_artifact
     from models.training.progress import Progress
+    from service.backfill.heads import read_heads
     from service.backfill.report import report_lines
     from service.backfill.run import (
         BackfillOptions,
@@ -95,6 +111,10 @@ def backfill(
 
     if len(history) < 2:
         raise typer.BadParameter("expected HISTORY... and OUT")
+    if version and into is None:
+        raise typer.BadParameter("expected --into with --version")
+    if version and offset is not None:
+        raise typer.BadParameter("expected no --offset with --version: the streams live already")
     *sources, folder = history
     options = BackfillOptions(
         stream=stream,
@@ -106,16 +126,25 @@ def backfill(
         offset=offset,
         topic=source_topic,
         topic_partition=source_partition,
+        version=version,
     )
     loaded = load_artifact(artifact)
     out, plan = Path(folder).absolute(), plan_backfill(loaded, sources, options)
     job = open_job(loaded, plan if overwrite else resume_plan(out, plan), out)
+
+    def prepare() -> None:
+        if version:
+            run_on_store(into, None, lambda store: read_heads(store, job.plan, job.out))
+
     progress = Progress(Console(quiet=quiet, stderr=True))
     with interruptible(), closing(open_engine(engine, job, address, workers, memory_mib)) as opened:
-        report = run_backfill(job, opened, overwrite=overwrite, progress=progress)
+        report = run_backfill(job, opened, overwrite=overwrite, progress=progress, prepare=prepare)
     if not quiet:
         for line in report_lines(report):
             typer.echo(line)
+    if into is not None:
+        with interruptible():
+            load_streams(job.out, redis_url=into)
 
 
 def score(

@@ -10,7 +10,7 @@ import typer
 from service.commands.common import DataDir, RedisUrl, run_on_store, show_progress
 
 if TYPE_CHECKING:
-    from service.backfill.load import LoadProgress
+    from service.backfill.load_progress import LoadProgress
     from service.store.base import Store
 
 
@@ -53,7 +53,7 @@ def load_streams(
 
 def describe_load(progress: LoadProgress, out: Path) -> list[str]:
     """The lines that say what was loaded, and where consumers start."""
-    from service.backfill.load import KEPT_FILE, describe_starts
+    from service.backfill.load_progress import KEPT_FILE, describe_starts
 
     line = f"loaded {progress.loaded:,} stream{'' if progress.loaded == 1 else 's'}"
     if progress.loaded_before:
