@@ -25,7 +25,8 @@ MAX_MERGED_EVENTS: Final = 256
 """Most events of a stream that are merged into one chunk."""
 
 ORIGIN_FIELD: Final = b"carry-origin"
-"""The field of an entry that was a record of Kafka, with `topic:partition:offset`."""
+"""The field of an entry with the place that it was moved from: of a record of Kafka
+`topic:partition:offset`, of an entry of another topic `topic:id`."""
 
 log = structlog.get_logger(__name__)
 
@@ -143,7 +144,7 @@ class EventReader:
 
     def _value(self, values: Mapping[bytes, bytes]) -> msgspec.Raw:
         if self._event is None:
-            names = (self._names.field, self._position)
+            names = (self._names.field, self._position, ORIGIN_FIELD)
             flat = {
                 _decode(name): _flat_value(value, is_text=name in self._texts)
                 for name, value in values.items()
@@ -162,15 +163,19 @@ class EventReader:
 
     def mark(self, event: Event) -> SourceMark:
         """The place of an event in the topic that it came from; nowhere if it does not say."""
-        fields = event.fields
-        if not self._is_kafka:
+        fields = dict(zip(event.fields[::2], event.fields[1::2], strict=False))
+        origin = fields.get(ORIGIN_FIELD, b"").decode("utf-8", "replace")
+        if not self._is_kafka and not origin.startswith(f"{self._source}:"):
             return SourceMark(self._source, *parse_offset(event.id.decode()))
-        origin = dict(zip(fields[::2], fields[1::2], strict=False)).get(ORIGIN_FIELD, b"")
+        topic, _, offset = origin.rpartition(":")
         try:
-            topic, partition, offset = origin.decode().rsplit(":", 2)
-            return SourceMark(source_name(topic, int(partition)), *parse_offset(offset))
+            place = parse_offset(offset)
+            if self._is_kafka:
+                topic, _, partition = topic.rpartition(":")
+                topic = source_name(topic, int(partition))
         except ValueError:
             return SourceMark("", 0)
+        return SourceMark(topic, *place)
 
     def chunk(self, events: Sequence[Event]) -> Chunk:
         """Make the chunk of consecutive events of one stream.

@@ -13,8 +13,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from service.consumers.config import ConsumerConfig
-from service.consumers.events import StreamNames
+from service.consumers.config import SIDES, ConsumerConfig
+from service.consumers.events import ORIGIN_FIELD, StreamNames
 from service.consumers.outputs import MAX_FIELDS, dead_letter
 from service.consumers.shared_topics import LeasedTopic, SharedTopics
 from service.core.errors import CarryError, InvalidInput, OperatorError
@@ -91,7 +91,7 @@ class RepartitionedTopic(LeasedTopic):
                 letter = dead_letter(entry, error.code, error.detail, None)
                 items.append(("dead_letters", TopicItem([entry.id], [letter])))
             else:
-                parts.setdefault(name, []).append(entry)
+                parts.setdefault(name, []).append(self._moved(entry))
                 items.append(("moved", TopicItem([entry.id])))
         try:
             topic, append = self.keys.topic, self._topics.append
@@ -103,6 +103,14 @@ class RepartitionedTopic(LeasedTopic):
             self._shared.release(len(entries))
             raise
         await self._acknowledge(items)
+
+    def _moved(self, entry: Entry) -> Entry:
+        """An entry as it is appended. If the group starts at an id, behind which are events that
+        states were loaded with, it says where it comes from: a consumer skips those."""
+        if self._config.start in SIDES:
+            return entry
+        origin = b"%b:%b" % (self.keys.topic.encode(), entry.id)
+        return Entry(entry.id, [*(entry.fields or ()), ORIGIN_FIELD, origin])
 
     def _destination(self, fields: Sequence[bytes]) -> str:
         """The topic of an entry's stream."""

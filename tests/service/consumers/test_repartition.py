@@ -26,8 +26,9 @@ from tests.support.consumers import (
     interleaved,
     outputs_of,
 )
+from tests.support.marked import assert_continued, create_streams, mark_of, stream_after
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, becomes, emptied, own_server, real_server
+from tests.support.servers import RealServer, becomes, emptied, opened, own_server, real_server
 
 __all__ = ["own_server", "shared_cluster"]
 
@@ -139,3 +140,34 @@ async def test_entries_are_moved_once_while_the_store_is_killed(
     with own_server.client() as client:
         names = client.keys("carry{*}:in:events")
         assert sum(client.xlen(name) for name in names) == 3000
+
+
+async def test_moved_events_that_a_loaded_state_contains_are_skipped(
+    shared_cluster: Cluster, artifact: Artifact
+) -> None:
+    """They have other ids than those of the history, and say which they had."""
+    cluster = emptied(shared_cluster)
+    rows = {f"s{number}": rows_of(RANDOM, 20) for number in range(10)}
+    settings = {"partitions": PARTITIONS}
+    with cluster.client() as client:
+        ids = [client.xadd("events", fields) for fields in interleaved(rows)]
+        streams = {
+            name: stream_after(artifact, each[: at + 5], mark_of("events", ids[10 * (at + 4) + at]))
+            for at, (name, each) in enumerate(rows.items())
+        }
+        async with opened(cluster.url, **settings) as store:
+            await create_streams(store, streams)
+        total = 200 - sum(range(5, 15))
+        config = {"start": ids[39].decode()}
+        async with (
+            moving(cluster.url, **config),
+            consuming(cluster.url, artifact, settings, **config) as consumer,
+        ):
+            await becomes(lambda: written(client) >= total, "all outputs")
+            # of the 95 that the states contain, the group has not read the first 40
+            await becomes(lambda: consumer.counts["skipped"] == 95 - 40, "the skipped events")
+        found = {
+            name: each for topic in OUTPUTS for name, each in outputs_of(client, topic).items()
+        }
+        for at, (name, each) in enumerate(rows.items()):
+            assert_continued(artifact, found[name], each, at + 5)

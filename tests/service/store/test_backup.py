@@ -15,7 +15,8 @@ import ormsgpack
 import pytest
 from msgspec.structs import replace
 
-from service.core.values import Feed, Steps, StreamKey, StreamState
+from service.core.delivery import start_epoch
+from service.core.values import Feed, SourceMark, Steps, StreamKey, StreamState
 from service.store import backup as module
 from service.store.backup import (
     BackupError,
@@ -70,6 +71,26 @@ async def restored(
 
 async def stored(store: Store, *keys: StreamKey) -> list[StreamState]:
     return [state for state in await load(store, keys) if isinstance(state, StreamState)]
+
+
+async def test_source_marks_are_restored_also_in_another_epoch(
+    store: Store, open_on: OpenStore, streams: Streams
+) -> None:
+    """The topic's events are in the restored state as they were before."""
+    new = streams.first()._replace(source=SourceMark("events", 7, 1))
+    loaded = Commit(key("a"), None, new, None)
+    await committed(store, loaded)
+    backup, _ = await backed_up(store)
+    other = await open_on(namespace="other")
+    assert (await restored(other, backup)).streams == 1
+    assert same_stream(*await stored(other, key("a")), new)
+    await committed(other, streams.next(loaded))
+    assert (await restored(other, backup, replace=True)).streams == 1
+    (found,) = await stored(other, key("a"))
+    assert found.head.epoch != new.head.epoch
+    assert found.source == new.source
+    # a fork or a state that a client sends is another stream
+    assert start_epoch(new, fingerprint=new.fingerprint, now_ms=1).source is None
 
 
 async def test_backup_restores_every_stream_into_a_store_of_another_size(
