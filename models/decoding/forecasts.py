@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, encode, unstandardise
+from models.events.encode import Clock, encode
 from models.events.schema import EventSchema, NumericField
+from models.events.values import unstandardise
 from models.spec.decoder import (
     LAST,
     MEDIAN,

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.events.columns import EventColumns
-from models.events.encode import categorical_codes, standardise
 from models.events.schema import CategoricalField, NumericField
+from models.events.values import categorical_codes, standardise
 from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import SpecError
-from models.events.encode import unstandardise
 from models.events.schema import BooleanField, CategoricalField, EventField, NumericField
+from models.events.values import unstandardise
 from models.spec.detection import OutputName, ordered_targets
 from models.spec.heads import DEVIATION_LIMIT, LOG_DEVIATION_LIMIT
 from models.spec.layout import anomaly_width, detection_of

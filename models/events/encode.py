@@ -20,15 +20,15 @@ produce the same bits.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from models.errors import DataError, SpecError, StateError
+from models.errors import DataError, StateError
 from models.events.calendar import calendar_angles
 from models.events.columns import (
     GAP_ROW,
@@ -41,18 +41,18 @@ from models.events.columns import (
 )
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
-    UNKNOWN_CODE,
-    CategoricalField,
-    Column,
     EventSchema,
-    NumericField,
 )
-from models.spec.heads import EXPONENT_LIMIT
+from models.events.segment_statistics import SegmentStatistics, encode_statistics
+from models.events.statistics import encode_parts
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
 from models.spec.resets import EventTimes, gaps_of_segments_ms
 from models.spec.state import StateSpec
 
 FloatArray = NDArray[np.float32]
+
+ApplyStatistics = Callable[[NDArray[np.bool_] | None, NDArray[np.float64], FloatArray], None]
+"""Takes what is absent, numbers and rows."""
 
 _NO_STATISTICS = bytes(8)
 
@@ -300,15 +300,16 @@ def _encode_blocks(
     if layout.time is not None:
         times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
     has_absent = any(block.absent is not None for block in blocks)
-    parts: list[tuple[tuple[int, int], IntArray]] = []
-    if layout.statistics:
-        words = [_statistics_words(layout, clock) for clock in clocks]
-        cuts = pairwise(accumulate([block.steps for block in blocks], initial=0))
-        parts = list(zip(cuts, words, strict=True))
-    rows = _encode_numbers(layout, numbers, has_absent, times_ms, gaps, parts)
-    for at, (_, own) in enumerate(parts):
-        after[at] = after[at]._replace(statistics=own.tobytes())
-    return rows, after
+    if not layout.statistics:
+        return _encode_numbers(layout, numbers, has_absent, times_ms, gaps), after
+    words = [_statistics_words(layout, clock) for clock in clocks]
+    cuts = pairwise(accumulate([block.steps for block in blocks], initial=0))
+    parts = [(slice(*cut), own) for cut, own in zip(cuts, words, strict=True)]
+    apply = partial(encode_parts, layout.statistics, parts)
+    rows = _encode_numbers(layout, numbers, has_absent, times_ms, gaps, apply)
+    return rows, [
+        clock._replace(statistics=own.tobytes()) for clock, own in zip(after, words, strict=True)
+    ]
 
 
 def _encode_segments(
@@ -325,32 +326,18 @@ def _encode_segments(
         out_of_order = int(clocks.out_of_order.sum())
         out_of_order -= sum(clock.out_of_order for clock in before.values())
     clocks = Clocks(*(column[wanted] for column in clocks))
-    parts: Iterable[tuple[tuple[int, int], IntArray]] = ()
+    apply = None
     if layout.statistics:
-        words = layout.statistics[-1].stop
-        clocks = clocks._replace(statistics=np.zeros((len(wanted), words), np.int64))
-        places = dict(zip(wanted.tolist(), clocks.statistics, strict=True))
-        parts = _statistics_of_segments(layout, block.steps, starts, before, places)
+        known = {at: _statistics_words(layout, clock) for at, clock in before.items()}
+        kept = np.zeros((len(wanted), layout.statistics[-1].stop), np.int64)
+        clocks = clocks._replace(statistics=kept)
+        stops = np.append(starts[1:], block.steps)
+        segments = SegmentStatistics(starts, stops, known, wanted, kept)
+        apply = partial(encode_statistics, layout.statistics, segments)
     rows = _encode_numbers(
-        layout, block.numbers.copy(), block.absent is not None, times_ms, gaps, parts
+        layout, block.numbers.copy(), block.absent is not None, times_ms, gaps, apply
     )
     return EncodedSegments(rows, clocks, out_of_order)
-
-
-def _statistics_of_segments(
-    layout: BlockLayout,
-    steps: int,
-    starts: IntArray,
-    before: Mapping[int, Clock],
-    places: Mapping[int, IntArray],
-) -> Iterator[tuple[tuple[int, int], IntArray]]:
-    """The range of each segment, and its statistics before it, in their place if it has one."""
-    for segment, cut in enumerate(pairwise([*starts.tolist(), steps])):
-        words = _statistics_words(layout, before.get(segment, Clock()))
-        if segment in places:
-            places[segment][:] = words
-            words = places[segment]
-        yield cut, words
 
 
 def _statistics_words(layout: BlockLayout, clock: Clock) -> IntArray:
@@ -366,7 +353,7 @@ def _encode_numbers(
     has_absent: bool,
     times_ms: IntArray | None,
     gaps: IntArray | None,
-    parts: Iterable[tuple[tuple[int, int], IntArray]],
+    apply_statistics: ApplyStatistics | None = None,
 ) -> FloatArray:
     """Encode the numbers of a block, or of several, into rows.
 
@@ -374,8 +361,8 @@ def _encode_numbers(
         numbers: float64 [K, T]; overwritten.
         has_absent: whether any value is absent.
         times_ms, gaps: int64 [T], of a schema with a timestamp.
-        parts: ranges of events, and the words of the statistics before each, which are updated; for
-            a schema with statistics.
+        apply_statistics: standardises the fields with statistics in the transformed numbers, and
+            writes their other columns to the rows.
     """
     if not layout.fitted:
         raise ValueError("expected a fitted schema: mean and standard deviation are not known")
@@ -391,9 +378,8 @@ def _encode_numbers(
         if layout.logs:
             logs = numbers[: layout.logs]
             np.copysign(np.log1p(np.abs(logs)), logs, out=logs)
-        if layout.statistics:
-            for cut, words in parts:
-                _apply_statistics(layout, slice(*cut), words, absent, numbers, rows)
+        if apply_statistics is not None:
+            apply_statistics(absent, numbers, rows)
         numbers -= layout.mean
         numbers /= layout.std
         if absent is not None:
@@ -402,35 +388,6 @@ def _encode_numbers(
             numbers[layout.blanked] = blanked
         rows[:, layout.columns] = numbers.T
     return rows
-
-
-def _apply_statistics(
-    layout: BlockLayout,
-    part: slice,
-    words: IntArray,
-    absent: NDArray[np.bool_] | None,
-    numbers: NDArray[np.float64],
-    rows: FloatArray,
-) -> None:
-    """Standardise the fields with statistics in `numbers`, and write their other columns to `rows`.
-
-    Args:
-        part: the events of one stream.
-        words: the stream's statistics before them; updated.
-        absent: bool [M, T], the rows of `numbers` with indicators; None if nothing is absent.
-        numbers: float64 [K, T], transformed.
-    """
-    for field in layout.statistics:
-        missing = None
-        if field.absent is not None and absent is not None:
-            missing = absent[field.absent, part]
-        encoded = field.encode(numbers[field.row, part], missing, words)
-        if encoded.values is not None:
-            numbers[field.row, part] = encoded.values
-            rows[part, field.mean], rows[part, field.std] = encoded.mean, encoded.std
-            rows[part, field.value] = encoded.shared
-        if encoded.season is not None:
-            rows[part, field.season] = encoded.season
 
 
 def _gaps(
@@ -489,56 +446,6 @@ def _times_ms(block: Block) -> IntArray:
     return block.times_ms
 
 
-def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
-    """Standardise values of a numeric field, given in its units, as in its encoded column.
-
-    Values that are compared with an encoded column (such as a head's threshold) must be
-    standardised by this function, so that equal values are equal after encoding.
-
-    Args:
-        field: a fitted field.
-        values: any shape.
-
-    Returns:
-        float32 of the same shape; infinite if the result overflows.
-    """
-    given = np.asarray(values, np.float64)
-    with np.errstate(over="ignore"):
-        return _scale(transformed(field, given), field.mean, field.std)
-
-
-def transformed(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Apply the field's transform, without standardising."""
-    if field.transform == "signed_log1p":
-        return np.asarray(np.copysign(np.log1p(np.abs(values)), values), np.float64)
-    return values
-
-
-def unstandardise(field: NumericField, standardised: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Undo standardisation and transform; the inverse of `standardise` in float64.
-
-    Raises:
-        SpecError: the field is not fitted.
-    """
-    if field.mean is None or field.std is None:
-        raise SpecError(f"field {field.name!r}: expected a fitted one")
-    values = standardised * field.std + field.mean
-    if field.transform == "signed_log1p":
-        values = np.copysign(np.expm1(np.minimum(np.abs(values), EXPONENT_LIMIT)), values)
-    return np.asarray(values, np.float64)
-
-
-def categorical_codes(
-    field: CategoricalField, present: NDArray[np.bool_], values: NDArray[Any]
-) -> IntArray:
-    """Compute the codes int64 [T] of a categorical column: 0 unknown, 1..K known, K+1 absent."""
-    code_of = field.code_of
-    codes = np.fromiter(
-        (code_of.get(value, UNKNOWN_CODE) for value in values), np.int64, len(values)
-    )
-    return np.where(present, codes, field.absent_code) if field.optional else codes
-
-
 def gaps_ms(times_ms: IntArray, clock: Clock) -> tuple[IntArray, Clock]:
     """Compute milliseconds since the latest timestamp before each event, and the clock afterwards.
 
@@ -561,50 +468,6 @@ def gaps_ms(times_ms: IntArray, clock: Clock) -> tuple[IntArray, Clock]:
     )
 
 
-def log_gap(gap_ms: IntArray) -> NDArray[np.float64]:
-    """log(1 + gap in seconds), before standardising."""
-    return np.log1p(gap_ms / 1000.0)
-
-
-def check_rows(columns: tuple[Column, ...], rows: FloatArray) -> None:
-    """Validate rows of `inputs`: reject those that the encoder cannot produce.
-
-    Args:
-        columns: the F columns, `ModelSpec.columns`.
-        rows: float32 [T, F].
-
-    Raises:
-        DataError: another number of columns, a value that is not finite, or a categorical's
-            code that is not whole or not in 0..codes-1.
-    """
-    if rows.ndim != 2 or rows.shape[1] != len(columns):
-        got = f"{rows.shape[1]} values" if rows.ndim == 2 else f"an array of shape {rows.shape}"
-        raise DataError(expected=f"rows of {len(columns)} values", got=got)
-    finite = np.isfinite(rows)
-    if not finite.all():
-        step, at = np.argwhere(~finite)[0]
-        raise DataError(
-            index=int(step),
-            field=columns[at].name,
-            expected="a finite float32",
-            # as JSON writes it: NaN, Infinity
-            got=json.dumps(float(rows[step, at])),
-        )
-    for at, column in enumerate(columns):
-        if column.codes is None:
-            continue
-        codes = rows[:, at]
-        wrong = (codes < 0) | (codes >= column.codes) | (codes != np.floor(codes))
-        if wrong.any():
-            step = int(np.argmax(wrong))
-            raise DataError(
-                index=step,
-                field=column.name,
-                expected=f"a whole code from 0 to {column.codes - 1}",
-                got=f"{codes[step]:g}",
-            )
-
-
 def _not_finite(schema: EventSchema, columns: EventColumns, rows: FloatArray) -> DataError:
     step, at = (int(index) for index in np.argwhere(~np.isfinite(rows))[0])
     name = schema.columns[at].field or schema.columns[at].name
@@ -614,9 +477,3 @@ def _not_finite(schema: EventSchema, columns: EventColumns, rows: FloatArray) ->
         expected="a number that is finite as a float32 once standardised",
         got=repr(columns.values[name].tolist()[step]),
     )
-
-
-def _scale(values: NDArray[np.float64], mean: float | None, std: float | None) -> FloatArray:
-    if mean is None or std is None:
-        raise ValueError("expected a fitted schema: mean and standard deviation are not known")
-    return np.asarray((values - mean) / std, np.float32)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from models.errors import DataError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, event_times, gaps_ms, log_gap, transformed
+from models.events.encode import Clock, event_times, gaps_ms
 from models.events.frame import columns_from_frame
 from models.events.schema import (
     BooleanField,
@@ -25,6 +25,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
+from models.events.values import log_gap, transformed
 from models.spec.resets import ResetPolicy, find_resets, segments_of
 
 NO_POLICY = ResetPolicy()

@@ -30,6 +30,7 @@ the season before it is kept, or in the first season the mean.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
 from math import sqrt
 from typing import NamedTuple
@@ -92,6 +93,22 @@ class FieldStatistics:
         self.value = columns.get(f"{name}.value")
         self.season = columns.get(f"{name}.season")
 
+    @property
+    def constants(self) -> tuple[Floats | float, Floats | float]:
+        """Mean and std of the field itself."""
+        field = self.field
+        if field.mean is None or field.std is None:
+            raise ValueError(f"field {field.name!r}: expected a fitted field")
+        return field.mean, field.std
+
+    def share(self, values: Floats, absent: Bools | None) -> Floats:
+        """Values [T] standardised by the field's own mean and std, 0 where they are absent."""
+        mean, std = self.constants
+        shared = (values - mean) / std
+        if absent is not None:
+            shared[absent] = 0.0
+        return shared
+
     def encode(self, values: Floats, absent: Bools | None, statistics: Words) -> Encoded:
         """Encode T events of one stream.
 
@@ -101,21 +118,45 @@ class FieldStatistics:
             statistics: int64, those of the stream before the events; updated.
         """
         field, own = self.field, statistics[self.start : self.stop]
-        if field.mean is None or field.std is None:
-            raise ValueError(f"field {field.name!r}: expected a fitted field")
-        shared = (values - field.mean) / field.std
-        if absent is not None:
-            shared[absent] = 0.0
+        shared = self.share(values, absent)
         scored: Floats | None = None
-        mean: Floats | float = field.mean
-        std: Floats | float = field.std
+        mean, std = self.constants
         if field.normalisation is not None:
-            scored, mean, std = _normalise(field, values, absent, own)
+            scored, mean, std = normalise(field, values, absent, own)
             own = own[MOMENT_WORDS:]
         season = None
         if field.season_events is not None:
-            season = _season(field, values, absent, mean, std, own)
+            season = follow_season(field, values, absent, mean, std, own)
         return Encoded(scored, shared, mean, std, season)
+
+
+def encode_parts(
+    fields: Sequence[FieldStatistics],
+    parts: Sequence[tuple[slice, Words]],
+    absent: Bools | None,
+    numbers: Floats,
+    rows: NDArray[np.float32],
+) -> None:
+    """Standardise fields in `numbers`, and write their other columns to `rows`.
+
+    Args:
+        parts: the events of each stream, and the statistics before them, which are updated.
+        absent: bool [M, T], as of `Block.absent`; None if nothing is absent.
+        numbers: float64 [K, T], transformed.
+        rows: float32 [T, F].
+    """
+    for part, words in parts:
+        for field in fields:
+            missing = None
+            if field.absent is not None and absent is not None:
+                missing = absent[field.absent, part]
+            encoded = field.encode(numbers[field.row, part], missing, words)
+            if encoded.values is not None:
+                numbers[field.row, part] = encoded.values
+                rows[part, field.mean], rows[part, field.std] = encoded.mean, encoded.std
+                rows[part, field.value] = encoded.shared
+            if encoded.season is not None:
+                rows[part, field.season] = encoded.season
 
 
 def statistic_parts(field: NumericField) -> list[StatePart]:
@@ -136,7 +177,7 @@ def statistic_parts(field: NumericField) -> list[StatePart]:
     return parts
 
 
-def _normalise(
+def normalise(
     field: NumericField, values: Floats, absent: Bools | None, own: Words
 ) -> tuple[Floats, Floats, Floats]:
     """Standardised values, means and deviations, [T] each; updates the words of the moments.
@@ -191,7 +232,7 @@ def _deviation(
     return max(sqrt(rest * prior + (1.0 - rest) * variance), min_std)
 
 
-def _season(
+def follow_season(
     field: NumericField,
     values: Floats,
     absent: Bools | None,

@@ -37,7 +37,6 @@ import numpy as np
 import tensorflow as tf
 
 from models.errors import SpecError
-from models.events.encode import standardise
 from models.events.schema import (
     STATISTICS,
     BooleanField,
@@ -46,6 +45,7 @@ from models.events.schema import (
     EventSchema,
     NumericField,
 )
+from models.events.values import standardise
 from models.networks.layers import activation_of
 from models.spec.heads import (
     DEVIATION_LIMIT,

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from models.errors import DataError
-from models.events.encode import check_rows
 from models.events.reader import EventReader, ReadEvents
+from models.events.values import check_rows
 from models.spec.model import ModelSpec
 from service.codec.body_types import StepsBody, wrong_width
 from service.codec.decoding import decode_element, format_value, invalid

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import FutureCovariates, encode_covariates
 from models.errors import DataError, StateError
-from models.events.encode import Clock, check_rows, encode, encode_many, event_times
+from models.events.encode import Clock, encode, encode_many, event_times
+from models.events.values import check_rows
 from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import ALARM_RATE

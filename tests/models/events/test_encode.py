@@ -14,15 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import DataError, StateError
-from models.events.encode import (
-    Clock,
-    check_rows,
-    encode,
-    encode_many,
-    gaps_ms,
-    log_gap,
-    standardise,
-)
+from models.events.encode import Clock, encode, encode_many, gaps_ms
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
     CategoricalField,
@@ -30,6 +22,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
+from models.events.values import check_rows, log_gap, standardise
 from models.spec.layout import state_spec
 from models.spec.model import parse_spec
 from models.spec.state import StateSpec

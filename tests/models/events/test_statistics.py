@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.errors import SpecError, StateError
-from models.events.encode import Clock, encode, standardise
+from models.events.encode import Clock, encode
 from models.events.fit import fit_schema
 from models.events.schema import EventSchema, Normalisation, NumericField
+from models.events.values import standardise
 from models.spec.layout import state_spec
 from models.spec.model import parse_spec
 from tests.support.events import NORMALISED

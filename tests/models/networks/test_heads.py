@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.events.encode import Clock, encode, standardise
+from models.events.encode import Clock, encode
+from models.events.values import standardise
 from models.networks.heads import head_loss
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec

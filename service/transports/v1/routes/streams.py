@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from models.artifact.fingerprint import version_of
 from models.errors import DataError, StateError
-from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
+from models.events.encode import MAX_RESTORED_SEEN, Clock
+from models.events.values import check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
 from service.codec.decoding import invalid
