@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.files import sync_directory
+from models.spec.layout import output_spec
 from models.spec.model import ModelSpec
 from service.core.errors import OperatorError
 from service.core.values import StreamKey
@@ -48,6 +49,11 @@ PIECE_ROWS = 262_144
 
 BUCKET_ROWS = PIECE_ROWS
 """About as many events are in a bucket, if there are partitions enough."""
+
+_UNIT_KEYS = 6
+_USUAL_COLUMNS, _USUAL_VALUES = 16, 64
+"""Columns of a unit, and values of an event while it is computed, with which so many rows fit into
+the memory of a process."""
 
 OnError = Literal["continue", "halt", "fail"]
 
@@ -175,6 +181,14 @@ def read_plan(out: Path) -> Plan:
         return msgspec.json.decode((out / PLAN).read_bytes(), type=Plan)
     except (OSError, msgspec.MsgspecError) as error:
         raise BackfillError(f"{out}: expected a folder of `carry backfill`: {error}") from error
+
+
+def rows_in_memory(spec: ModelSpec) -> tuple[int, int]:
+    """The rows of a unit and of a piece of a model: fewer, the more values an event has."""
+    columns = _UNIT_KEYS + (len(spec.events.fields) if spec.events is not None else 0)
+    values = columns + spec.input_features + output_spec(spec).size
+    unit_rows = min(UNIT_ROWS, UNIT_ROWS * _USUAL_COLUMNS // columns)
+    return unit_rows, min(PIECE_ROWS, PIECE_ROWS * _USUAL_VALUES // values)
 
 
 def plan_buckets(rows: int, partitions: int) -> int:

@@ -40,6 +40,7 @@ from service.backfill.plan import (
     plan_buckets,
     read_plan,
     replacing,
+    rows_in_memory,
 )
 from service.backfill.report import Sample, make_report, plot_throughput
 from service.backfill.shuffle import ShuffleRecord, ShuffleTask, plan_tasks, source_of, write_units
@@ -81,6 +82,7 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
             "that orders a stream's events, or --file-order"
         )
     sources = find_sources(history)
+    unit_rows, piece_rows = rows_in_memory(artifact.spec)
     return Plan(
         model=artifact.spec.name,
         fingerprint=artifact.fingerprint.hex(),
@@ -89,6 +91,8 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
         order=order,
         partitions=options.partitions,
         buckets=plan_buckets(sum(each.rows for each in sources), options.partitions),
+        unit_rows=unit_rows,
+        piece_rows=piece_rows,
         on_error=options.on_error,
         drop_duplicates=options.drop_duplicates,
         offset=options.offset,

@@ -117,7 +117,7 @@ def write_units(job: Job, task: ShuffleTask) -> ShuffleRecord:
         found = _read_unit(job, number)
         if found is None:
             found = reader.read(batch)
-            _write_unit(job, number, found)
+            write_unit(job, number, found)
         rows += len(batch.rows)
         events += found.events.height
         units += 1
@@ -140,7 +140,8 @@ def _read_unit(job: Job, number: int) -> Unit | None:
     )
 
 
-def _write_unit(job: Job, number: int, unit: Unit) -> None:
+def write_unit(job: Job, number: int, unit: Unit) -> None:
+    """Write the events of a unit, and those that were rejected."""
     if unit.rejected.height:
         with replacing(job.rejected_unit(number)) as path:
             unit.rejected.write_parquet(path)

@@ -16,6 +16,7 @@ from service.commands.load import load_streams
 if TYPE_CHECKING:
     from service.backfill.engines import Engine
     from service.backfill.plan import Job
+    from service.store.base import Store
 
 INTERRUPTED = 128
 """Exit status of a command that a signal ended, less the signal's number."""
@@ -90,6 +91,10 @@ def backfill(
     ] = None,
     workers: Workers = None,
     memory_mib: MemoryMib = 2048,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Measure the first rows, and say what it would take."),
+    ] = False,
     quiet: Quiet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in OUT.")] = False,
 ) -> None:
@@ -98,6 +103,7 @@ def backfill(
 
     from models.artifact.artifact import load_artifact
     from models.training.progress import Progress
+    from service.backfill.estimate import estimate
     from service.backfill.heads import read_heads
     from service.backfill.report import report_lines
     from service.backfill.run import (
@@ -132,9 +138,16 @@ def backfill(
     out, plan = Path(folder).absolute(), plan_backfill(loaded, sources, options)
     job = open_job(loaded, plan if overwrite else resume_plan(out, plan), out)
 
+    if dry_run:
+        for line in estimate(job, count_workers(workers, memory_mib)).lines():
+            typer.echo(line)
+        return
+
     def prepare() -> None:
         if version:
             run_on_store(into, None, lambda store: read_heads(store, job.plan, job.out))
+        elif into is not None:
+            run_on_store(into, None, _check_store)  # a wrong address costs no run
 
     progress = Progress(Console(quiet=quiet, stderr=True))
     with interruptible(), closing(open_engine(engine, job, address, workers, memory_mib)) as opened:
@@ -145,6 +158,10 @@ def backfill(
     if into is not None:
         with interruptible():
             load_streams(job.out, redis_url=into)
+
+
+async def _check_store(store: Store) -> None:
+    """Do nothing with a store, which has started."""
 
 
 def score(
@@ -196,14 +213,19 @@ def open_engine(
 ) -> Engine:
     """Open what runs the tasks of a job."""
     from service.backfill.engines import Processes, RayCluster
-    from service.backfill.machine import MIB, count_cores, count_processes
 
     if address is not None and name != "ray":
         raise typer.BadParameter("expected --engine ray with --address")
     if name == "ray":
         return RayCluster(job, address, workers)
-    count = workers or count_processes(memory_mib * MIB, count_cores())
-    return Processes(job, count)
+    return Processes(job, count_workers(workers, memory_mib))
+
+
+def count_workers(workers: int | None, memory_mib: int) -> int:
+    """The number of processes: as many as are asked for, or as cores and memory allow."""
+    from service.backfill.machine import MIB, count_cores, count_processes
+
+    return workers or count_processes(memory_mib * MIB, count_cores())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -18,13 +19,14 @@ from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.writing import write_artifact
 from models.errors import SpecError
 from models.events.frame import columns_from_frame
+from models.events.schema import NumericField
 from models.offline.runner import OrderedEvents, open_runner
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import parse_spec, schema_of
 from service.backfill import run as backfills
 from service.backfill.bucket import BucketRecord, read_record
 from service.backfill.engines import Processes, TaskError
-from service.backfill.plan import BackfillError, Job
+from service.backfill.plan import BackfillError, Job, rows_in_memory
 from service.backfill.run import BackfillOptions, plan_backfill, run_backfill
 from service.core.values import StreamState
 from service.store.backup import BackupReader
@@ -39,6 +41,7 @@ from tests.support.backfill import (
 from tests.support.command import carry
 from tests.support.forks import COMMAND
 from tests.support.models import random_weights, small_spec
+from tests.support.servers import until
 
 EVENTS = 400
 
@@ -282,7 +285,30 @@ def test_the_command_reports_what_it_did(
     files[1].write_text("stream\n")
     changed = carry("backfill", *files, "--stream", "stream")
     assert changed.exit_code == 1
-    assert "is of another backfill: sources" in changed.stderr
+    assert "a.csv: was changed since its rows were read" in changed.stderr
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    words = [artifact.path, *history, tmp_path / "out", "--stream", "stream", "--workers", "3"]
+    result = carry("backfill", *words, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    first, *_ = lines = result.stdout.decode().splitlines()
+    assert re.fullmatch(r"would compute about \d+ events in 1 buckets, by 3 processes", first)
+    assert [line.partition(" ")[0] for line in lines[1:]] == ["about", "disk:", "memory:"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_events_of_many_values_are_computed_in_smaller_pieces(artifact: Artifact) -> None:
+    spec = artifact.spec
+    unit_rows, piece_rows = rows_in_memory(spec)
+    schema = schema_of(spec)
+    more = tuple(NumericField(name=f"f{at}", mean=0.0, std=1.0) for at in range(200))
+    events = schema.model_copy(update={"fields": schema.fields + more})
+    wide = spec.model_copy(update={"events": events})
+    assert rows_in_memory(wide)[0] < unit_rows / 6
+    assert rows_in_memory(wide)[1] < piece_rows / 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -290,20 +316,17 @@ def test_a_signal_ends_the_command_cleanly(
     artifact: Artifact, frame: pl.DataFrame, tmp_path: Path, number: signal.Signals
 ) -> None:
     frame.write_csv(tmp_path / "b.csv")
-    pipe = tmp_path / "a.csv"
     words = [artifact.path, tmp_path / "b.csv", tmp_path / "out", "--stream", "stream"]
     with subprocess.Popen(
         [COMMAND, "backfill", *map(str, words), "--workers", "1"],
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as process:
-        while not (tmp_path / "out" / "shuffle").exists() and process.poll() is None:
-            os.sched_yield()
+        until(lambda: (tmp_path / "out" / "shuffle").exists() or process.poll() is not None)
         os.killpg(process.pid, number)
         _, printed = process.communicate()
     if process.returncode:  # else it was done before
         assert process.returncode == 128 + number
         assert printed == b"interrupted: the same command goes on\n"
-    assert not pipe.exists()
     result = carry("backfill", *words)
     assert result.exit_code == 0, result.stderr
