@@ -45,6 +45,7 @@ from models.events.schema import (
 )
 from models.events.segment_statistics import SegmentStatistics, encode_statistics
 from models.events.statistics import encode_parts
+from models.events.values import FINITE
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
 from models.spec.resets import EventTimes, gaps_of_segments_ms
 from models.spec.state import StateSpec
@@ -474,6 +475,6 @@ def _not_finite(schema: EventSchema, columns: EventColumns, rows: FloatArray) ->
     return DataError(
         index=step,
         field=name,
-        expected="a number that is finite as a float32 once standardised",
+        expected=FINITE,
         got=repr(columns.values[name].tolist()[step]),
     )

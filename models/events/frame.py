@@ -43,6 +43,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
+from models.events.values import FINITE, standardise
 
 EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
 """Integer columns with all values in this range are rejected as epoch seconds. As seconds these are
@@ -137,6 +138,17 @@ def canonical_frame(
             _reject(invalid, column, absent.to_numpy(), "a value", got="none")
         columns.append(values.alias(field.name))
     return pl.DataFrame(columns), invalid
+
+
+def find_overflows(schema: EventSchema, canonical: pl.DataFrame) -> list[InvalidRows]:
+    """The numbers of a `canonical_frame` that are not finite once they are standardised."""
+    invalid: list[InvalidRows] = []
+    for field in schema.fields:
+        if isinstance(field, NumericField) and field.fitted:
+            column = canonical[field.name]
+            wrong = ~np.isfinite(standardise(field, column.fill_null(0.0).to_numpy()))
+            _reject(invalid, column, wrong, FINITE, got=column.cast(pl.String).__getitem__)
+    return invalid
 
 
 def columns_from_canonical(schema: EventSchema, frame: pl.DataFrame) -> EventColumns:

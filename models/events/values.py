@@ -18,6 +18,9 @@ from models.spec.heads import EXPONENT_LIMIT
 
 FloatArray = NDArray[np.float32]
 
+FINITE = "a number that is finite as a float32 once standardised"
+"""What a number is, so that it can be encoded."""
+
 
 def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
     """Standardise values of a numeric field, given in its units, as in its encoded column.

@@ -14,7 +14,7 @@ import polars as pl
 from models.errors import DataError
 from models.events.cells import typed_cells
 from models.events.columns import BoolArray, EventColumns
-from models.events.frame import InvalidRows, canonical_frame, columns_from_canonical
+from models.events.frame import InvalidRows, canonical_frame, columns_from_canonical, find_overflows
 from models.events.parse import RESET, can_mark_resets
 from models.events.schema import BooleanField, EventSchema, TimestampField
 from service.backfill.plan import Plan, Source
@@ -92,7 +92,7 @@ class RowReader:
         streams = self._streams(batch.frame[self._plan.stream], invalid)
         frame = self._typed(batch, invalid)
         canonical, rejected = canonical_frame(self._schema, frame)
-        invalid += rejected
+        invalid += rejected + find_overflows(self._schema, canonical)
         order = self._order(batch, canonical, frame, invalid)
         table: dict[str, Any] = {
             "order": order,

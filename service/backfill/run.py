@@ -43,7 +43,14 @@ from service.backfill.plan import (
     rows_in_memory,
 )
 from service.backfill.report import Sample, make_report, plot_throughput
-from service.backfill.shuffle import ShuffleRecord, ShuffleTask, plan_tasks, source_of, write_units
+from service.backfill.shuffle import (
+    ShuffleRecord,
+    ShuffleTask,
+    count_rows,
+    plan_tasks,
+    source_of,
+    write_units,
+)
 from service.backfill.source import find_sources
 
 REPORT, PLOT, LOCK = "report.json", "throughput.png", ".lock"
@@ -268,11 +275,12 @@ class _Run:
                 note(task.rows)
 
     def _compute(self, buckets: list[int]) -> None:
-        plan = self._job.plan
         function: Function[int, BucketRecord] = compute_bucket
-        events = sum(each.events for each in self.records.values())
-        with self._stage("compute", max(1, plan.rows - events)) as note:
-            for bucket, record in self._engine.map(function, buckets, "bucket"):
+        sizes = count_rows(self._job)
+        # the largest first: a long one that started last would be waited for
+        ordered = sorted(buckets, key=lambda bucket: -sizes.get(bucket, 0))
+        with self._stage("compute", sum(sizes.get(each, 0) for each in buckets)) as note:
+            for bucket, record in self._engine.map(function, ordered, "bucket"):
                 self.records[bucket] = record
                 note(record.events)
 
@@ -282,7 +290,7 @@ class _Run:
         started_s = time.monotonic()
         done = 0
         self.samples.append(Sample(stage, started_s - self._started_s, 0))
-        with self._progress.task(stage, total) as advance:
+        with self._progress.task(stage, max(1, total)) as advance:
 
             def note(events: int) -> None:
                 nonlocal done

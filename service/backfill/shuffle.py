@@ -153,6 +153,15 @@ def write_unit(job: Job, number: int, unit: Unit) -> None:
         )
 
 
+def count_rows(job: Job) -> dict[int, int]:
+    """The number of rows in the units of each bucket."""
+    units = sorted((job.out / "shuffle").glob("unit-*.parquet"))
+    if not units:
+        return {}
+    rows = pl.scan_parquet(units, glob=False, missing_columns="insert").select("bucket")
+    return dict(rows.group_by("bucket").len().collect(engine="streaming").rows())
+
+
 def read_bucket(job: Job, bucket: int) -> Iterator[pl.DataFrame]:
     """Read the events of a bucket, sorted by stream, order, file and row, in pieces."""
     units = sorted((job.out / "shuffle").glob("unit-*.parquet"))

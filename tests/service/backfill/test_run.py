@@ -20,6 +20,7 @@ from models.artifact.writing import write_artifact
 from models.errors import SpecError
 from models.events.frame import columns_from_frame
 from models.events.schema import NumericField
+from models.events.values import FINITE
 from models.offline.runner import OrderedEvents, open_runner
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import parse_spec, schema_of
@@ -261,6 +262,41 @@ def test_outputs_that_are_not_finite_are_rejected_with_their_place(
     job = job_of(load_artifact(tmp_path / "wild"), [tmp_path / "a.parquet"], tmp_path / "out")
     with pytest.raises(TaskError, match=r"a\.parquet, row \d+, stream 's\d': finite"):
         run(job)
+
+
+def test_numbers_that_cannot_be_encoded_are_rejected(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    field = next(
+        each.name
+        for each in schema_of(artifact.spec).fields
+        if isinstance(each, NumericField) and each.transform != "signed_log1p"
+    )
+    row = pl.int_range(pl.len()) == 7
+    frame.with_columns(
+        pl.when(row).then(1e300).otherwise(pl.col(field)).alias(field)
+    ).write_parquet(tmp_path / "a.parquet")
+    report = run(job_of(artifact, [tmp_path / "a.parquet"], tmp_path / "out"))
+    assert report["events"] == EVENTS - 1
+    (rejected,) = report["rejected"]
+    assert (rejected["column"], rejected["reason"], rejected["events"]) == (field, FINITE, 1)
+    assert rejected["places"] == [f"{tmp_path / 'a.parquet'}, row 8"]
+
+
+def test_the_largest_bucket_is_computed_first(artifact: Artifact, tmp_path: Path) -> None:
+    frame = random_events(schema_of(artifact.spec), EVENTS, streams=9)
+    frame.with_columns(
+        stream=pl.when(pl.int_range(pl.len()) < EVENTS // 2)
+        .then(pl.lit("long"))
+        .otherwise("stream")
+    ).write_parquet(tmp_path / "a.parquet")
+    job = job_of(artifact, [tmp_path / "a.parquet"], tmp_path / "out", buckets=8)
+    engine = Recording(job)
+    run_backfill(job, engine)
+    order = [each for each in engine.done if isinstance(each, int)]
+    sizes = [record.events for each in order if (record := read_record(job, each))]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] >= EVENTS // 2
 
 
 def test_the_command_reports_what_it_did(
