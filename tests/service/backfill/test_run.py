@@ -279,7 +279,9 @@ def test_numbers_that_cannot_be_encoded_are_rejected(
     report = run(job_of(artifact, [tmp_path / "a.parquet"], tmp_path / "out"))
     assert report["events"] == EVENTS - 1
     (rejected,) = report["rejected"]
-    assert (rejected["column"], rejected["reason"], rejected["events"]) == (field, FINITE, 1)
+    assert (rejected["column"], rejected["reason"], rejected["events"]) == (
+        *(field, f"expected {FINITE}", 1),
+    )
     assert rejected["places"] == [f"{tmp_path / 'a.parquet'}, row 8"]
 
 
