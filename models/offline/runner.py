@@ -101,12 +101,15 @@ class Runner:
         spec: a model that may be cut into chunks anywhere.
         weights: of its network.
         step: the network's step; by default on the runtime that a service prefers.
+
+    Attributes:
+        spec: the model.
     """
 
     def __init__(
         self, spec: ModelSpec, weights: Mapping[str, FloatArray], step: Step | None = None
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         network = step or open_step(spec, weights)
         self._step = network if spec.detection is None else DetectingStep(spec, network)
         self._layout, self._runtime_layout = state_spec(spec), runtime_state(spec)
@@ -147,7 +150,7 @@ class Runner:
         positions = np.zeros(len(starts), np.int64)
         positions[:known] = before.positions
         segments, is_reset = find_segments(
-            self._spec.resets,
+            self.spec.resets,
             starts,
             positions,
             table.marks,
@@ -207,7 +210,7 @@ class Runner:
             DataError: a value that cannot be encoded; `index` counts from the stream's first event.
             StateError: a state with an impossible clock.
         """
-        schema_of(self._spec)
+        schema_of(self.spec)
         events = EventColumns.concatenate([each.columns for each in streams])
         cuts = np.cumsum([0, *(len(each.columns) for each in streams)])
         before = StreamStates(
@@ -240,9 +243,9 @@ class Runner:
         )
 
     def _times(self, events: EventColumns | FloatArray) -> EventTimes | None:
-        if self._spec.events is None or isinstance(events, np.ndarray):
+        if self.spec.events is None or isinstance(events, np.ndarray):
             return None
-        return event_times(self._spec.events, events)
+        return event_times(self.spec.events, events)
 
     def _encode(
         self,
@@ -252,8 +255,8 @@ class Runner:
         wanted: IntArray,
     ) -> EncodedSegments:
         if not isinstance(events, np.ndarray):
-            return encode_segments(schema_of(self._spec), events, segments, before, wanted)
-        check_rows(self._spec.columns, events)
+            return encode_segments(schema_of(self.spec), events, segments, before, wanted)
+        check_rows(self.spec.columns, events)
         return EncodedSegments(events, Clocks.new(len(wanted)), 0)
 
     def _pack(self, states: StreamStates) -> FloatArray:

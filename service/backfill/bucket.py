@@ -212,8 +212,9 @@ class _BucketWriter:
     """Computes the rows of a bucket piece by piece, and writes the states of its streams."""
 
     def __init__(self, job: Job, bucket: int, file: BinaryIO):
-        self._job, self._schema = job, schema_of(job.spec)
-        self._runner = _open_runner(_HashedJob(job))
+        self._job, self._runner = job, _open_runner(_HashedJob(job))
+        # of the runner, which then encodes the block that the digests are of
+        self._schema = schema_of(self._runner.spec)
         self._outputs = output_spec(job.spec)
         self._model, self._fingerprint = job.plan.model, bytes.fromhex(job.plan.fingerprint)
         self._writer = BackupWriter(file, BackupInfo(0, "backfill", self._model, ""))
@@ -244,7 +245,8 @@ class _BucketWriter:
         self._writer.finish()
 
     def _compute(self, piece: pl.DataFrame) -> pl.DataFrame:
-        columns = read_columns(self._schema, piece)
+        block = block_of(self._schema, read_columns(self._schema, piece))
+        columns = EventColumns.of_block(block)
         runs = piece["stream"].rle().struct
         names: list[str] = runs.field("value").to_list()
         ends = np.cumsum(runs.field("len").to_numpy(), dtype=np.int64)
