@@ -24,7 +24,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from models.errors import DataError
-from models.events.columns import EventColumns, block_of
+from models.events.columns import Block, EventColumns, block_of
 from models.offline.runner import NO_MARKS, EventTable, Runner, StreamStates, TableResult
 from models.offline.steps import open_step
 from models.spec.layout import output_spec
@@ -217,6 +217,8 @@ class _BucketWriter:
         self._schema = schema_of(self._runner.spec)
         self._outputs = output_spec(job.spec)
         self._model, self._fingerprint = job.plan.model, bytes.fromhex(job.plan.fingerprint)
+        self._digest = hashlib.blake2b(digest_size=EPOCH_BYTES + TAG_BYTES)
+        self._digest.update(self._fingerprint + f"{self._model}/".encode())
         self._writer = BackupWriter(file, BackupInfo(0, "backfill", self._model, ""))
         self._records: list[list[Any]] = []
         self._size_bytes = 0
@@ -246,7 +248,6 @@ class _BucketWriter:
 
     def _compute(self, piece: pl.DataFrame) -> pl.DataFrame:
         block = block_of(self._schema, read_columns(self._schema, piece))
-        columns = EventColumns.of_block(block)
         runs = piece["stream"].rle().struct
         names: list[str] = runs.field("value").to_list()
         ends = np.cumsum(runs.field("len").to_numpy(), dtype=np.int64)
@@ -257,10 +258,10 @@ class _BucketWriter:
         marks = NO_MARKS
         if "reset" in piece.columns:
             marks = np.flatnonzero(piece["reset"].fill_null(False).to_numpy())
-        result = self._run(piece, EventTable(columns, starts, marks), opened)
+        result = self._run(piece, EventTable(EventColumns.of_block(block), starts, marks), opened)
         self.out_of_order += result.out_of_order
         self.events += piece.height
-        self._take_states(piece, columns, names, starts, ends, opened, result.after)
+        self._take_states(piece, block, names, starts, ends, opened, result.after)
         positions = np.arange(piece.height) - np.repeat(starts, ends - starts)
         if opened is not None:
             positions[: ends[0]] += opened.states.positions[0]
@@ -294,7 +295,7 @@ class _BucketWriter:
     def _take_states(
         self,
         piece: pl.DataFrame,
-        columns: EventColumns,
+        block: Block,
         names: list[str],
         starts: IntArray,
         ends: IntArray,
@@ -302,7 +303,7 @@ class _BucketWriter:
         after: StreamStates,
     ) -> None:
         """Write the states of the streams that ended in a piece; the last one stays open."""
-        seen = self._event_bytes(columns, piece)
+        seen = self._event_bytes(block, piece)
         last = piece[(ends - 1).tolist()]
         times = [0] * len(names)
         if self._schema.timestamp is not None:
@@ -323,14 +324,12 @@ class _BucketWriter:
             self._open = _OpenStream(name, digest, states, times[at], mark)
 
     def _new_digest(self, stream: str) -> Any:
-        digest = hashlib.blake2b(digest_size=EPOCH_BYTES + TAG_BYTES)
-        for part in (self._fingerprint, self._model.encode(), stream.encode()):
-            digest.update(len(part).to_bytes(4, "little") + part)
+        digest = self._digest.copy()
+        digest.update(len(stream).to_bytes(4, "little") + stream.encode())
         return digest
 
-    def _event_bytes(self, columns: EventColumns, piece: pl.DataFrame) -> BytesArray:
+    def _event_bytes(self, block: Block, piece: pl.DataFrame) -> BytesArray:
         """What the network sees of each event, uint8 [T, W]."""
-        block = block_of(self._schema, columns)
         parts = [np.ascontiguousarray(block.numbers.T, "<f8").view(np.uint8)]
         if block.times_ms is not None:
             parts.append(block.times_ms.astype("<i8").reshape(-1, 1).view(np.uint8))

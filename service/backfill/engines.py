@@ -15,7 +15,9 @@ import logging
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
+import tempfile
 import threading
 import traceback
 from collections import Counter
@@ -36,6 +38,9 @@ ATTEMPTS = 3
 ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 IN_FLIGHT_PER_CPU = 2
 """Tasks of a cluster that are submitted at once, so that its CPUs never wait for the next."""
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Memory that a Ray of this machine shares between processes: results are small, and the job is put
+there once."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -288,13 +293,23 @@ class RayCluster:
 
         self._ray = ray
         address = address or os.environ.get("RAY_ADDRESS")
-        local: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False}
+        local: dict[str, Any] = {}
+        self._folder = None
+        if not address:
+            self._folder = tempfile.mkdtemp(prefix="carry-ray-")
+            weights_bytes = sum(each.nbytes for each in job.weights.values())
+            local = {
+                "num_cpus": cpus,
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES + 4 * weights_bytes,
+                "_temp_dir": self._folder,
+            }
         ray.init(
             address,
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": ONE_THREAD},
-            **({} if address else local),
+            **local,
         )
         self._job = ray.put(job)
         self._run = ray.remote(max_retries=ATTEMPTS - 1, num_cpus=1)(run_task)
@@ -330,3 +345,5 @@ class RayCluster:
     def close(self) -> None:
         """Cancel what runs, and leave the cluster."""
         self._ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

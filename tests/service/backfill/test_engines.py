@@ -8,9 +8,20 @@ from contextlib import closing
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.backfill.engines import Engine, Processes, RayCluster, TaskError
-from service.backfill.plan import Job, Plan
-from tests.support.backfill import double, fail, kill_always, kill_once, small_artifact
+from models.spec.model import schema_of
+from service.backfill.engines import Engine, Processes, RayCluster, TaskError, ThisProcess
+from service.backfill.plan import Job
+from service.backfill.run import run_backfill
+from tests.support.backfill import (
+    double,
+    fail,
+    files_of,
+    job_of,
+    kill_always,
+    kill_once,
+    random_events,
+    small_artifact,
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +31,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def job(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    plan = Plan(
-        model="small",
-        fingerprint=artifact.fingerprint.hex(),
-        sources=(),
-        stream="stream",
-        order=None,
-        partitions=1,
-        buckets=1,
-    )
-    return Job(plan, tmp_path_factory.mktemp("out"), artifact.spec, dict(artifact.weights))
+    folder = tmp_path_factory.mktemp("backfill")
+    frame = random_events(schema_of(artifact.spec), 300, streams=9)
+    frame.head(100).write_parquet(folder / "a.parquet")
+    frame.tail(-100).write_csv(folder / "b.csv")
+    return job_of(artifact, [folder / "a.parquet", folder / "b.csv"], folder / "out", buckets=4)
 
 
 OPEN: dict[str, Callable[[Job], Engine]] = {
@@ -39,10 +45,23 @@ OPEN: dict[str, Callable[[Job], Engine]] = {
 
 
 @pytest.fixture(scope="module", params=OPEN)
-def engine(request: pytest.FixtureRequest, job: Job) -> Iterator[Engine]:
-    with closing(OPEN[request.param](job._replace(out=job.out / request.param))) as opened:
-        (job.out / request.param).mkdir()
+def own(request: pytest.FixtureRequest, job: Job) -> Job:
+    """The job in a folder of each engine."""
+    return job._replace(out=job.out / request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(own: Job) -> Iterator[Engine]:
+    with closing(OPEN[own.out.name](own)) as opened:
         yield opened
+
+
+def test_a_backfill_has_the_same_bytes_on_every_engine(engine: Engine, own: Job, job: Job) -> None:
+    here = job._replace(out=job.out / f"{own.out.name}-here")
+    run_backfill(here, ThisProcess(here))
+    assert run_backfill(own, engine)["events"] == 300
+    assert files_of(own.out) == files_of(here.out)
+    assert len(files_of(own.out)) == 8
 
 
 def test_lost_processes_cost_their_tasks_only(engine: Engine) -> None:
