@@ -10,7 +10,7 @@ DEFAULT_MEMORY_BYTES = 2048 * MIB
 COMMAND_BYTES = 200 * MIB
 """Memory of the process of the command."""
 
-PROCESS_BYTES = 400 * MIB
+PROCESS_BYTES = 550 * MIB
 """Memory of a process that sorts or computes, about."""
 
 

@@ -41,7 +41,7 @@ from service.store.keys import KeySpace
 
 FORMAT = 1
 PLAN = "backfill.json"
-UNIT_ROWS = 1_000_000
+UNIT_ROWS = 400_000
 """Most rows of a unit, which one process sorts in memory."""
 
 PIECE_ROWS = 262_144

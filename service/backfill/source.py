@@ -53,6 +53,19 @@ _partition = re.compile(r"([^=/]+)=([^=/]*)").fullmatch
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
+_POLARS_OPTIONS = {
+    # it would read 300 MiB of CSV ahead
+    "POLARS_CSV_CHUNK_SIZE": "4000000",
+    "POLARS_CSV_CHUNK_PREFETCH_LIMIT": "1",
+    "POLARS_LINES_CHUNK_PREFETCH_LIMIT": "1",
+    "POLARS_NDJSON_CHUNK_SIZE": "4000000",
+    # it would warn of a planner that is not there
+    "POLARS_ICEBERG_PLANNER": "pyiceberg",
+}
+_LINES_AT_ONCE = 16_384
+"""JSON that is parsed together: its tree is far larger than its text."""
+
+
 class Batch(NamedTuple):
     """Consecutive rows of a source.
 
@@ -205,8 +218,6 @@ def _scan_table(kind: str, path: str, version: str) -> pl.LazyFrame:
     with _reading(path):
         if kind == "delta":
             return pl.scan_delta(path, version=int(version))
-        # polars warns of the planner of another package, which would be faster
-        os.environ.setdefault("POLARS_ICEBERG_PLANNER", "pyiceberg")
         return pl.scan_iceberg(_iceberg_metadata(path), snapshot_id=int(version))
 
 
@@ -217,7 +228,9 @@ def _count(name: str, frame: pl.LazyFrame) -> int:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn errors of libraries into one that names the source."""
+    """Set options of polars, and turn errors of libraries into one that names the source."""
+    for option, value in _POLARS_OPTIONS.items():
+        os.environ.setdefault(option, value)
     try:
         yield
     except (BackfillError, DataError, GeneratorExit):
@@ -429,7 +442,7 @@ def _parse_lines(lines: pl.Series, names: Sequence[str]) -> tuple[pl.DataFrame, 
     suspicious = np.any([each.to_numpy() for each in repeated], axis=0)
     reasons: dict[int, tuple[str, str]] = {}
     try:
-        objects = lines.str.json_decode(dtype)
+        objects = _decode(lines, dtype)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         suspicious = np.ones(len(lines), np.bool_)
     for row in np.flatnonzero(suspicious).tolist():
@@ -439,9 +452,14 @@ def _parse_lines(lines: pl.Series, names: Sequence[str]) -> tuple[pl.DataFrame, 
         wrong = np.zeros(len(lines), np.bool_)
         wrong[list(reasons)] = True
         kept = pl.select(pl.when(~pl.Series(wrong)).then(lines).otherwise(pl.lit("{}")))
-        objects = kept.to_series().str.json_decode(dtype)
+        objects = _decode(kept.to_series(), dtype)
     frame = objects.struct.unnest() if len(lines) else pl.DataFrame(schema=dtype.to_schema())
     return frame, _by_expectation(len(lines), reasons)
+
+
+def _decode(lines: pl.Series, dtype: pl.Struct) -> pl.Series:
+    parts = range(0, max(1, len(lines)), _LINES_AT_ONCE)
+    return pl.concat([lines[at : at + _LINES_AT_ONCE].str.json_decode(dtype) for at in parts])
 
 
 def _by_expectation(rows: int, reasons: dict[int, tuple[str, str]]) -> list[InvalidRows]:
