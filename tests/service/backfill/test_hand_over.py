@@ -15,8 +15,9 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.backfill.load import load_states
 from service.core.values import StreamKey
+from service.store.base import decode_stream
 from tests.service.transports.v1.harness import harness
-from tests.support.consumers import consuming
+from tests.support.consumers import consuming, until_count
 from tests.support.hand_over import (
     STREAMS,
     backfill,
@@ -147,3 +148,30 @@ async def test_states_with_another_mark_are_not_taken_for_loaded(
         assert (progress.loaded_before, len(progress.kept)) == (0, STREAMS)
         progress = await load_states(store, marked, overwrite=True, report=lambda _: None)
         assert progress.loaded == STREAMS
+
+
+async def test_the_history_of_a_loaded_stream_begins_with_its_state(
+    server: RealServer, client: Any, small: Artifact, events: pl.DataFrame, tmp_path: Path
+) -> None:
+    """Also if another one of the name was overwritten, whose history ends."""
+    out = backfill(small, events[:250], tmp_path / "past")
+    known = lengths_of(events[:250])
+    settings = {"history_events": "20"}
+    config = {"model": "small", "from": "events"}
+    async with consuming(server.url, small, settings, **config), opened(server.url) as store:
+        publish(client, events[:30])
+        await until_count(client, "scores", 30)
+        assert (await load_states(store, out, report=lambda _: None)).loaded == 0
+        assert (
+            await load_states(store, out, overwrite=True, report=lambda _: None)
+        ).loaded == STREAMS
+        publish(client, events[250:])
+        await until_count(client, "scores", 200)
+        for name, position in known.items():
+            key = StreamKey("small", name)
+            found = await store.histories.read(key, small.fingerprint, position)
+            assert found.is_valid
+            assert found.positions[0] == position
+            assert found.snapshot is not None
+            (stored,) = await load(store, [key])
+            assert decode_stream(found.snapshot).head.epoch == stored.head.epoch
