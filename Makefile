@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-harness coverage model faults topic-faults version-faults backfill-faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
+.PHONY: help run test test-harness coverage model faults topic-faults version-faults backfill-faults handover-faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,10 @@ version-faults: ## change versions of a model while workers and stores are kille
 backfill-faults: ## interrupt backfills at random moments, compare their bytes (ARGS="--kills 50")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.backfill kills $(ARGS)
+
+handover-faults: ## load a history of 100,000 streams while their events go on (ARGS="--streams 2000")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.faults.handover $(ARGS)
 
 check: ## run the linter, the formatter, the type checker, import contracts and the link checker
 	@scripts/setup dev

@@ -27,7 +27,7 @@ from tests.support.proxy import Connection, Target
 from tests.support.servers import RealServer
 from tests.support.service import Service
 
-_PLANTED_BUGS: Final = Path(__file__).parent / "planted_bugs"
+PLANTED_BUGS: Final = Path(__file__).parent / "planted_bugs"
 _SETTINGS: Final = {
     "CARRY_RUNTIME": "onnxruntime",
     "CARRY_STORE_WAIT_S": "3",
@@ -173,7 +173,7 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
         settings["CARRY_DURABILITY"] = "replicated"
     if options.plant is not None:
         settings["PLANTED_BUG"] = options.plant
-        settings["PYTHONPATH"] = str(_PLANTED_BUGS)
+        settings["PYTHONPATH"] = str(PLANTED_BUGS)
     async with AsyncExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="carry-faults-", ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(temporary))

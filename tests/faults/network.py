@@ -15,6 +15,7 @@ R has cycles of 3, 5 and 8 units, each with one change of sign, so it comes back
 240 steps: only events a multiple of 240 places apart could change places unseen.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -52,13 +53,20 @@ ENTERING: Final = np.random.default_rng(11).integers(1, 4, (FEATURES, UNITS)) * 
 """W, [F, H]: small whole numbers, no column like another, each cycle fed by each value."""
 
 
-def write(folder: Path, name: str = MODEL, gain: int = 1, burn_in: int | None = None) -> Path:
+def write(
+    folder: Path,
+    name: str = MODEL,
+    gain: int = 1,
+    burn_in: int | None = None,
+    fields: Sequence[str] = (),
+) -> Path:
     """The artifact below a folder of models; returns that folder.
 
     Args:
         name: of the artifact's folder.
         gain: a version whose outputs and states are this many times those of the first.
         burn_in: events after which the start counts as forgotten, which it never is.
+        fields: names of the values, for a model of events instead of rows.
     """
     layer = {
         "kind": "lstm",
@@ -68,7 +76,9 @@ def write(folder: Path, name: str = MODEL, gain: int = 1, burn_in: int | None = 
         "recurrent_activation": "hard_sigmoid",
     }
     heads = [{"kind": "sequence", "name": OUTPUT}]
-    spec = parse_spec({"name": MODEL, "features": FEATURES, "layers": [layer], "heads": heads})
+    values = [{"kind": "numeric", "name": each, "mean": 0.0, "std": 1.0} for each in fields]
+    inputs = {"events": {"fields": values}} if fields else {"features": FEATURES}
+    spec = parse_spec({"name": MODEL, **inputs, "layers": [layer], "heads": heads})
     # by gate: input, forget, candidate, output
     kernel, recurrent = np.zeros((4, FEATURES, UNITS)), np.zeros((4, UNITS, UNITS))
     bias = np.full((4, UNITS), _OPEN)

@@ -1,7 +1,8 @@
 """Plants the bug that `PLANTED_BUG` names in a worker; the service knows nothing of it.
 
 A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` and `TOPIC_SCRIPTS` are changes of the
-store's Lua scripts; `CODE` and `VERSION_CODE` call functions of the service's modules.
+store's Lua scripts; `CODE`, `VERSION_CODE` and `HANDOVER_CODE` call functions of the service's
+modules.
 """
 
 import os
@@ -130,9 +131,43 @@ VERSION_CODE: dict[str, Callable[[], None]] = {
 }
 
 
+def ignore_marks() -> None:
+    """A consumer computes events that the loaded state contains."""
+    from service.core.values import SourceMark
+
+    SourceMark.covers = lambda self, event: False
+
+
+def mark_before_last() -> None:
+    """A consumer computes the last event that the loaded state contains."""
+    from service.core.values import SourceMark
+
+    SourceMark.covers = lambda self, event: self.source == event.source and self[1:] > event[1:]
+
+
+def overwrite_living() -> None:
+    """The loader overwrites streams that live, also those that it has loaded before."""
+    from service.backfill import load
+
+    create = load._Loader.__init__
+
+    def create_overwriting(self: Any, *arguments: Any, **options: Any) -> None:
+        create(self, *arguments, **{**options, "overwrite": True})
+
+    load._Loader.__init__ = create_overwriting
+    load._continues = lambda stored, head: False
+
+
+HANDOVER_CODE: dict[str, Callable[[], None]] = {
+    "no-mark": ignore_marks,
+    "mark-before-last": mark_before_last,
+    "load-overwrites": overwrite_living,
+}
+
+
 def plant(bug: str) -> None:
     """Change the code at once, and each script where it is read."""
-    (CODE | VERSION_CODE).get(bug, lambda: None)()
+    (CODE | VERSION_CODE | HANDOVER_CODE).get(bug, lambda: None)()
     read = Path.read_bytes
 
     def read_changed(path: Path) -> bytes:

@@ -64,20 +64,22 @@ class ConsumerProcess:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill it, and wait for its end."""
-        self.signal(signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait()
+        """Kill it, and wait for its end; the supervisor may start the next one meanwhile."""
+        if (process := self._process) is not None:
+            process.kill()
+            process.wait()
 
     def terminate(self) -> bool:
         """Terminate it; whether it ended in time."""
-        self.signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            if self._process is not None:
-                self._process.wait(STOP_S)
-            return True
-        self.kill()
-        return False
+        if (process := self._process) is not None:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                return False
+        return True
 
     def lines(self, word: str) -> list[str]:
         """The lines of its log that contain a word."""

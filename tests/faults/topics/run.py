@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from tests.faults.deployment import PLANTED_BUGS
 from tests.faults.network import write
 from tests.faults.topics import layout
 from tests.faults.topics.check import check_topics
@@ -46,7 +47,6 @@ NOTICED_S: Final = 30.0
 IDLE_S: Final = 30.0
 """A run fails if nothing is appended or acknowledged for this long between its faults."""
 
-PLANTED_BUGS: Final = Path(__file__).parents[1] / "planted_bugs"
 PATIENT: Final = {"CARRY_STORE_WAIT_S": "30", "CARRY_TIMEOUT_S": "30"}
 """Settings of consumers with a planted bug: one that was suspended continues where it was."""
 
