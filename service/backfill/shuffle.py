@@ -16,8 +16,11 @@ source and its place there, so that an interrupted run goes on with the units th
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -37,6 +40,7 @@ ROW_GROUPS: Final = 128
 """Row groups of a full unit: so few rows are read that are of another bucket."""
 
 
+ORDER: Final = ("stream", "order", "file", "row")
 ROWS_PER_SOURCE: Final = 2**40
 """More rows than a source has."""
 
@@ -149,7 +153,7 @@ def write_unit(job: Job, number: int, unit: Unit) -> None:
         unit.events.write_parquet(
             path,
             compression="lz4",
-            row_group_size=max(1000, job.plan.unit_rows // ROW_GROUPS),
+            row_group_size=_rows_of_group(job),
         )
 
 
@@ -163,16 +167,48 @@ def count_rows(job: Job) -> dict[int, int]:
 
 
 def read_bucket(job: Job, bucket: int) -> Iterator[pl.DataFrame]:
-    """Read the events of a bucket, sorted by stream, order, file and row, in pieces."""
+    """Read the events of a bucket, sorted by stream, order, file and row, in pieces.
+
+    All units are read once. A bucket that is larger than memory is sorted externally: into runs,
+    which are read part by part.
+    """
     units = sorted((job.out / "shuffle").glob("unit-*.parquet"))
     if not units:
         return
-    most = 2 * job.plan.unit_rows
+    most = job.plan.unit_rows
     scan = pl.scan_parquet(units, glob=False, missing_columns="insert")
-    rows = scan.filter(pl.col("bucket") == bucket)
-    for part in _parts(rows, most, job.plan.order is None):
-        ordered = part.collect().sort("stream", "order", "file", "row")
-        yield from ordered.iter_slices(job.plan.piece_rows)
+    batches = scan.filter(pl.col("bucket") == bucket).collect_batches(chunk_size=most, lazy=True)
+    first, second = next(batches, None), next(batches, None)
+    if first is not None and second is None:
+        yield from first.sort(ORDER).iter_slices(job.plan.piece_rows)
+    elif first is not None and second is not None:
+        with _writing_runs(job, bucket, chain((first, second), batches)) as runs:
+            del first, second
+            rows = pl.scan_parquet(runs, glob=False)
+            for part in _parts(rows, most, job.plan.order is None):
+                yield from part.collect().sort(ORDER).iter_slices(job.plan.piece_rows)
+
+
+@contextmanager
+def _writing_runs(job: Job, bucket: int, batches: Iterable[pl.DataFrame]) -> Iterator[list[Path]]:
+    """Write batches of a bucket as sorted files, which are removed at the end."""
+    folder = job.out / "shuffle" / f"bucket-{bucket:05d}"
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+    folder.mkdir()
+    runs = []
+    try:
+        for number, batch in enumerate(batches):
+            runs.append(folder / f"run-{number:05d}.parquet")
+            batch.sort(ORDER).write_parquet(
+                runs[-1], compression="lz4", row_group_size=_rows_of_group(job)
+            )
+        yield runs
+    finally:
+        shutil.rmtree(folder)
+
+
+def _rows_of_group(job: Job) -> int:
+    return max(1000, job.plan.unit_rows // ROW_GROUPS)
 
 
 def _parts(rows: pl.LazyFrame, most: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
