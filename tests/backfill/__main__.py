@@ -2,23 +2,28 @@
 
     python -m tests.backfill size --events 50000000 --streams 200000
     python -m tests.backfill kills
+    python -m tests.backfill rates
     python -m tests.backfill plan --events 1e11 --machines 32
 
 `size` runs `carry backfill` over a history, and prints its time, memory and disk. `kills` (`make
 backfill-faults`) interrupts runs at random moments, and compares their bytes with those of an
-undisturbed one. Folders are kept with `--folder`. Exits with 1 if a run fails.
+undisturbed one. `rates` measures one core, and `plan` computes from that what a cluster takes.
+Folders are kept with `--folder`. Exits with 1 if a run fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from service.backfill.engines import ONE_THREAD
 from tests.backfill import plan
 from tests.backfill.histories import History, write_model
 from tests.backfill.kills import interrupt_runs
@@ -32,6 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["plan"]:
         plan.main(arguments[1:])
         return 0
+    if arguments[:1] == ["rates"]:
+        # polars reads the number of its threads once
+        command = [sys.executable, "-m", "tests.backfill.rates"]
+        return subprocess.run(command, env={**os.environ, **ONE_THREAD}, check=False).returncode
     parser = argparse.ArgumentParser(
         prog="python -m tests.backfill",
         description=__doc__,
@@ -97,6 +106,7 @@ def _measure(chosen: argparse.Namespace, folder: Path) -> int:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     run = Run(model, data, out, chosen.words)
+    run.log.unlink(missing_ok=True)
     found = measure(run)
     print(run.printed())
     print(*found.lines(chosen.events), sep="\n")

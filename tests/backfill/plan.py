@@ -34,7 +34,7 @@ class Workload:
         skew: share of all events in one further stream.
         machines, cores: workers, one for each core.
         buckets: at most the partitions of the store.
-        unit_rows: rows of a file of the shuffle, as `--memory` allows.
+        unit_rows: rows of a file of the shuffle, as `service.backfill.plan` has them.
         disk_mb_s: what a machine reads and writes of the shared folder together.
         opens_per_s: files that the shared folder opens, for all machines together.
     """
@@ -46,34 +46,38 @@ class Workload:
     machines: int = 32
     cores: int = 16
     buckets: int = 1024
-    unit_rows: float = 4e6
+    unit_rows: float = 1e6
     disk_mb_s: float = 1000.0
     opens_per_s: float = 50_000.0
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured on one core; `python -m tests.backfill size` prints it.
+    """What was measured on one core; `python -m tests.backfill rates` prints it.
 
     Attributes:
         shuffle_events_s: stage 1, events of a worker.
         compute_events_s: stage 2, events of a worker with many streams.
         alone_events_s: stage 2, events of one stream that is computed alone.
-        open_ms: stage 2, of a bucket in each unit, besides its rows.
+        open_ms: stage 2, of a bucket in each unit: its footer, and row groups shared with others.
         source_bytes, shuffle_bytes, output_bytes: of an event.
         state_bytes: of a stream.
         load_streams_s: streams that one process loads into the store.
     """
 
-    shuffle_events_s: float = 1e6
-    compute_events_s: float = 3e5
-    alone_events_s: float = 2e4
-    open_ms: float = 1.7
-    source_bytes: float = 12.0
-    shuffle_bytes: float = 20.0
-    output_bytes: float = 12.0
-    state_bytes: float = 1200.0
+    shuffle_events_s: float = 1.1e6
+    compute_events_s: float = 2.8e5
+    alone_events_s: float = 2.4e5
+    open_ms: float = 1.0
+    source_bytes: float = 12.4
+    shuffle_bytes: float = 26.0
+    output_bytes: float = 16.8
+    state_bytes: float = 1166.0
     load_streams_s: float = 2e4
+
+    def options(self) -> list[tuple[str, float]]:
+        """The options of this program, and their values."""
+        return [(_option(each.name), getattr(self, each.name)) for each in fields(self)]
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,10 @@ def describe(workload: Workload, made: Plan) -> list[str]:
     ]
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan of the options."""
     parser = argparse.ArgumentParser(prog="python -m tests.backfill.plan", description=__doc__)
@@ -190,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kind = type(each.default)
             # 1e8 for a number of streams, and for one of machines
             parser.add_argument(
-                f"--{each.name.replace('_', '-')}",
+                _option(each.name),
                 type=lambda text, kind=kind: kind(float(text)),
                 default=each.default,
                 help=f"({each.default:,})",
