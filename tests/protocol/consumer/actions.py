@@ -22,6 +22,8 @@ def possible_actions(state: ConsumerState, model: ConsumerModel) -> Iterator[Act
     lease = store.lease
     if 0 in state.appended:
         yield append, (state.appended.index(0),)
+    if scenario.loaded and not state.is_loaded and 0 not in state.appended[: scenario.loaded]:
+        yield load_history, ()
     for number, consumer in enumerate(state.consumers):
         if not consumer.fence and (lease.owner == number or not lease.is_held):
             yield acquire, (number,)
@@ -104,6 +106,11 @@ def append(system: ConsumerSystem, index: int) -> None:
     entry = Entry(system.scenario.events[index], number)
     system.appended = replace_at(system.appended, index, number + 1)
     system.store = system.store._replace(topic=(*system.store.topic, entry))
+
+
+def load_history(system: ConsumerSystem) -> None:
+    """The state of a history of the first events is loaded into the store."""
+    system.load_history()
 
 
 def append_again(system: ConsumerSystem, index: int) -> None:

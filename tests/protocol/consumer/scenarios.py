@@ -18,7 +18,11 @@ def _event(name: str, position: int | None, event: int, **options: Any) -> Opera
 
 
 def _scenario(
-    name: str, *events: Operation, chunks: tuple[Operation, ...] = (), **faults: int
+    name: str,
+    *events: Operation,
+    chunks: tuple[Operation, ...] = (),
+    loaded: int = 0,
+    **faults: int,
 ) -> ConsumerScenario:
     """A scenario whose operations know their client and place."""
 
@@ -27,7 +31,7 @@ def _scenario(
         return tuple(replace(each, client=client, index=index) for index, each in numbered)
 
     appended, sent = number(events, PRODUCERS), number(chunks, HTTP_CLIENT)
-    return ConsumerScenario(name, appended, ConsumerFaults(**faults), sent)
+    return ConsumerScenario(name, appended, ConsumerFaults(**faults), sent, loaded=loaded)
 
 
 A0, A1, A2 = _event("a0", 0, 1), _event("a1", 1, 2), _event("a2", 2, 3)
@@ -62,6 +66,12 @@ CONSUMER_SCENARIOS = (
     _scenario(
         "rebalanced topic: it changes hands",
         A0, A1, T0, releases=2, replies_lost=1),
+    LOADED := _scenario(
+        "loaded history: a state contains the first events, unless a consumer was first",
+        B0, B1, B2, loaded=1, leases_expired=1, timeouts=1),
+    _scenario(
+        "loaded history, rolled back: the load and what was skipped are lost",
+        B0, B1, loaded=1, rollbacks=1, leases_expired=1),
 )
 # fmt: on
 
@@ -121,5 +131,11 @@ PLANTED_CONSUMER_BUGS = (
     PlantedConsumerBug(
         "a commit of unknown outcome tried again under the same fence", LOST,
         ConsumerRules(retries_under_fence=True), "not in the order of their entries"),
+    PlantedConsumerBug(
+        "a source mark that is ignored", LOADED,
+        ConsumerRules(skips_loaded=False), "are not those of"),
+    PlantedConsumerBug(
+        "a chunk that drops the mark before the events that it covers are acknowledged", LOADED,
+        ConsumerRules(waits_for_skips=False), "are not those of"),
 )
 # fmt: on

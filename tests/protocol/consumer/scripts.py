@@ -6,7 +6,7 @@ planted bug is `ConsumerRules` with a part replaced.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from models.spec.state import State
 from service.core import delivery, values
 from tests.protocol.consumer.state import Command, ConsumerScenario, Entry, Item, Output, Store
 from tests.protocol.model import WRITTEN, stream_key
-from tests.protocol.state import Version
+from tests.protocol.state import NOTHING, Version
 from tests.support.streams import applied
 
 Outcome = Literal["done", "conflict", "not_pending"]
@@ -39,6 +39,8 @@ class ConsumerRules:
     splits_duplicates: bool = True  # of a chunk only events before the position are duplicates
     acknowledges_first: bool = False  # before the commit
     retries_under_fence: bool = False  # a commit of unknown outcome
+    skips_loaded: bool = True  # events that a loaded state contains
+    waits_for_skips: bool = True  # a chunk is computed once those before it are acknowledged
 
 
 class TopicCall(NamedTuple):
@@ -66,6 +68,18 @@ class ConsumerModel:
         self.calls: dict[TopicCall, TopicEffect] = {}
         self._versions: dict[Any, Version] = {}
         self.chunk, self.advance = cache(self._chunk), cache(self._advance)
+
+    @cached_property
+    def loaded(self) -> Version:
+        """The state of the first events, as it is loaded from a history, with its source mark."""
+        entries = tuple(Entry(each, 0) for each in self.scenario.events[: self.scenario.loaded])
+        computed = self.advance(entries, NOTHING, 0).new
+        head = replace(computed.head, epoch=b"loaded--")
+        mark = values.SourceMark("events", len(entries))
+        stream = computed.stream._replace(head=head, last=None, source=mark)
+        version = Version(-1, stream)
+        version.chunks = dict.fromkeys(computed.chunks, head)
+        return version
 
     def record(self, before: Store, command: Command, owner: int, effect: TopicEffect) -> None:
         """Record a call of a script."""

@@ -65,6 +65,7 @@ class Store(NamedTuple):
     lease: Lease = Lease()
     states: tuple[Version, ...] = NO_STATES
     outputs: tuple[Output, ...] = ()
+    loaded: tuple[ChunkId, ...] = ()  # events in a state that was loaded: they have no outputs
 
 
 class Item(NamedTuple):
@@ -163,6 +164,7 @@ class ConsumerScenario:
     chunks: tuple[Operation, ...] = ()  # of the HTTP client
     page: int = 2  # entries that are read at once, and events that are merged into a chunk
     room: int = 3  # entries in a consumer's memory
+    loaded: int = 0  # events, the first ones, in a state that is loaded from a history
 
 
 class ConsumerState(NamedTuple):
@@ -176,6 +178,7 @@ class ConsumerState(NamedTuple):
     faults: ConsumerFaults  # that may still happen
     # Of each broken connection, the commands whose bytes may still reach the store, in order.
     in_transit: tuple[tuple[Command, ...], ...] = ()
+    is_loaded: bool = False  # the history was loaded, or its stream was kept
 
     @classmethod
     def initial(cls, scenario: ConsumerScenario) -> ConsumerState:

@@ -29,7 +29,7 @@ class ConsumerSystem:
         self.store, self.older, self.faults = state.store, state.older, state.faults
         self.appended, self.http = state.appended, state.http
         self.consumers: list[Consumer] = list(state.consumers)
-        self.in_transit = list(state.in_transit)
+        self.in_transit, self.is_loaded = list(state.in_transit), state.is_loaded
         self.answers: list[tuple[str, str]] = []  # for traces
 
     def freeze(self) -> ConsumerState:
@@ -48,6 +48,7 @@ class ConsumerSystem:
             self.http,
             self.faults,
             tuple(sorted(self.in_transit)),
+            self.is_loaded,
         )
 
     def update(self, number: int, /, **changes: Any) -> Consumer:
@@ -210,6 +211,15 @@ class ConsumerSystem:
     def evaluate(self, number: int, entries: tuple[Entry, ...], stored: Version) -> list[Item]:
         """What to commit of a chunk whose stream was loaded; the rest of it waits again."""
         consumer = self.consumers[number]
+        if stored.stream and stored.stream.source and self.rules.skips_loaded:
+            skipped = tuple(entry for entry in entries if entry.chunk_id in stored.chunks)
+            others = entries[len(skipped) :]
+            if skipped and (self.rules.waits_for_skips or not others):
+                self.update(number, waiting=(*others, *consumer.waiting))
+                return [Item("duplicates", skipped, stored)]
+            if skipped:
+                chunk = self.model.advance(others, stored, consumer.fence)
+                return [chunk, Item("duplicates", skipped, stored)]
         try:
             evaluation = evaluate_chunk(self.model.chunk(entries), stored.stream)
         except PositionBehind as error:
@@ -224,6 +234,12 @@ class ConsumerSystem:
             return [self.model.advance(entries, stored, consumer.fence)]
         assert isinstance(evaluation, Replay)
         return [Item("duplicates", entries, stored)]
+
+    def load_history(self) -> None:
+        """The state of a history is written, unless its stream lives."""
+        self.is_loaded, new = True, self.model.loaded
+        if not self.store.states[0]:
+            self.store = scripts.write_state(self.store, 0, new)._replace(loaded=(*new.chunks,))
 
     # The HTTP client
 
