@@ -22,10 +22,11 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess, parent_process
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from models.errors import ModelsError
@@ -304,13 +305,16 @@ class RayCluster:
                 "object_store_memory": OBJECT_STORE_BYTES + 4 * weights_bytes,
                 "_temp_dir": self._folder,
             }
-        ray.init(
-            address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": ONE_THREAD},
-            **local,
-        )
+        # Ray's processes look for modules in the working directory first: in that of Carry's
+        # packages, not in one that may have other packages of these names
+        with chdir(Path(__file__).parents[2]):
+            ray.init(
+                address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": ONE_THREAD},
+                **local,
+            )
         self._job = ray.put(job)
         self._run = ray.remote(max_retries=ATTEMPTS - 1, num_cpus=1)(run_task)
         self.peaks: dict[str, int] = {}

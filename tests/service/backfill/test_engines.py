@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import chdir, closing
 
 import pytest
 
@@ -51,8 +51,12 @@ def own(request: pytest.FixtureRequest, job: Job) -> Job:
 
 
 @pytest.fixture(scope="module")
-def engine(own: Job) -> Iterator[Engine]:
-    with closing(OPEN[own.out.name](own)) as opened:
+def engine(own: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Opened in a folder that has modules with the names of Carry's packages."""
+    folder = tmp_path_factory.mktemp("foreign")
+    for name in ("models", "service"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('of another project')")
+    with chdir(folder), closing(OPEN[own.out.name](own)) as opened:
         yield opened
 
 
