@@ -397,9 +397,10 @@ def _furthest_places(piece: pl.DataFrame) -> dict[str, SourceMark]:
         return {}
     last = (
         piece.select("stream", "source", "offset", "sequence")
+        .drop_nulls()
         .filter(pl.col("source") == pl.col("source").last().over("stream"))
         .sort("offset", "sequence")
         .group_by("stream")
         .last()
     )
-    return {name: SourceMark(*place) for name, *place in last.iter_rows() if None not in place}
+    return {name: SourceMark(*place) for name, *place in last.iter_rows()}

@@ -26,7 +26,8 @@ NOWHERE: Final = -(2**63)
 """The order of a rejected event whose place is unknown: its stream ends before its first event."""
 
 SHOWN_CHARS: Final = 200
-_OFFSET: Final = r"^(\d{1,19})(?:-(\d{1,19}))?$"
+_ENTRY_ID: Final = r"^(\d{1,19})-(\d{1,19})$"
+_OFFSET: Final = r"^(\d{1,19})()$"
 
 
 def field_column(name: str) -> str:
@@ -217,34 +218,28 @@ class RowReader:
         return marks[RESET].fill_null(False)
 
     def _offsets(self, frame: pl.DataFrame, invalid: list[InvalidRows]) -> dict[str, pl.Series]:
-        """Where each event is in the topic that it came from."""
+        """Where each event is in the topic that it came from, if it says."""
         plan = self._plan
-        text = frame[plan.offset or ""].cast(pl.String)
-        parts = text.str.extract_groups(_OFFSET).struct.rename_fields(["offset", "sequence"])
+        name, topic, partition = plan.offset or "", plan.topic or "", plan.topic_partition
+        text = frame[name].cast(pl.String)
+        pattern = _ENTRY_ID if partition is None else _OFFSET
+        parts = text.str.extract_groups(pattern).struct.rename_fields(["offset", "sequence"])
         offset = parts.struct.field("offset").cast(pl.UInt64, strict=False)
         sequence = parts.struct.field("sequence").cast(pl.UInt64, strict=False).fill_null(0)
-        wrong = offset.is_null()
-        if wrong.any():
-            expected = "an offset of Kafka, or the id of an entry such as 1700000000000-3"
-            invalid.append(
-                InvalidRows(
-                    plan.offset or "", wrong.to_numpy(), expected, lambda row: repr(text[row])
-                )
-            )
-        topic = plan.topic or ""
+        if (wrong := offset.is_null() & text.is_not_null()).any():
+            expected = "an offset of Kafka"
+            if partition is None:
+                expected = "the id of an entry such as 1700000000000-3; of Kafka a partition too"
+            rows = wrong.to_numpy()
+            invalid.append(InvalidRows(name, rows, expected, lambda row: repr(text[row])))
         source = pl.repeat(topic, len(text), dtype=pl.String, eager=True)
-        if plan.topic_partition is not None:
-            column = frame[plan.topic_partition]
+        if partition is not None:
+            column = frame[partition]
             numbers = column.cast(pl.String).str.strip_chars().cast(pl.UInt32, strict=False)
-            wrong = numbers.is_null()
-            if wrong.any():
+            if (wrong := numbers.is_null() & text.is_not_null()).any():
+                rows, expected = wrong.to_numpy(), "the number of a partition"
                 invalid.append(
-                    InvalidRows(
-                        plan.topic_partition,
-                        wrong.to_numpy(),
-                        "the number of a partition",
-                        lambda row: repr(column[row]),
-                    )
+                    InvalidRows(partition, rows, expected, lambda row: repr(column[row]))
                 )
             names = {number: source_name(topic, number) for number in numbers.drop_nulls().unique()}
             source = numbers.replace_strict(names, default=None, return_dtype=pl.String)

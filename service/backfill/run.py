@@ -88,6 +88,13 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
             f"model {artifact.spec.name!r} has no timestamp: expected --order-by with the column "
             "that orders a stream's events, or --file-order"
         )
+    if (options.offset is None) != (options.topic is None) or (
+        options.topic_partition is not None and options.offset is None
+    ):
+        raise BackfillError(
+            "expected --offset with --source-topic, the topic as `carry consume` names it, and of "
+            "Kafka also --source-partition"
+        )
     sources = find_sources(history)
     unit_rows, piece_rows = rows_in_memory(artifact.spec)
     return Plan(

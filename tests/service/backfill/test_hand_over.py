@@ -14,8 +14,11 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.backfill.load import load_states
+from service.backfill.plan import BackfillError
+from service.backfill.run import BackfillOptions, plan_backfill
 from service.core.values import StreamKey
 from service.store.base import decode_stream
+from service.store.source_mark import format_offset
 from tests.service.transports.v1.harness import harness
 from tests.support.consumers import consuming, until_count
 from tests.support.hand_over import (
@@ -175,3 +178,32 @@ async def test_the_history_of_a_loaded_stream_begins_with_its_state(
             assert found.snapshot is not None
             (stored,) = await load(store, [key])
             assert decode_stream(found.snapshot).head.epoch == stored.head.epoch
+
+
+async def test_the_oldest_events_of_a_history_need_no_place_in_the_topic(
+    server: RealServer, client: Any, small: Artifact, events: pl.DataFrame, tmp_path: Path
+) -> None:
+    """Nor do the latest, of another way in."""
+    has_place = pl.int_range(420).is_between(150, 399)
+    partly = events.with_columns(entry=pl.when(has_place).then("entry"))
+    out = backfill(small, partly, tmp_path / "past", offset="entry", topic="events")
+    async with opened(server.url) as store:
+        progress = await load_states(store, out, report=lambda _: None)
+        assert progress.loaded == STREAMS
+        names = sorted(lengths_of(events))
+        found = await load(store, [StreamKey("small", name) for name in names])
+    latest = partly.drop_nulls("entry").group_by("stream", maintain_order=True).last()
+    places = dict(latest["stream", "entry"].iter_rows())
+    assert [format_offset(each.source) for each in found] == [places[name] for name in names]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"offset": "entry"}, {"topic": "events"}, {"topic_partition": "partition"}],
+    ids=str,
+)
+def test_a_place_has_an_offset_and_a_topic(
+    small: Artifact, tmp_path: Path, options: dict[str, str]
+) -> None:
+    with pytest.raises(BackfillError, match="expected --offset with --source-topic"):
+        plan_backfill(small, [str(tmp_path)], BackfillOptions(stream="stream", **options))

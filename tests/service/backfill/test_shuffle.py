@@ -353,14 +353,32 @@ def test_resets_are_marked_by_a_column_that_is_no_field(tmp_path: Path) -> None:
     assert events(job)["reset"].to_list() == [True, False, False, True]
 
 
-def test_offsets_of_topics_are_read(tmp_path: Path) -> None:
-    frame = table(3, 1).with_columns(entry=pl.Series(["17-3", "18", "x"]), at=NOON_MS)
+def test_ids_of_entries_are_read(tmp_path: Path) -> None:
+    """An event without one, such as one from before the topic, is one of the history."""
+    entries = ["17-3", None, "x", "18"]
+    frame = table(4, 1).with_columns(entry=pl.Series(entries), at=NOON_MS)
     path = write(tmp_path, frame, "csv")
     job = make_job(tmp_path / "out", path, offset="entry", topic="in")
     shuffle(job)
     places = events(job).select("source", "offset", "sequence").rows()
-    assert places == [("in", 17, 3), ("in", 18, 0)]
-    assert rejections(job) == [(str(path), 3, "entry", "'x'")]
+    assert places == [("in", 17, 3), ("in", None, 0)]
+    assert rejections(job) == [(str(path), 3, "entry", "'x'"), (str(path), 4, "entry", "'18'")]
+
+
+def test_offsets_of_kafka_are_read_with_their_partitions(tmp_path: Path) -> None:
+    offsets, partitions = [17, 18, None, 20], ["3", None, None, "x"]
+    frame = table(4, 1).with_columns(
+        number=pl.Series(offsets), partition=pl.Series(partitions), at=NOON_MS
+    )
+    path = write(tmp_path, frame, "parquet")
+    options = {"offset": "number", "topic": "in", "topic_partition": "partition"}
+    job = make_job(tmp_path / "out", path, **options)
+    shuffle(job)
+    places = events(job).select("source", "offset", "sequence").rows()
+    assert places == [("kafka:in:3", 17, 0), (None, None, 0)]
+    assert rejections(job) == [
+        (str(path), 2, "partition", "None"), (str(path), 4, "partition", "'x'")
+    ]  # fmt: skip
 
 
 def test_parts_of_paths_are_columns(tmp_path: Path) -> None:
