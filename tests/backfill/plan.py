@@ -3,8 +3,8 @@
     python -m tests.backfill.plan --events 1e11 --streams 1e8 --machines 32
 
 Stage 1 is as many equal tasks as there are units. In stage 2 the buckets are given to the workers
-as the engine gives them, largest first, and take as long as their events need together, or as their
-longest stream needs alone: a stream is computed event by event, however many cores are idle.
+as the engine gives them, largest first. A stream is computed event by event, however many cores are
+idle.
 Networks and disks bound each stage from below.
 """
 
@@ -20,6 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 HOUR_S: Final = 3600.0
+PIECE_ROWS: Final = 262_144
+"""Of `service.backfill.plan`: a longer stream is computed alone."""
+
 LARGEST: Final = 200_000
 """Streams whose bucket is drawn one by one; the smaller ones fill all buckets evenly."""
 
@@ -65,10 +68,10 @@ class Rates:
         load_streams_s: streams that one process loads into the store.
     """
 
-    shuffle_events_s: float = 1.1e6
-    compute_events_s: float = 2.8e5
-    alone_events_s: float = 2.4e5
-    open_ms: float = 1.0
+    shuffle_events_s: float = 1.15e6
+    compute_events_s: float = 3.0e5
+    alone_events_s: float = 2.5e5
+    open_ms: float = 1.2
     source_bytes: float = 12.4
     shuffle_bytes: float = 26.0
     output_bytes: float = 16.8
@@ -143,12 +146,17 @@ def plan(workload: Workload, rates: Rates) -> Plan:
     shuffle_s = max(np.ceil(units / workers) * unit_s, moved / cluster_bytes_s)
 
     events, longest = draw_buckets(workload)
-    computed = events / rates.compute_events_s + units * rates.open_ms / 1000
-    alone = longest / rates.alone_events_s
-    seconds = np.maximum(computed, alone)
+    # pieces of a longer stream are computed one after the other
+    alone = np.where(longest > PIECE_ROWS, longest, 0.0)
+    seconds = (events - alone) / rates.compute_events_s + alone / rates.alone_events_s
+    seconds += units * rates.open_ms / 1000
+    # the rows of a bucket that is larger than a unit are written and read a second time
+    is_large = events > workload.unit_rows
+    seconds += events * is_large / rates.shuffle_events_s
     opens = units * workload.buckets
     states = workload.streams * rates.state_bytes
-    moved = workload.events * (rates.shuffle_bytes + rates.output_bytes) + states
+    moved = float((events * (1 + 2 * is_large)).sum()) * rates.shuffle_bytes
+    moved += workload.events * rates.output_bytes + states
     bounds = {
         "workers": schedule(seconds.tolist(), workers),
         "bandwidth": moved / cluster_bytes_s,
@@ -157,12 +165,14 @@ def plan(workload: Workload, rates: Rates) -> Plan:
     bound_by = max(bounds, key=lambda name: bounds[name])
     compute_s = bounds[bound_by]
     if bound_by == "workers":
-        bound_by = "the longest stream" if alone.max() >= 0.95 * compute_s else "cores"
+        last = int(seconds.argmax())
+        is_one = seconds[last] > 0.95 * compute_s and alone[last] > events[last] / 2
+        bound_by = "the longest stream" if is_one else "cores"
     return Plan(
         shuffle_s=float(shuffle_s),
         compute_s=float(compute_s),
         load_s=workload.streams / rates.load_streams_s,
-        busy=float(computed.sum() / (workers * compute_s)),
+        busy=float(seconds.sum() / (workers * compute_s)),
         bound_by=bound_by,
         shuffle_tb=workload.events * rates.shuffle_bytes / 1e12,
         output_tb=workload.events * rates.output_bytes / 1e12,
