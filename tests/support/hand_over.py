@@ -12,11 +12,13 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import schema_of
 from service.backfill.engines import ThisProcess
 from service.backfill.run import run_backfill
-from tests.support.backfill import job_of, random_events, small_artifact
+from tests.support.backfill import job_of, random_events
+from tests.support.models import random_weights, small_spec
 
 STREAMS = 7
 Outputs = dict[str, dict[int, NDArray[np.float32]]]
@@ -24,7 +26,11 @@ Outputs = dict[str, dict[int, NDArray[np.float32]]]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return small_artifact(tmp_path_factory.mktemp("model") / "small")
+    """A model whose sessions are of several of these events, so that their states matter."""
+    spec = small_spec().model_copy(update={"session_gap_s": 60_000.0, "training": None})
+    path = tmp_path_factory.mktemp("model") / "small"
+    write_artifact(path, spec, random_weights(spec))
+    return load_artifact(path)
 
 
 @pytest.fixture(scope="module")

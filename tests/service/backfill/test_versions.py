@@ -15,6 +15,7 @@ import uvloop
 
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.writing import write_artifact
+from models.spec.history import HistorySpec
 from service.backfill.engines import ThisProcess
 from service.backfill.heads import HeadCutter, load_heads, read_heads
 from service.backfill.load import load_states
@@ -28,12 +29,15 @@ from service.backfill.load_versions import (
 from service.backfill.plan import BackfillError, Job
 from service.backfill.run import run_backfill
 from service.core.values import StreamHead, StreamKey
+from tests.service.transports.v1.harness import Harness, harness
+from tests.service.transports.v1.test_versions import promote
 from tests.support import command
 from tests.support.backfill import job_of
 from tests.support.consumers import consuming, until_count
 from tests.support.hand_over import (
     STREAMS,
     backfill,
+    body_of,
     events,
     lengths_of,
     outputs_in,
@@ -42,7 +46,8 @@ from tests.support.hand_over import (
     small,
 )
 from tests.support.models import random_weights
-from tests.support.servers import RealServer, emptied, opened, real_server
+from tests.support.servers import RealServer, becomes, emptied, opened, real_server
+from tests.support.versions import Versions
 
 __all__ = ["events", "small"]
 
@@ -134,6 +139,76 @@ async def test_a_new_version_continues_live_streams_exactly(
     for name, count in lengths_of(events).items():
         assert found[name] == [*range(starts[name], count)]
     assert {name: len(rows) for name, rows in outputs_in(out).items()} == lengths_of(events[:250])
+
+
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "not loaded"])
+async def test_a_promotion_under_load_is_exact_once_the_states_are_loaded(
+    server: RealServer,
+    small: Artifact,
+    events: pl.DataFrame,
+    tmp_path: Path,
+    is_loaded: bool,
+) -> None:
+    """Clients of all streams go on by HTTP; each reply equals the run of the version that it names
+    over the whole history. Without the states the version has not seen the start."""
+    new = write_artifact(tmp_path / "models" / "small-2", small.spec, random_weights(small.spec, 8))
+    expected = {
+        artifact.version: outputs_in(backfill(artifact, events, tmp_path / artifact.version))
+        for artifact in (small, new)
+    }
+    positions = dict.fromkeys(lengths_of(events), 0)
+    answered: dict[str, set[str]] = {name: set() for name in positions}
+    warm: list[str] = []
+    limit = 25
+
+    async def send_all(api: Harness, name: str) -> None:
+        rows = events.filter(pl.col("stream") == name).iter_rows(named=True)
+        bodies = list(map(body_of, rows))
+        while (at := positions[name]) < len(bodies):
+            await becomes(lambda: positions[name] < limit, "the next phase")
+            chunk = {"position": at, "events": bodies[at : min(at + 1 + at % 3, limit)]}
+            reply = await api.chunk(chunk, stream=name, model="small")
+            assert reply.status_code == 200, reply.text
+            document = reply.json()
+            version = document["version"]
+            for index in range(len(chunk["events"])):
+                row = packed({each: values[index] for each, values in document["outputs"].items()})
+                wanted = expected[version][name][at + index]
+                if "warm" in document:
+                    warm.append(name)
+                else:
+                    np.testing.assert_allclose(row, wanted, rtol=1e-4, atol=1e-5)
+            answered[name].add(version)
+            positions[name] = document["position"]
+
+    async def reach(position: int) -> None:
+        await becomes(lambda: min(positions.values()) >= position, "the positions")
+
+    async with (
+        harness(
+            server,
+            {"small": small},
+            load_version=Versions(tmp_path / "models"),
+            history=HistorySpec(events=15),
+            on_model_change="rewarm",
+        ) as api,
+        opened(server.url) as store,
+        asyncio.TaskGroup() as clients,
+    ):
+        for name in positions:
+            clients.create_task(send_all(api, name))
+        await reach(20)
+        if is_loaded:
+            limit = 30
+            out = await compute(server, version_job(new, events, tmp_path / "new"))
+            progress = await load_states(store, out, report=lambda _: None)
+            assert (progress.loaded, progress.kept) == (STREAMS, [])
+        limit = 34
+        await promote(api, "small", "small-2")
+        limit = 1000
+    assert positions == lengths_of(events)
+    assert all(each == {small.version, new.version} for each in answered.values())
+    assert bool(warm) is not is_loaded
 
 
 async def test_streams_that_a_version_cannot_continue_are_listed(
