@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from models.detection.scoring import DRAWS, StreamScores, with_intervals
+from models.detection.scoring import StreamScores, vus_difference, with_intervals
 from models.spec.layout import detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec
+from models.training.alarm_report import parts_of, scored_by, scores_from
 from models.training.data import Streams, split_of, streams_of
-from models.training.detection import Run, Scored, detection_baselines, fitted_to_outputs, scored_by
-from models.training.evaluate import anomalous_events, detect, run_network, scores_from
+from models.training.detection import fitted_to_outputs
+from models.training.detection_baselines import Scored, detection_baselines
+from models.training.evaluate import anomalous_events, detect, run_network
 
 LABEL = "anomaly"
-PARTS: dict[str, dict[str, Any]] = {
+PARTS: dict[str, dict[str, object]] = {
     "detection": {},
     "detection without the season": {"season_events": None},
     "forecast alone": {"channels": ("forecast",), "season_events": None},
+    "level alone": {"channels": ("level",), "season_events": None},
+    "change alone": {"channels": ("change",), "season_events": None},
 }
 """Options of the detection that replace those of the model."""
 HEADER = """\
-| anomalies | method | VUS-PR | minus detection | recall | false alarms a day | delay |
-| --- | --- | --- | --- | --- | --- | --- |
+| anomalies | method | VUS-PR | minus detection | recall | an alarm opens | false alarms a day | \
+time in alarm | delay |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -43,7 +48,8 @@ def comparison(artifact: Artifact, tables: Mapping[str, pl.DataFrame]) -> str:
 
     Args:
         artifact: the model.
-        tables: by name; each method is fitted to the validation set of the first.
+        tables: by name; detection is fitted to the validation set of the first, and the baselines
+            to each table's own training and validation sets.
     """
     spec = artifact.spec
     read = {}
@@ -52,11 +58,12 @@ def comparison(artifact: Artifact, tables: Mapping[str, pl.DataFrame]) -> str:
         outputs = run_network(spec, artifact.weights, streams)
         read[name] = _Table(streams, outputs, anomalous_events(spec, streams, LABEL))
     fitted_to = next(iter(read.values()))
-    test_ms = split_of(spec).test
+    test_key = split_of(spec).test
     text = HEADER
     for name, table in read.items():
+        is_scored = table.streams.split_keys >= test_key
         scores = {
-            method: scores_from(table.streams, found.alarm, found.score, table.anomalous, test_ms)
+            method: scores_from(table.streams, found, table.anomalous, is_scored)
             for method, found in _methods(spec, fitted_to, table)
         }
         for method, each in scores.items():
@@ -78,9 +85,8 @@ def _methods(spec: ModelSpec, fitted_to: _Table, table: _Table) -> Iterator[tupl
         )
         found = output_spec(changed).by_name(detect(changed, table.streams, table.outputs))
         yield method, scored_by(head.name, found)
-    nats = network_outputs(spec).slices[head.name].start
-    first, run = (Run(each.streams, each.outputs[:, nats]) for each in (fitted_to, table))
-    yield from detection_baselines(spec, first, first if table is fitted_to else run, *validated)
+    nats = table.outputs[:, network_outputs(spec).slices[head.name].start]
+    yield from detection_baselines(spec, table.streams, nats, parts_of(table.streams, split))
 
 
 def _cells(streams: Sequence[StreamScores], detection: Sequence[StreamScores]) -> str:
@@ -90,17 +96,13 @@ def _cells(streams: Sequence[StreamScores], detection: Sequence[StreamScores]) -
         low, high = scores["intervals"][name]
         return f"{scores[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
-    differences = np.array(
-        [a.vus_pr - b.vus_pr for a, b in zip(streams, detection, strict=True) if a.anomalies]
-    )
     difference = ""
-    if differences.any():
-        random = np.random.default_rng(0)
-        drawn = random.integers(len(differences), size=(DRAWS, len(differences)))
-        low, high = np.quantile(differences[drawn].mean(axis=1), [0.025, 0.975])
-        difference = f"{differences.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+    if streams is not detection:
+        compared = vus_difference(streams, detection)
+        low, high = compared["interval"]
+        difference = f"{compared['value']:+.2f} ({low:+.2f} to {high:+.2f})"
     delay = "" if scores["delay_events"] is None else f"{scores['delay_events']:.0f}"
     return (
-        f"{cell('vus_pr', 2)} | {difference} | {cell('recall', 2)} | {cell('false_per_day', 3)} | "
-        f"{delay}"
+        f"{cell('vus_pr', 2)} | {difference} | {cell('recall', 2)} | {cell('opening_recall', 2)} | "
+        f"{cell('false_per_day', 3)} | {scores['time_in_alarm']:.3f} | {delay}"
     )

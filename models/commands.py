@@ -69,6 +69,7 @@ def train(
     resume: Resume = False,
     trees: Trees = True,
     trees_s: TreesTime = 60.0,
+    anomalies: Anomalies = None,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
 ) -> Artifact:
@@ -94,6 +95,7 @@ def train(
             overwrite=overwrite,
             trees=trees,
             trees_s=trees_s,
+            anomalies=anomalies,
             quiet=quiet,
             source=str(data),
         )
@@ -152,6 +154,7 @@ def evaluate(
     from models.artifact.writing import add_measurements
     from models.training import evaluate as scoring
     from models.training import measurements
+    from models.training.alarm_report import detection_lines
     from models.training.burn_in import burn_in_lines
     from models.training.files import read_data
     from models.training.progress import Progress
@@ -202,13 +205,18 @@ def evaluate(
     burn_in = scores.get("burn_in")
     if burn_in is not None:
         progress.say(burn_in_lines(burn_in)[0])
+    if "detection" in scores:
+        for line in detection_lines(scores):
+            progress.say(line)
+        for warning in scores["detection"]["warnings"]:
+            progress.say(f"warning: {warning}", "yellow")
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         if burn_in is not None:
             from models.training.plots import plot_burn_in
 
             replace_file(plots / "burn-in.png", plot_burn_in(burn_in))
-    if plots is not None and "detection" in scores:
+    if plots is not None and anomalies is not None:
         from models.training.stream_plot import plot_streams
 
         worst = [each["stream"] for each in scores["detection"]["worst"]]

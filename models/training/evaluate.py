@@ -23,7 +23,6 @@ from typing_extensions import TypedDict
 from models.artifact.artifact import Artifact
 from models.decoding.losses import has_targets
 from models.detection.detector import Detector
-from models.detection.scoring import StreamScores, score_streams, with_intervals
 from models.errors import DataError
 from models.offline.batches import Advance, Sequences, run_rows
 from models.offline.steps import Step, open_step
@@ -262,14 +261,14 @@ def evaluate(
     Returns:
         `events`, `streams`, `scored` (events), `since`, the members of `chunk_settings`, and
         `heads`: by head, its metrics; for a model with a decoder also `decoder`, as from
-        `horizon_report`, with the points of the baselines alone; with anomalies also `detection`,
-        as from `with_intervals`; `burn_in`, as from `measure_burn_in`.
+        `horizon_report`, with the points of the baselines alone; with anomalies what
+        `detection_report` gives; `burn_in`, as from `measure_burn_in`.
 
     Raises:
         SpecError, DataError: the model has nothing to score, or the table does not fit it.
     """
     spec = artifact.spec
-    streams = streams_of(spec, frame, source)
+    streams = as_split = streams_of(spec, frame, source)
     from_key = None
     if since is not None:
         streams, from_key = streams.by_moment(), moment_ms(schema_of(spec), since, "--since")
@@ -286,8 +285,13 @@ def evaluate(
     outputs = run_chunks(artifact, streams, **cuts)
     decoded: dict[str, Any] = {}
     if labelled is not None:
-        of_streams = detection_scores(spec, streams, outputs, labelled, from_key)
-        decoded["detection"] = with_intervals(of_streams, cuts.get("seed", 0))
+        from models.training.alarm_report import detection_report
+
+        by_name, seed = output_spec(spec).by_name(outputs), cuts.get("seed", 0)
+        is_scored = np.ones(streams.events, np.bool_)
+        if from_key is not None:
+            is_scored = streams.split_keys >= from_key
+        decoded |= detection_report(spec, as_split, by_name, is_scored, labelled, seed=seed)
     if spec.decoder is not None:
         from models.training.horizon import horizon_report
 
@@ -325,57 +329,6 @@ def anomalous_events(
             got=f"{streams.frame.columns}",
         )
     return np.equal(read_truth(streams.frame[column], source, streams.table_rows), 1)
-
-
-def detection_scores(
-    spec: ModelSpec,
-    streams: Streams,
-    outputs: NDArray[np.float32],
-    anomalous: NDArray[np.bool_],
-    from_key: int | None,
-) -> list[StreamScores]:
-    """The scores of a model's alarms from a moment on, of each stream that has events.
-
-    Args:
-        outputs: as `run_chunks` gives them.
-    """
-    _, head, _ = detection_of(spec)
-    by_name = output_spec(spec).by_name(outputs)
-    return scores_from(
-        streams,
-        by_name[f"{head.name}.alarm"],
-        -by_name[f"{head.name}.probability"],
-        anomalous,
-        from_key,
-    )
-
-
-def scores_from(
-    streams: Streams,
-    alarm: NDArray[Any],
-    score: NDArray[Any],
-    anomalous: NDArray[np.bool_],
-    from_key: int | None,
-) -> list[StreamScores]:
-    """The scores of any alarms [rows] from a moment on; arguments as for `score_streams`."""
-    everything = np.ones(streams.events, np.bool_)
-    kept = np.isin(np.arange(streams.events), _within(streams, everything, from_key, None))
-    names, spans, days, at = [], [], [], 0
-    for name, (start, stop) in zip(streams.names, streams.spans, strict=True):
-        moments = streams.moments_ms[start:stop][kept[start:stop]]
-        if len(moments):
-            names.append(name)
-            spans.append((at, at + len(moments)))
-            days.append(float(np.ptp(moments)) / MS_PER_DAY)
-            at += len(moments)
-    return score_streams(
-        alarm[kept].astype(np.float64),
-        score[kept].astype(np.float64),
-        anomalous[kept],
-        spans,
-        days,
-        names,
-    )
 
 
 def events_to_score(spec: ModelSpec, streams: Streams, labels: Labels, from_key: int | None) -> int:

@@ -26,6 +26,7 @@ from models.events.calendar import zone_table
 from models.spec.heads import ForecastHead, Head
 from models.spec.layout import output_spec
 from models.spec.model import schema_of
+from models.training.alarm_report import detection_lines, detection_report
 from models.training.baselines import baselines_of
 from models.training.burn_in import burn_in_lines, measure_burn_in
 from models.training.data import (
@@ -37,7 +38,6 @@ from models.training.data import (
     training_of,
     without_normalisation,
 )
-from models.training.detection import compare_detection
 from models.training.evaluate import (
     anomalous_events,
     chunk_settings,
@@ -60,8 +60,8 @@ from models.training.table import Baseline, Table
 from models.training.trees import Note, TimeBudget
 
 MODEL = "model"
-HIGHER_IS_BETTER = frozenset({"auc"})
-NAIVE = ("last value", "base rate")
+HIGHER_IS_BETTER = frozenset({"auc", "vus_pr"})
+NAIVE = ("last value", "base rate", "random")
 """Baselines that need no model: one that is worse than them is of no use."""
 
 
@@ -70,12 +70,17 @@ def direction(metric: str) -> str:
     return f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)"
 
 
-def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
+def verdicts(report: dict[str, Any], detecting: str | None = None) -> list[dict[str, Any]]:
     """Baselines that the model is better and worse than, by head and by target of a decoder.
+
+    Args:
+        detecting: the head that detection reads, if there is one.
 
     Returns:
         Dicts with `head`, `metric` (the first of the head's), `better_than` and `worse_than`
-        (names of baselines, by their mean), and `worse_than_naive` (one of `NAIVE`, or None).
+        (names of baselines, by their mean), `worse_than_naive` (one of `NAIVE`, or None), and
+        `is_for_detection`, whether the head's forecast serves detection. Detection that was scored
+        against labels has one too, `HEAD.alarm`, by VUS-PR.
     """
     found = [
         _verdict(name, metric, {other: each[metric]["value"] for other, each in scores.items()})
@@ -83,11 +88,18 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
         for scores in (head["scores"],)
         for metric in (next(iter(scores[MODEL])),)
     ]
+    for verdict in found:
+        verdict["is_for_detection"] = verdict["head"] == detecting
     for name, target in report.get("decoder", {}).get("targets", {}).items():
         means = {other: _mean(steps) for other, steps in target["mae"].items()}
         known = {other: mean for other, mean in means.items() if mean is not None}
         if MODEL in known:
             found.append(_verdict(f"decoder.{name}", "mae", known))
+    baselines = report.get("detection_baselines", {})
+    areas = {name: each["vus_pr"] for name, each in baselines.items()}
+    areas[MODEL] = report.get("detection", {}).get("vus_pr")
+    if baselines and areas[MODEL] is not None:
+        found.append(_verdict(f"{detecting}.alarm", "vus_pr", areas))
     return found
 
 
@@ -98,13 +110,21 @@ def verdict_line(verdict: dict[str, Any]) -> str:
         parts.append(f"better than {_names(verdict['better_than'])}")
     if verdict["worse_than"]:
         parts.append(f"worse than {_names(verdict['worse_than'])}")
-    line = f"{verdict['head']}: {'; '.join(parts) or 'no baseline to compare with'}"
+    head, naive = verdict["head"], verdict["worse_than_naive"]
+    line = f"{head}: {'; '.join(parts) or 'no baseline to compare with'}"
     line += f", by {direction(verdict['metric'])}"
-    if verdict["worse_than_naive"] is None:
+    if naive is None:
         return line
+    if verdict["metric"] == "vus_pr":
+        return f"{line}. These alarms are worse than {naive} ones: do not serve it for detection"
+    line += f". This model is worse than the {naive}: do not serve it for "
+    if verdict.get("is_for_detection"):
+        return (
+            f"{line}forecasts of {head}. That says nothing of its alarms, which compare each event "
+            "with its stream's past in further ways: judge them by `carry evaluate --anomalies`"
+        )
     return (
-        f"{line}. This model is worse than the {verdict['worse_than_naive']}: do not serve it for "
-        f"{verdict['head']}. Let the head read the features besides the recurrent layers "
+        f"{line}{head}. Let the head read the features besides the recurrent layers "
         "(`concatenate` both), or train on more data"
     )
 
@@ -121,6 +141,7 @@ def _verdict(head: str, metric: str, values: dict[str, float]) -> dict[str, Any]
         "better_than": better,
         "worse_than": worse,
         "worse_than_naive": naive,
+        "is_for_detection": False,
     }
 
 
@@ -182,8 +203,8 @@ def make_report(
         Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with
         `value` and `interval`, `difference` of each baseline minus the model, `settings`,
         `calibration`), `decoder` (what `horizon_report` gives, for a model that has one),
-        with anomalies what `compare_detection` gives, `burn_in` (what `measure_burn_in` gives of
-        the other events), `history`, `warnings`, `verdicts`.
+        for a model with detection what `detection_report` gives, `burn_in` (what `measure_burn_in`
+        gives of the other events), `history`, `warnings`, `verdicts`.
 
     Raises:
         DataError: there are no held-out events, or none to fit the baselines to.
@@ -286,10 +307,12 @@ def make_report(
         if isinstance(head, ForecastHead):
             head_reports[head.name]["quantiles"] = list(head.quantiles)
     detection: dict[str, Any] = {}
-    if labelled is not None:
-        note_progress("baselines of detection")
-        fit_keys = split.validate, split.test
-        detection = compare_detection(spec, streams, outputs, labelled, fit_keys, test_key)
+    if spec.detection is not None:
+        is_scored = streams.split_keys >= test_key
+        detection = detection_report(
+            spec, streams, outputs, is_scored, labelled, seed=seed, note=note_progress
+        )
+        remarks += detection["detection"]["warnings"]
     report = {
         "model": spec.name,
         "version": artifact.version,
@@ -319,7 +342,8 @@ def make_report(
         "history": list(history),
         "warnings": remarks,
     }
-    return {**report, "verdicts": verdicts(report)}
+    detecting = None if spec.detection is None else spec.detection.head
+    return {**report, "verdicts": verdicts(report, detecting)}
 
 
 def _blocks_of_time(streams: Streams, from_key: int) -> NDArray[np.int64]:
@@ -432,15 +456,18 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 for model, scores in head[kind].items()
             }
             lines += table_lines(title, headers, rows)
-    lines += horizon_lines(report.get("decoder", {}))
+    lines += horizon_lines(report.get("decoder", {})) + detection_lines(report)
     return lines + (["", *burn_in_lines(report["burn_in"])] if "burn_in" in report else [])
 
 
 def verdict_lines(report: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Warnings and verdicts as lines, each with whether the model is worse than a naive one."""
+    """Warnings and verdicts as lines, each with whether the model should not be served for that."""
     warnings = [(f"warning: {text}", False) for text in report.get("warnings", [])]
     lines = [
-        (verdict_line(verdict), verdict["worse_than_naive"] is not None)
+        (
+            verdict_line(verdict),
+            verdict["worse_than_naive"] is not None and not verdict.get("is_for_detection"),
+        )
         for verdict in report.get("verdicts", [])
     ]
     return warnings + lines

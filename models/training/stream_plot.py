@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from models.detection.scoring import runs
+from models.detection.vus import runs
 from models.errors import DataError
 from models.events.schema import NumericField
 from models.spec.detection import ALARM_STATES

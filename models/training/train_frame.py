@@ -42,6 +42,7 @@ def train_frame(
     trees: bool = True,
     trees_s: float | None = None,
     quiet: bool = False,
+    anomalies: str | None = None,
     source: str = "data",
     further: Further | None = None,
 ) -> Artifact:
@@ -57,6 +58,8 @@ def train_frame(
         trees: compare with boosted trees too.
         trees_s: seconds that they may take; None is no limit.
         quiet: print nothing.
+        anomalies: boolean column that labels anomalous events, to score the alarms of a model with
+            detection in the report; training does not read it.
         source: what errors and the report call the table.
         further: as for `make_report`.
 
@@ -87,7 +90,16 @@ def train_frame(
     split = split_of(artifact.spec)
     report = None
     if _has_events_from(artifact, frame, split.test):
-        report = _write_report(result, frame, progress, trees, trees_s, source, further)
+        report = _write_report(
+            result,
+            frame,
+            progress,
+            trees=trees,
+            trees_s=trees_s,
+            anomalies=anomalies,
+            further=further,
+            source=source,
+        )
     else:
         progress.say(f"no events {split.test_range}: nothing held out, no report")
         for warning in result.warnings:
@@ -102,15 +114,13 @@ def train_frame(
 
 
 def _write_report(
-    result: TrainReport,
-    frame: pl.DataFrame,
-    progress: Progress,
-    trees: bool,
-    trees_s: float | None,
-    source: str,
-    further: Further | None,
+    result: TrainReport, frame: pl.DataFrame, progress: Progress, **options: Any
 ) -> dict[str, Any]:
-    """Write report and plots into the artifact of a training; returns the report."""
+    """Write report and plots into the artifact of a training; returns the report.
+
+    Args:
+        options: of `make_report`.
+    """
     from models.training.plots import plot_report
     from models.training.report import make_report, report_lines, verdict_lines
 
@@ -121,11 +131,8 @@ def _write_report(
             frame,
             history=result.history,
             warnings=result.warnings,
-            trees=trees,
-            trees_s=trees_s,
-            further=further,
-            source=source,
             note=lambda text: advance(0.0, text),
+            **options,
         )
     for line in report_lines(report):
         progress.say(line)

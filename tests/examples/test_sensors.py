@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from examples.sensors.data import CLEAN, KINDS, LENGTHS, Kinds, sensors
-from models.detection.scoring import runs
+from models.detection.vus import runs
 
 
 @pytest.mark.parametrize("kinds", ["development", "held_out"])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
+from numpy.typing import NDArray
 
 from models.detection.scoring import (
-    average_precision,
-    runs,
+    ECHO_EVENTS,
+    AlarmScores,
+    alarm_spans,
+    draw_streams,
     score_streams,
+    share_of_shifts,
     summarise,
-    vus_pr,
     with_intervals,
 )
+from models.spec.detection import ALARM_STATES
 
 SECOND = (0, 0, 0, 0, 1, 1, 0, 0, 0, 0)
 ALARMS = (0, 0, 1, 2, 2, 2, 0, 0, 1, 0)
@@ -59,68 +62,6 @@ def test_recall_and_precision_are_nan_without_anomalies_and_alarms() -> None:
     assert scores.false_per_day == 0
 
 
-def test_average_precision_equals_scikit_learn() -> None:
-    random = np.random.default_rng(3)
-    score = random.integers(0, 9, 400).astype(np.float64)
-    positive = random.random(400) < score / 20
-    expected = average_precision_score(positive, score)
-    assert average_precision(score, positive) == pytest.approx(expected)
-
-
-def test_runs_are_maximal() -> None:
-    assert runs(np.array([1, 1, 0, 0, 1], np.bool_)) == [(0, 2), (4, 5)]
-    assert runs(np.zeros(0, np.bool_)) == []
-
-
-ANOMALIES = ((10, 14), (19, 21), (58, 60))
-"""The buffers of the first two overlap from 10 events on; the last is at the end."""
-
-
-@pytest.mark.parametrize(
-    ("buffer_events", "expected"),
-    # by the package vus 0.0.6 of the measure's authors, with as many thresholds as events
-    [
-        (0, 0.28367235005297553),
-        (4, 0.3250784237918372),
-        (9, 0.3710612024225691),
-        (16, 0.48891253075467656),
-    ],
-)
-def test_vus_pr_equals_the_implementation_of_its_authors(
-    buffer_events: int, expected: float
-) -> None:
-    anomalous = np.zeros(60, np.bool_)
-    for start, stop in ANOMALIES:
-        anomalous[start:stop] = True
-    at = np.arange(60)
-    # the last anomaly is found late, when precision is low
-    score = (7 * at**2 + 3 * at) % 61 / 61 + np.where(at < 40, 0.25, -0.5) * anomalous
-    assert vus_pr(score, anomalous, buffer_events) == pytest.approx(expected, rel=1e-12)
-
-
-def test_vus_pr_tolerates_scores_slightly_early_or_late() -> None:
-    anomalous = np.arange(200) // 10 == 5
-    early, late, far = (np.roll(anomalous, by).astype(np.float64) for by in (-3, 3, 40))
-    exact = anomalous.astype(np.float64)
-    assert vus_pr(exact, anomalous, 10) == 1.0
-    assert 1 > vus_pr(late, anomalous, 10) > average_precision(late, anomalous) + 0.05
-    assert vus_pr(early, anomalous, 10) == pytest.approx(vus_pr(late, anomalous, 10))
-    assert vus_pr(far, anomalous, 10) < 0.1
-    assert np.isnan(vus_pr(exact, exact < 0, 10))
-
-
-def test_buffers_do_not_cross_streams() -> None:
-    anomalous = np.arange(40) == 20
-    score = np.where(np.arange(40) == 19, 1.0, 0.0)
-    together = vus_pr(score, anomalous, 4)
-    halves = [(0, 20), (20, 40)]
-    assert vus_pr(score, anomalous, 4, halves) < 0.1 < together
-    # the anomaly is the last event of its stream, and the next stream's first counts as any other
-    last = np.arange(40) == 19
-    beside, far = (np.where(np.arange(40) == at, 1.0, last / 2) for at in (20, 30))
-    assert vus_pr(beside, last, 4, halves) == vus_pr(far, last, 4, halves)
-
-
 def test_intervals_resample_streams() -> None:
     labels = np.tile(np.arange(20) == 10, 40)
     alarm = np.where(np.arange(800) // 20 % 2 == 0, labels, 0.0)
@@ -136,3 +77,99 @@ def test_intervals_resample_streams() -> None:
     assert scored["worst"][0] == {"stream": "1", "missed": 1, "false_alarms": 0}
     alone = with_intervals(score_streams(alarm[:20], alarm[:20], labels[:20] < 0, [(0, 20)], [1.0]))
     assert alone["recall"] is alone["intervals"]["recall"] is None
+
+
+def scores_of(alarm: NDArray[np.float64], labels: NDArray[np.bool_]) -> AlarmScores:
+    """The scores of one stream, with an event each hour."""
+    spans, days = [(0, len(labels))], [len(labels) / 24]
+    return summarise(score_streams(alarm, alarm, labels, spans, days))
+
+
+NONE, OPENED, CONTINUING, CLOSED = map(float, range(len(ALARM_STATES)))
+
+
+def test_an_alarm_that_is_always_open_has_no_better_recall_than_by_chance() -> None:
+    """It finds every anomaly and is never false: the other scores show what that is worth."""
+    labels = np.zeros(1000, np.bool_)
+    labels[[150, 400, 401, 402, 800]] = True
+    alarm = np.full(1000, CONTINUING)
+    alarm[0] = OPENED
+    scores = scores_of(alarm, labels)
+    assert (scores.recall, scores.precision, scores.false_per_day) == (1.0, 1.0, 0.0)
+    assert scores.recall_by_chance == 1.0
+    assert scores.opening_recall == 0.0
+    assert scores.time_in_alarm == scores.normal_time_in_alarm == 1.0
+    assert scores.merged == 1.0
+    assert np.isnan(scores.openings_per_anomaly)
+
+
+def test_an_alarm_that_was_open_before_the_first_event_opens_in_no_anomaly() -> None:
+    labels = np.array([1, 1, 0, 0], np.bool_)
+    for first, opened in ((CONTINUING, 0.0), (OPENED, 1.0)):
+        scores = scores_of(np.array([first, CONTINUING, CLOSED, NONE]), labels)
+        assert (scores.recall, scores.opening_recall) == (1.0, opened)
+
+
+def test_alarms_that_follow_each_other_at_once_are_two() -> None:
+    alarm = np.array([NONE, OPENED, CLOSED, OPENED, CONTINUING, CLOSED, NONE, OPENED])
+    assert alarm_spans(alarm) == [(1, 3), (3, 6), (7, 8)]
+    labels = np.array([0, 0, 0, 1, 1, 0, 0, 0], np.bool_)
+    scores = scores_of(alarm, labels)
+    assert (scores.alarms, scores.precision) == (3, pytest.approx(1 / 3))
+    assert scores.false_per_day == pytest.approx(2 / (8 / 24 * 6 / 8))
+
+
+def test_openings_in_an_anomaly_and_echoes_after_it_are_counted() -> None:
+    labels = np.arange(600) // 10 == 10  # events 100 to 109
+    alarm = np.zeros(600)
+    # two in the anomaly, the last event that is an echo, and two elsewhere
+    alarm[[102, 107, 109 + ECHO_EVENTS, 300, 60]] = OPENED
+    scores = scores_of(alarm, labels)
+    assert (scores.opening_recall, scores.openings_per_anomaly) == (1.0, 2.0)
+    assert (scores.echoes, scores.merged) == (1.0, 0.0)
+    assert scores.alarms == 5
+    assert scores.time_in_alarm == pytest.approx(5 / 600)
+    assert scores.normal_time_in_alarm == pytest.approx(3 / 590)
+    assert scores_of(np.roll(alarm, 1), labels).echoes == 0.0
+
+
+@pytest.mark.parametrize("events", [1, 3, 10, 60])
+def test_the_recall_by_chance_is_the_mean_over_all_shifts(events: int) -> None:
+    is_open = np.random.default_rng(7).random(60) < 0.1
+    shifts = [np.roll(is_open, by)[:events].any() for by in range(60)]
+    assert share_of_shifts(is_open, events) == pytest.approx(np.mean(shifts))
+    assert share_of_shifts(np.zeros(60, np.bool_), events) == 0.0
+
+
+def test_the_streams_with_most_false_alarms_a_day_have_names() -> None:
+    alarm, labels = np.zeros(400), np.zeros(400, np.bool_)
+    alarm[[5, 20, 30, 110]] = OPENED
+    spans = [(at, at + 100) for at in range(0, 400, 100)]
+    streams = score_streams(alarm, alarm, labels, spans, [2.0, 0.5, 2.0, 2.0], ["a", "b", "c", "d"])
+    scored = with_intervals(streams)
+    assert scored["false_per_day"] == pytest.approx(4 / 6.5)
+    assert scored["median_false_per_day"] == pytest.approx(0.75)
+    # the rate decides, not the number
+    assert [each["stream"] for each in scored["most_false"]] == ["b", "a"]
+    assert scored["most_false"][0] == {
+        "stream": "b",
+        "false_per_day": 2.0,
+        "false_alarms": 1,
+        "time_in_alarm": 0.01,
+    }
+
+
+def test_medians_of_draws_equal_those_of_repeated_streams() -> None:
+    """The interval of a median comes from weights; here they are compared with repetitions."""
+    random = np.random.default_rng(11)
+    labels = np.tile(np.arange(40) // 10 == 1, 30)
+    late = random.integers(10, 20, 30)
+    alarm = np.zeros(1200)
+    alarm[np.arange(30) * 40 + late] = OPENED
+    spans = [(at, at + 40) for at in range(0, 1200, 40)]
+    streams = score_streams(alarm, alarm, labels, spans, [1.0] * 30)
+    assert summarise(streams).delay_events == np.median(late - 10)
+    counts = draw_streams(30)
+    delays = [np.median(np.repeat(late - 10, count.astype(int))) for count in counts]
+    expected = np.quantile(delays, [0.025, 0.975]).tolist()
+    assert with_intervals(streams)["intervals"]["delay_events"] == expected

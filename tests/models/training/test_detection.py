@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ from models.spec.model import schema_of
 from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
+from models.training.report import verdict_line
+from models.training.train_frame import train_frame
 from models.training.trainer import train
 from tests.support.command import carry
-from tests.support.training import latch_frame, latch_spec
+from tests.support.training import latch_frame, latch_spec, train_nothing
 
 DETECTION = DetectionSpec(
     head="odd",
@@ -115,6 +118,7 @@ def test_anomalies_are_scored_by_the_labels_of_a_csv_file(
     anomalous = pl.Series("anomaly", np.arange(frame.height) % 50 == 7)
     expected = evaluate(artifact, frame.with_columns(anomalous), anomalies="anomaly")
     assert expected["detection"]["anomalies"] > 0
+    assert expected["detection_baselines"]["random"]["vus_pr"] > 0
     path = tmp_path / "labelled.csv"
     frame.with_columns(anomalous).write_csv(path)
     labelled = read_data(path, schema_of(artifact.spec))
@@ -148,11 +152,61 @@ def test_the_report_compares_detection_with_its_baselines(
     since = pl.lit(report["data"]["test_from"]).str.to_datetime("%+").dt.epoch("ms")
     expected = labelled.filter("anomaly", pl.col("at") >= since).height
     assert report["detection"]["anomalies"] == expected > 0
-    assert report["detection_baselines"].keys() >= {"level", "nats", "raw nats"}
-    for scores in report["detection_baselines"].values():
+    baselines = report["detection_baselines"]
+    assert baselines.keys() >= {"raw nats", "running level", "PCA", "random"}
+    for scores in baselines.values():
         assert scores["anomalies"] == expected
+    areas = {name: scores["vus_pr"] for name, scores in baselines.items()}
+    (verdict,) = [each for each in report["verdicts"] if each["head"] == "odd.alarm"]
+    assert {*verdict["better_than"], *verdict["worse_than"]} == areas.keys()
+    own = report["detection"]["vus_pr"]
+    assert verdict["worse_than"] == [name for name, area in areas.items() if area > own]
     worst = report["detection"]["worst"]
     drawn = [each.read_text(encoding="utf-8") for each in sorted(plots.glob("worst-*.svg"))]
     assert len(drawn) == len(worst) == 2
     for each, text in zip(worst, drawn, strict=True):
         assert f">latch: {each['stream']}<" in text
+
+
+def test_training_reports_alarms_on_the_held_out_events(
+    frame: pl.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A network that learned nothing is a worse forecast than the last value."""
+    train_nothing(monkeypatch)
+    spec = latch_spec(epochs=1, heads=["odd"]).model_copy(update={"detection": DETECTION})
+    frame = frame.with_columns(anomaly=pl.Series(np.arange(frame.height) % 50 == 7))
+    for anomalies in (None, "anomaly"):
+        out = tmp_path / str(anomalies)
+        train_frame(spec, frame, out, trees=False, anomalies=anomalies)
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert [each["level"] for each in report["detection"]["probabilities"]["levels"]] == [
+            0.01,
+            0.001,
+        ]
+        assert report["detection"]["time_in_alarm"] is not None
+        assert set(report["detection"]["warnings"]) <= set(report["warnings"])
+        assert ("recall" in report["detection"]) == (anomalies is not None)
+        printed = capsys.readouterr().out
+        for line in ("| time in alarm |", "\n- below 0.01: ", "\n- below 0.001: "):
+            assert line in printed
+        for verdict in report["verdicts"]:
+            assert verdict_line(verdict) in printed
+
+
+def test_the_command_prints_scores_and_warnings_beside_the_result(
+    artifact: Artifact,
+    frame: pl.DataFrame,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "labelled.parquet"
+    frame.with_columns(anomaly=pl.Series(np.arange(frame.height) % 50 == 7)).write_parquet(path)
+    found = commands.evaluate(artifact.path, path, anomalies="anomaly")
+    printed = capsys.readouterr().err
+    assert "detection and its baselines" in printed
+    assert found["detection"]["warnings"]
+    for warning in found["detection"]["warnings"]:
+        assert f"warning: {warning}\n" in printed

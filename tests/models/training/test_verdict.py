@@ -29,6 +29,7 @@ def test_a_model_worse_than_the_last_value_gets_that_verdict() -> None:
         "better_than": ["running mean"],
         "worse_than": ["last value"],
         "worse_than_naive": "last value",
+        "is_for_detection": False,
     }
     lines = verdict_lines({**report, "verdicts": [found]})
     assert lines[0] == ("warning: slow", False)
@@ -40,6 +41,39 @@ def test_a_model_worse_than_the_last_value_gets_that_verdict() -> None:
     assert line == (
         "next: better than last value; worse than boosted trees, by pinball (lower is better)"
     )
+
+
+def test_a_model_for_detection_is_judged_as_a_forecast_and_by_its_alarms() -> None:
+    report = report_of(0.5, last_value=0.4)
+    (found,) = verdicts(report, "next")
+    ((line, is_worse),) = verdict_lines({"verdicts": [found]})
+    assert found["worse_than_naive"] == "last value"
+    assert not is_worse
+    assert "do not serve it for forecasts of next. That says nothing of its alarms" in line
+    # another head of the same model is for its forecast
+    (other,) = verdicts(report, "odd")
+    ((line, is_worse),) = verdict_lines({"verdicts": [other]})
+    assert is_worse
+    assert "do not serve it for next. Let the head" in line
+
+
+def test_alarms_are_compared_by_their_area_with_each_baseline() -> None:
+    areas = {"random": 0.1, "PCA": 0.6, "raw nats": 0.2}
+    baselines = {name: {"vus_pr": area} for name, area in areas.items()}
+    report = {"heads": {}, "detection": {"vus_pr": 0.5}, "detection_baselines": baselines}
+    (found,) = verdicts(report, "next")
+    ((line, is_worse),) = verdict_lines({"verdicts": [found]})
+    assert not is_worse
+    assert line == (
+        "next.alarm: better than random and raw nats; worse than PCA, by vus_pr (higher is better)"
+    )
+    report["detection"] = {"vus_pr": 0.05}
+    (found,) = verdicts(report, "next")
+    ((line, is_worse),) = verdict_lines({"verdicts": [found]})
+    assert is_worse
+    assert line.endswith("These alarms are worse than random ones: do not serve it for detection")
+    # without labels nothing is known
+    assert verdicts({"heads": {}, "detection": {"time_in_alarm": 0.1}}, "next") == []
 
 
 def test_a_decoder_is_compared_over_its_horizon() -> None:
