@@ -18,7 +18,7 @@ from models.spec.state import IntArray
 
 Advance = Callable[[int], None]
 
-CALL_ROWS: Final = 1024
+CALL_ROWS: Final = 2048
 """Rows of a call: more leave the caches of the core (`python -m tests.bench --only backfill`)."""
 FEWEST_STEPS, MOST_STEPS = 32, 256
 """Steps of a call are chosen between these, by the number of sequences that are left."""
