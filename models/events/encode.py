@@ -57,6 +57,9 @@ ApplyStatistics = Callable[[NDArray[np.bool_] | None, NDArray[np.float64], Float
 
 _NO_STATISTICS = bytes(8)
 
+PART_EVENTS = 8192
+"""Events of many segments that are encoded at a time, so that copies stay in the caches."""
+
 MAX_SEEN = 2**62
 """More events than any stream can have; counting on from it does not overflow int64."""
 
@@ -327,7 +330,7 @@ def _encode_segments(
         out_of_order = int(clocks.out_of_order.sum())
         out_of_order -= sum(clock.out_of_order for clock in before.values())
     clocks = Clocks(*(column[wanted] for column in clocks))
-    apply = None
+    has_absent = block.absent is not None
     if layout.statistics:
         known = {at: _statistics_words(layout, clock) for at, clock in before.items()}
         kept = np.zeros((len(wanted), layout.statistics[-1].stop), np.int64)
@@ -335,9 +338,13 @@ def _encode_segments(
         stops = np.append(starts[1:], block.steps)
         segments = SegmentStatistics(starts, stops, known, wanted, kept)
         apply = partial(encode_statistics, layout.statistics, segments)
-    rows = _encode_numbers(
-        layout, block.numbers.copy(), block.absent is not None, times_ms, gaps, apply
-    )
+        rows = _encode_numbers(layout, block.numbers.copy(), has_absent, times_ms, gaps, apply)
+        return EncodedSegments(rows, clocks, out_of_order)
+    rows = np.empty((block.steps, len(layout.schema.columns)), np.float32)
+    for at in range(0, block.steps, PART_EVENTS):
+        part = slice(at, at + PART_EVENTS)
+        times = (None, None) if times_ms is None or gaps is None else (times_ms[part], gaps[part])
+        rows[part] = _encode_numbers(layout, block.numbers[:, part].copy(), has_absent, *times)
     return EncodedSegments(rows, clocks, out_of_order)
 
 

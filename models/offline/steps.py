@@ -62,34 +62,31 @@ def _on_onnxruntime(graph: bytes, spec: ModelSpec, threads: int) -> Step:
     session = open_session(graph, threads, f"model {spec.name!r}")
     width = network_outputs(spec).size
 
+    def run(
+        rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        # the graph accepts no padding other than zero
+        if int(np.min(lengths)) < rows.shape[1]:
+            valid = np.arange(rows.shape[1]) < lengths[:, np.newaxis]
+            rows = np.where(valid[..., np.newaxis], rows, np.float32(0))
+        feeds = {ROWS: rows, LENGTHS: lengths, STATES: states}
+        outputs, after = session.run([OUTPUTS, STATES_AFTER], feeds)
+        return outputs, after
+
     def step(
         rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        if len(rows) and int(np.min(lengths)) == rows.shape[1] > 0:
-            feeds = {ROWS: rows, LENGTHS: lengths, STATES: states}
-            values, after = session.run([OUTPUTS, STATES_AFTER], feeds)
-            return values, after
+        # the graph accepts no row of length 0; without any row it ends the process
+        running = np.flatnonzero(lengths)
+        if running.size == len(rows) > 0:
+            return run(rows, lengths, states)
         output_steps = rows.shape[1] if spec.blocks is None else spec.blocks.size
         outputs = np.zeros((len(rows), output_steps, width), np.float32)
-        states_after = states.copy()
-        # the graph accepts neither a row of length 0 nor padding other than zero; without any row
-        # it ends the process
-        running = np.flatnonzero(lengths)
-        if not running.size:
-            return outputs, states_after
-        steps = np.arange(rows.shape[1])
-        valid = steps < lengths[running, np.newaxis]
-        values, after = session.run(
-            [OUTPUTS, STATES_AFTER],
-            {
-                ROWS: np.where(valid[..., np.newaxis], rows[running], np.float32(0)),
-                LENGTHS: lengths[running],
-                STATES: states[running],
-            },
-        )
-        outputs[running] = values
-        states_after[running] = after
-        return outputs, states_after
+        after = states.copy()
+        if running.size:
+            arguments = rows[running], lengths[running], states[running]
+            outputs[running], after[running] = run(*arguments)
+        return outputs, after
 
     return step
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.events import encode as encoder
 from models.events.columns import EventColumns
 from models.events.encode import Clock, encode, encode_segments
 from models.events.schema import EventSchema
@@ -52,8 +53,9 @@ def events_of(schema: EventSchema, steps: int, random: np.random.Generator) -> E
 @pytest.mark.parametrize("own", [OWN[:1], OWN[1:2], OWN[2:4], OWN], ids=len)
 @pytest.mark.parametrize("segments", [3, 2 * WIDE])
 def test_rows_and_clocks_equal_those_of_each_segment_alone(
-    own: list[dict[str, Any]], segments: int
+    monkeypatch: pytest.MonkeyPatch, own: list[dict[str, Any]], segments: int
 ) -> None:
+    monkeypatch.setattr(encoder, "PART_EVENTS", 7)
     random = np.random.default_rng(segments)
     schema = schema_of(*own)
     lengths = random.geometric(0.1, segments)
