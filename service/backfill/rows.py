@@ -100,7 +100,7 @@ class RowReader:
             "file": pl.repeat(self._file, frame.height, dtype=pl.UInt32, eager=True),
             "row": pl.Series(batch.rows),
         }
-        if self._marks_resets and RESET in frame.columns:
+        if self._marks_resets:
             table[RESET] = self._resets(frame, invalid)
         if self._plan.offset is not None:
             table |= self._offsets(batch.frame, invalid)
@@ -211,6 +211,8 @@ class RowReader:
 
     def _resets(self, frame: pl.DataFrame, invalid: list[InvalidRows]) -> pl.Series:
         """Whether the state is reset before each event."""
+        if RESET not in frame.columns:
+            return pl.repeat(False, frame.height, dtype=pl.Boolean, eager=True)
         schema = EventSchema(fields=(BooleanField(name=RESET, optional=True, coerce=True),))
         typed, wrong_cells = typed_cells(schema, frame.select(RESET))
         marks, wrong = canonical_frame(schema, typed)
@@ -287,9 +289,9 @@ _SORTED: Final = ("bucket", "stream", "order", "file", "row")
 
 
 def _sorted(frame: pl.DataFrame, kept: BoolArray) -> pl.DataFrame:
-    """Those rows by bucket, stream, order, file and row."""
+    """Those rows by bucket, stream, file and row."""
     if not kept.all():
         frame = frame.filter(pl.Series(kept))
-    # rows are in the order of the file already
-    ordered = frame.sort("rank", "order", maintain_order=True).drop("rank")
+    # the reader of a bucket sorts its streams by order
+    ordered = frame.sort("rank", maintain_order=True).drop("rank")
     return ordered.select(*_SORTED, pl.exclude(_SORTED))

@@ -1,10 +1,10 @@
-"""Stage 1: rows of sources become unit files, sorted by bucket, stream and order.
+"""Stage 1: rows of sources become unit files, sorted by bucket and stream.
 
 A sort-based shuffle: each unit is sorted in memory and written once, and a bucket is read out of
 all units by the statistics of their row groups. A unit is a file of up to `Plan.unit_rows` events:
 
     bucket u32, stream str, order i64, file u32, row u64
-    reset bool                              if the source has such a column and no field its name
+    reset bool                              if no field has its name
     source str, offset u64, sequence u64    if the plan names a column of offsets
     rejected bool                           if a stream ends before its first rejected event
     .NAME, for each field                   f64, str, bool, or i64 epoch ms; null if absent
@@ -162,7 +162,7 @@ def count_rows(job: Job) -> dict[int, int]:
     units = sorted((job.out / "shuffle").glob("unit-*.parquet"))
     if not units:
         return {}
-    rows = pl.scan_parquet(units, glob=False, missing_columns="insert").select("bucket")
+    rows = pl.scan_parquet(units, glob=False).select("bucket")
     return dict(rows.group_by("bucket").len().collect(engine="streaming").rows())
 
 
@@ -176,7 +176,7 @@ def read_bucket(job: Job, bucket: int) -> Iterator[pl.DataFrame]:
     if not units:
         return
     most = job.plan.unit_rows
-    scan = pl.scan_parquet(units, glob=False, missing_columns="insert")
+    scan = pl.scan_parquet(units, glob=False)
     batches = scan.filter(pl.col("bucket") == bucket).collect_batches(chunk_size=most, lazy=True)
     first, second = next(batches, None), next(batches, None)
     if first is not None and second is None:

@@ -316,18 +316,11 @@ def _check_columns(source: Source, required: Sequence[str], columns: Sequence[st
 
 
 def _frames(source: Source, scan: pl.LazyFrame, rows: int) -> Iterator[pl.DataFrame]:
-    """The rows of a scan, as many in each frame."""
-    kept: list[pl.DataFrame] = []
+    """The rows of a scan, as many in each frame but the last."""
     with _reading(source.path):
         for frame in scan.collect_batches(chunk_size=rows, maintain_order=True):
-            kept.append(frame)
-            while sum(each.height for each in kept) >= rows:
-                joined = pl.concat(kept)
-                yield joined[:rows]
-                kept = [joined[rows:]]
-    rest = pl.concat(kept) if kept else pl.DataFrame()
-    if rest.height:
-        yield rest
+            if frame.height:
+                yield frame
 
 
 def _table_batches(

@@ -117,6 +117,8 @@ def test_every_event_is_in_its_bucket_in_order(tmp_path: Path, kind: str) -> Non
     job = make_job(tmp_path / "out", path, unit_rows=60, piece_rows=33)
     assert shuffle(job) == {}
 
+    units = sorted((job.out / "shuffle").glob("unit-*.parquet"))
+    assert [pl.read_parquet(unit).height for unit in units] == [60] * 8 + [20]
     found = events(job)
 
     assert found["read_from"].equals(found["bucket"].cast(pl.Int32))
@@ -348,9 +350,12 @@ def test_streams_are_ordered_by_a_column(tmp_path: Path) -> None:
 
 def test_resets_are_marked_by_a_column_that_is_no_field(tmp_path: Path) -> None:
     frame = table(4, 1).with_columns(reset=pl.Series([True, None, False, True]), at=NOON_MS)
-    job = make_job(tmp_path / "out", write(tmp_path, frame, "parquet"))
+    write(tmp_path / "b", frame, "parquet")
+    write(tmp_path / "b", frame, "csv")
+    write(tmp_path / "a", frame.drop("reset")[:1], "parquet")
+    job = make_job(tmp_path / "out", tmp_path / "a", tmp_path / "b")
     shuffle(job)
-    assert events(job)["reset"].to_list() == [True, False, False, True]
+    assert events(job)["reset"].to_list() == [False, *[True, False, False, True] * 2]
 
 
 def test_ids_of_entries_are_read(tmp_path: Path) -> None:

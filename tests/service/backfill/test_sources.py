@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import polars as pl
 import pytest
 
 from models.errors import DataError
-from service.backfill.plan import BackfillError, Source
+from service.backfill.plan import PLAN, BackfillError, Plan, Source
+from service.backfill.run import resume_plan
 from service.backfill.source import find_sources, read_batches
 from tests.support.object_store import serve_objects
 
@@ -80,6 +82,17 @@ def test_a_delta_table_is_read_at_the_version_of_the_plan(tmp_path: Path) -> Non
     assert rows_of(source, ["pump", "load"]) == [(1, "a", 1.5), (2, "b", None), (3, "c", 2.5)]
     (newer,) = find_sources([f"delta:{tmp_path}/table"])
     assert (newer.rows, newer.table) == (4, "1")
+    plan = Plan(
+        model="m",
+        fingerprint="",
+        sources=(source,),
+        stream="pump",
+        order=None,
+        partitions=1,
+        buckets=1,
+    )
+    (tmp_path / PLAN).write_bytes(msgspec.json.encode(plan))
+    assert resume_plan(tmp_path, msgspec.structs.replace(plan, sources=(newer,))) == plan
     with pytest.raises(DataError, match=r"none: a table of events, got "):
         find_sources([f"delta:{tmp_path}/none"])
 
