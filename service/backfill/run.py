@@ -160,11 +160,17 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
         with replacing(out / PLAN) as path:
             path.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
         for name in FOLDERS:
-            folder = out / name
-            folder.mkdir(exist_ok=True)
-            for left in folder.glob(f".*{TEMPORARY}"):
-                left.unlink()
+            (out / name).mkdir(exist_ok=True)
+        _remove_temporary_files(out)
         yield
+        _remove_temporary_files(out)
+
+
+def _remove_temporary_files(out: Path) -> None:
+    """Remove what processes had not finished when they were killed."""
+    for name in FOLDERS:
+        for left in (out / name).glob(f".*{TEMPORARY}"):
+            left.unlink()
 
 
 def resume_plan(out: Path, plan: Plan) -> Plan:

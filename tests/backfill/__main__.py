@@ -51,11 +51,14 @@ def main(arguments: Sequence[str]) -> int:
     size.set_defaults(run=_measure)
     kills = commands.add_parser("kills", help="interrupt runs")
     kills.set_defaults(run=_interrupt)
-    for each, events, streams in ((size, 50_000_000, 200_000), (kills, 400_000, 4_000)):
+    for each, events, streams, bad in (
+        (size, 50_000_000, 200_000, 0.0),
+        (kills, 400_000, 4_000, 0.001),
+    ):
         add = each.add_argument
         add("--events", type=int, default=events, help=f"({events:,})")
         add("--streams", type=int, default=streams, help=f"({streams:,})")
-        add("--bad", type=float, default=0.0, help="share of unreadable rows (0)")
+        add("--bad", type=float, default=bad, help=f"share of unreadable rows ({bad})")
         add("--skew", type=float, default=0.0, help="share of the events in one stream (0)")
         add("--files", type=int, default=25, help="of the history (25)")
         add("--kind", choices=("parquet", "csv"), default="parquet", help="of the files (parquet)")
