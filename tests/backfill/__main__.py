@@ -14,6 +14,8 @@ Folders are kept with `--folder`. Exits with 1 if a run fails.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from models.pretrained.departures import flight_events
 from service.backfill.engines import ONE_THREAD
 from tests.backfill import plan
 from tests.backfill.histories import History, write_model
@@ -30,6 +33,7 @@ from tests.backfill.kills import interrupt_runs
 from tests.backfill.runs import Run
 from tests.backfill.size import measure
 from tests.support.machine import describe_run
+from tests.support.models import PRETRAINED
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         add("--seed", type=int, default=1, help="(1)")
         add("--units", type=int, default=64, help="of each LSTM of the model (64)")
         add("--folder", type=Path, help="keeps the history, the model and the results here")
+    size.add_argument("--flights", action="store_true", help="measure all flights instead")
     size.add_argument("words", nargs="*", help="options of `carry backfill`, after `--`")
     kills.add_argument("--kills", type=int, default=20, help="interruptions of each run (20)")
     kills.add_argument("--no-ray", action="store_true", help="leave the engine `ray` out")
@@ -103,17 +108,25 @@ def _write(chosen: argparse.Namespace, folder: Path, **more: Any) -> tuple[Path,
 
 
 def _measure(chosen: argparse.Namespace, folder: Path) -> int:
-    model, data = _write(chosen, folder)
+    model, data = _write_flights(folder) if chosen.flights else _write(chosen, folder)
     size_mib = sum(path.stat().st_size for path in data.iterdir()) / 2**20
-    print(f"history: {chosen.events:,} events of {chosen.streams:,} streams, {size_mib:,.0f} MiB")
+    print(f"history: {data.name}, {size_mib:,.0f} MiB", flush=True)
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     run = Run(model, data, out, chosen.words)
     run.log.unlink(missing_ok=True)
-    found = measure(run)
-    print(run.printed())
-    print(*found.lines(chosen.events), sep="\n")
+    print(*measure(run).lines(), sep="\n")
+    whole = json.dumps(run.digests(), sort_keys=True)
+    print(f"digest of all results: {hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()}")
     return 0
+
+
+def _write_flights(folder: Path) -> tuple[Path, Path]:
+    """The pretrained model, and the events that it was trained and tested on."""
+    data = folder / "flights"
+    data.mkdir(exist_ok=True)
+    flight_events().write_parquet(data / "flights.parquet")
+    return PRETRAINED / "flights", data
 
 
 def _interrupt(chosen: argparse.Namespace, folder: Path) -> int:

@@ -41,11 +41,14 @@ class Size:
     disk_mib: dict[str, float]
     report: dict[str, Any]
 
-    def lines(self, events: int) -> list[str]:
+    def lines(self) -> list[str]:
         """The figures as lines of `name: value`."""
+        events, stages = self.report["events"], self.report["stages"].items()
+        rates = ", ".join(f"{name} {each['events_per_s']:,.0f}" for name, each in stages)
         disk = ", ".join(f"{name} {size:,.0f}" for name, size in self.disk_mib.items())
         return [
-            f"seconds: {self.seconds:,.1f}, {events / self.seconds:,.0f} events/s",
+            f"{events:,} events of {self.report['streams']:,} streams",
+            f"seconds: {self.seconds:,.1f}, {events / self.seconds:,.0f} events/s ({rates})",
             f"CPU: {self.cpu_s:,.1f} s, {self.cpu_s / events * 1e6:.2f} us an event",
             f"peak memory: {self.rss_mib:,.0f} MiB resident, {self.pss_mib:,.0f} proportional",
             f"disk, MiB: {disk}",
@@ -71,10 +74,9 @@ def measure(run: Run) -> Size:
     seconds = time.monotonic() - started_s
     if process.returncode:
         raise RuntimeError(f"exit status {process.returncode}, see {run.log}")
-    report = run.out / "report.json"
-    found = json.loads(report.read_text()) if report.exists() else {}
+    report = json.loads((run.out / "report.json").read_text())
     disk |= {name: max(disk.get(name, 0.0), size) for name, size in _sizes(run.out).items()}
-    return Size(seconds, cpu.total_s(), rss / MIB, pss / MIB, disk, found)
+    return Size(seconds, cpu.total_s(), rss / MIB, pss / MIB, disk, report)
 
 
 class _Cpu:
