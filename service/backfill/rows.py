@@ -94,7 +94,7 @@ class RowReader:
         frame = self._typed(batch, invalid)
         canonical, rejected = canonical_frame(self._schema, frame)
         invalid += rejected + find_overflows(self._schema, canonical)
-        order = self._order(batch, canonical, frame, invalid)
+        order = self._order(canonical, frame, invalid)
         table: dict[str, Any] = {
             "order": order,
             "file": pl.repeat(self._file, frame.height, dtype=pl.UInt32, eager=True),
@@ -160,53 +160,51 @@ class RowReader:
         return found
 
     def _order(
-        self,
-        batch: Batch,
-        canonical: pl.DataFrame,
-        frame: pl.DataFrame,
-        invalid: list[InvalidRows],
+        self, canonical: pl.DataFrame, frame: pl.DataFrame, invalid: list[InvalidRows]
     ) -> pl.Series:
+        """What orders the events of a stream; null if it is missing or rejected."""
         name = self._plan.order
         if name is None:
             return pl.repeat(0, frame.height, dtype=pl.Int64, eager=True)
         if isinstance(self._order_field, TimestampField):
             order = canonical[name]
         else:
-            order = self._numbers_or_times(name, frame, batch, invalid)
+            order = self._numbers_or_times(frame[name], invalid)
         absent = (frame[name].is_null() & order.is_null()).to_numpy()
         if absent.any():
             invalid.append(InvalidRows(name, absent, "a value to order by", lambda _: "none"))
         return order
 
-    def _numbers_or_times(
-        self, name: str, frame: pl.DataFrame, batch: Batch, invalid: list[InvalidRows]
-    ) -> pl.Series:
+    def _numbers_or_times(self, column: pl.Series, invalid: list[InvalidRows]) -> pl.Series:
         """A column of whole numbers as it is, or of times in epoch milliseconds."""
-        column = frame[name]
-        if column.dtype.is_numeric():
-            order = column.cast(pl.Int64, strict=False)
-            wrong = (column.is_not_null() & (order.is_null() | (order != column))).fill_null(True)
+        name = column.name
+        if column.dtype.is_numeric() or column.dtype == pl.String:
+            numbers = column.cast(pl.Int64, strict=False)
+            if column.dtype.is_numeric():
+                is_number = pl.repeat(True, len(column), eager=True)
+                wrong = column.is_not_null() & (numbers != column).fill_null(True)
+            else:
+                is_number = column.str.contains(r"^-?\d+$").fill_null(True)
+                wrong = column.is_not_null() & is_number & numbers.is_null()
             if wrong.any():
-                got = frame[name]
+                expected = "a whole number of 64 bits, or a time"
                 invalid.append(
-                    InvalidRows(
-                        name,
-                        wrong.to_numpy(),
-                        "a whole number or a time",
-                        lambda row: f"{got[row]}",
-                    )
+                    InvalidRows(name, wrong.to_numpy(), expected, lambda row: f"{column[row]}")
                 )
-            return order
+            if is_number.all():
+                return numbers
+            rest = pl.when(pl.Series(~is_number)).then(pl.Series(column))
+            times = self._times(pl.select(rest.alias(name)).to_series(), invalid)
+            chosen = pl.when(pl.Series(is_number)).then(pl.Series(numbers))
+            return pl.select(chosen.otherwise(pl.Series(times))).to_series()
+        return self._times(column, invalid)
+
+    def _times(self, column: pl.Series, invalid: list[InvalidRows]) -> pl.Series:
+        """Times in epoch milliseconds, local ones in the schema's time zone."""
         field = TimestampField(name="x", optional=True, without_offset="local")
         schema = EventSchema(timezone=self._schema.timezone, fields=(field,))
-        cells = column.alias("x").to_frame()
-        if column.dtype == pl.String:
-            if column.str.contains(r"^-?\d+$").fill_null(True).all():
-                return column.cast(pl.Int64, strict=False)
-            cells, wrong_cells = typed_cells(schema, cells)
-            invalid += [each._replace(field=name) for each in wrong_cells]
-        times, wrong_times = canonical_frame(schema, cells)
-        invalid += [each._replace(field=name) for each in wrong_times]
+        times, wrong = canonical_frame(schema, column.alias("x").to_frame())
+        invalid += [each._replace(field=column.name) for each in wrong]
         return times["x"]
 
     def _resets(self, frame: pl.DataFrame, invalid: list[InvalidRows]) -> pl.Series:

@@ -348,6 +348,22 @@ def test_streams_are_ordered_by_a_column(tmp_path: Path) -> None:
     assert events(job)["order"].to_list() == [NOON_MS] * 3
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("unit_rows", [1, 10])
+def test_cells_of_an_order_are_read_one_by_one(tmp_path: Path, kind: str, unit_rows: int) -> None:
+    cells = ["9007199254740993", "-5", "99999999999999999999", "1.5", "soon", "1970-01-01T01:00:01"]
+    frame = table(6, 1).with_columns(n=pl.Series(cells))
+    path = write(tmp_path, frame, kind)
+    job = make_job(tmp_path / "out", path, order="n", unit_rows=unit_rows)
+    shuffle(job)
+    assert events(job).select("order", "row").rows() == [
+        (-5, 2),
+        (1000, 6),
+        (9007199254740993, 1),
+    ]
+    assert [bad[1:3] for bad in rejections(job)] == [(3, "n"), (4, "n"), (5, "n")]
+
+
 def test_resets_are_marked_by_a_column_that_is_no_field(tmp_path: Path) -> None:
     frame = table(4, 1).with_columns(reset=pl.Series([True, None, False, True]), at=NOON_MS)
     write(tmp_path / "b", frame, "parquet")
