@@ -244,13 +244,20 @@ def run_backfill(
             raise BackfillError("expected the heads of the live streams: `--version --into URL`")
         run = _Run(job, engine, progress or Progress(Console(quiet=True)))
         run.compute()
-        report = make_report(job, run.records.values(), run.samples, engine.peaks | own_peak())
-        with replacing(job.out / REPORT) as path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+        if run.samples or not (job.out / REPORT).exists():
+            report = make_report(job, run.records.values(), run.samples, engine.peaks | own_peak())
+            with replacing(job.out / REPORT) as path:
+                path.write_text(json.dumps(report, indent=2) + "\n")
         if run.samples and find_spec("matplotlib") is not None:
             with replacing(job.out / PLOT) as path:
                 path.write_bytes(plot_throughput(run.samples))
         shutil.rmtree(job.out / "shuffle", ignore_errors=True)
+    return read_report(job.out)
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The report of a finished backfill."""
+    report: dict[str, Any] = json.loads((out / REPORT).read_bytes())
     return report
 
 

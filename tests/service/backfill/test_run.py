@@ -185,7 +185,8 @@ def test_an_interrupted_run_computes_what_is_missing(
     assert files_of(job.out) == files_of(whole.out)
     assert not (job.out / "shuffle").exists()
     again = Recording(job)
-    run_backfill(job, again)
+    before = backfills.read_report(job.out)
+    assert run_backfill(job, again) == before
     assert again.done == []
     # a file that was removed or cut is computed again, from the sources
     job.outputs(1).write_bytes(job.outputs(1).read_bytes()[:-1])
@@ -193,6 +194,31 @@ def test_an_interrupted_run_computes_what_is_missing(
     run_backfill(job, again)
     assert [each for each in again.done if isinstance(each, int)] == [1, 2]
     assert files_of(job.out) == files_of(whole.out)
+
+
+def test_a_rejected_event_ends_its_stream_by_policy(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    late = frame.filter(pl.col("stream") == "s3")[time_column(artifact)][5]
+    is_wrong = (pl.col("stream") == "s3") & (pl.col(time_column(artifact)) == late)
+    field = next(each for each in schema_of(artifact.spec).fields if each.kind == "categorical")
+    frame.with_columns(
+        pl.when(is_wrong).then(pl.lit("x" * 300)).otherwise(field.name).alias(field.name)
+    ).write_parquet(tmp_path / "a.parquet")
+    height = frame.filter(pl.col("stream") == "s3").height
+    for policy, events, halted, rejected in (
+        ("continue", height - 1, 0, 1),
+        ("halt", 5, 1, height - 5),
+    ):
+        job = job_of(
+            artifact, [tmp_path / "a.parquet"], tmp_path / policy, on_error=policy, piece_rows=9
+        )
+        report = run(job)
+        assert states_of(job)["s3"].head.position == events
+        assert outputs_of(job).filter(pl.col("stream") == "s3").height == events
+        assert report["halted_streams"] == halted
+        assert report["rejected_events"] == rejected
+        assert report["events"] == EVENTS - rejected
 
 
 def test_temporary_files_of_a_killed_run_are_removed(
