@@ -48,7 +48,7 @@ Scorer = Callable[[Windows], Floats]
 LONG: Final = 5000
 AVERAGED: Final = 12
 RAW_NATS: Final = "raw nats"
-LAST: Final = f", last {AVERAGED}"
+LAST: Final = f" (last {AVERAGED})"
 """The name of a form that is averaged."""
 WINDOW: Final = 36
 """Values of the last events, of all targets together."""

@@ -44,7 +44,7 @@ SPEC = parse_spec(
 )
 Rows = NDArray[Any]
 SINGLE = ("raw nats", "running level", "change", "seasonal naive")
-UNFITTED = {"random", *SINGLE, *(f"{name}, last 12" for name in SINGLE)}
+UNFITTED = {"random", *SINGLE, *(f"{name} (last 12)" for name in SINGLE)}
 
 
 @pytest.fixture(autouse=True)
