@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +27,15 @@ from tests.support.servers import until
 HISTORY = History(events=20_000, streams=400, files=3, bad=0.01, duplicates=0.01)
 SIZES = {"unit_rows": 1_000, "piece_rows": 1_500, "buckets": 4}
 STEPS = 3 * 7 + 4
-LIMITED = ("sh", "-c", 'ulimit -f "$1"; shift; exec "$@"', "sh")
-"""Runs a command with a limit on the size of its files, in blocks of 512 bytes."""
+LIMIT = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Runs a command with a limit on the size of its files, in bytes."""
+
+# each start of a command imports for seconds on a busy machine
+pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def test_bytes_do_not_depend_on_engine_or_workers(
 def test_run_whose_disk_is_full_names_the_file_and_goes_on(whole: Whole, tmp_path: Path) -> None:
     run, finished = whole.other(tmp_path / "full", "--workers", "1"), {}
     for size_bytes, file in ((10_000, "shuffle/unit-"), (60_000, "outputs/bucket-")):
-        limited = replace(run, prefix=(*LIMITED, str(size_bytes // 512)))
+        limited = replace(run, prefix=(sys.executable, "-c", LIMIT, str(size_bytes)))
         assert limited.finish() == 1
         assert "Traceback" not in run.printed()
         assert f"File too large: '{run.out}/{file}" in run.printed()
