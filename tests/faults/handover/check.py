@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,10 +39,10 @@ def read_outputs(client: Any, topics: list[str]) -> dict[str, list[Output]]:
     return outputs
 
 
-def read_history_outputs(folders: Iterable[Path]) -> dict[str, list[Output]]:
-    """The outputs that backfills have written, by stream, in their order."""
+def read_history_outputs(out: Path) -> dict[str, list[Output]]:
+    """The outputs that a backfill has written, by stream, in their order."""
     outputs: dict[str, list[Output]] = {}
-    for file in (file for each in folders for file in sorted(each.glob("outputs/*.parquet"))):
+    for file in sorted((out / "outputs").glob("*.parquet")):
         table = pl.read_parquet(file)
         values = table.select(OUTPUT_COLUMNS).to_numpy()
         rows = zip(table["stream"].to_list(), table["position"].to_list(), values, strict=True)

@@ -40,9 +40,11 @@ SETTINGS: Final = {
     "CARRY_RUNTIME": "onnxruntime",
     "CARRY_DRAIN_S": "2",
 }
-BACKFILL: Final = ("--stream", "stream", "--order-by", "number", "--workers", "1", "--quiet")
-BACKFILLS: Final = {"topics": ("--offset", "entry", "--source-topic", SOURCE), "clients": ()}
-"""Options of `carry backfill`: of all, and of the events from topics and from clients."""
+BACKFILL: Final = (
+    *("--stream", "stream", "--order-by", "number", "--offset", "entry"),
+    *("--source-topic", SOURCE, "--workers", "1", "--quiet"),
+)
+"""Options of `carry backfill` for the recorded events."""
 
 FILES: Final = 5
 REPEATED_SHARE: Final = 0.02

@@ -149,12 +149,12 @@ def overwrite_living() -> None:
     """The loader overwrites streams that live, also those that it has loaded before."""
     from service.backfill import load
 
-    create = load._Loader.__init__
+    create = load.StreamLoader.__init__
 
     def create_overwriting(self: Any, *arguments: Any, **options: Any) -> None:
         create(self, *arguments, **{**options, "overwrite": True})
 
-    load._Loader.__init__ = create_overwriting
+    load.StreamLoader.__init__ = create_overwriting
     load._continues = lambda stored, head: False
 
 
