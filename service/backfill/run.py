@@ -185,11 +185,18 @@ def resume_plan(out: Path, plan: Plan) -> Plan:
     if not (out / PLAN).exists():
         return plan
     stored = read_plan(out)
-    if [each.path for each in stored.sources] == [each.path for each in plan.sources]:
-        pairs = enumerate(zip(stored.sources, plan.sources, strict=True))
-        sources = tuple(_resume_source(out, at, before, now) for at, (before, now) in pairs)
-        plan = msgspec.structs.replace(plan, sources=sources, buckets=stored.buckets)
-        stored = msgspec.structs.replace(stored, sources=sources)
+    before, now = ({each.path for each in side.sources} for side in (stored, plan))
+    if before != now:
+        change, paths = ("lacks", before - now) if before - now else ("also has", now - before)
+        raise BackfillError(
+            f"{out} is of another backfill: the history {change} {min(paths)}"
+            + (f" and {len(paths) - 1:,} more" if len(paths) > 1 else "")
+            + "; expected the same files to go on, another folder, or --overwrite"
+        )
+    pairs = enumerate(zip(stored.sources, plan.sources, strict=True))
+    sources = tuple(_resume_source(out, at, old, new) for at, (old, new) in pairs)
+    plan = msgspec.structs.replace(plan, sources=sources, buckets=stored.buckets)
+    stored = msgspec.structs.replace(stored, sources=sources)
     _check_plan(out, stored, plan)
     return plan
 

@@ -463,4 +463,7 @@ def test_a_file_may_be_repaired_before_its_rows_are_read(tmp_path: Path) -> None
     now = msgspec.structs.replace(job.plan, stream="kind")
     with pytest.raises(BackfillError, match="stream was pump, and is kind"):
         resume_plan(job.out, now)
+    now = msgspec.structs.replace(job.plan, sources=job.plan.sources[1:])
+    with pytest.raises(BackfillError, match=r"the history lacks .*/a/events\.csv"):
+        resume_plan(job.out, now)
     assert resume_plan(tmp_path / "new", now) == now
