@@ -1,9 +1,10 @@
 """Detection on the outputs of a network with an anomaly head: tail probabilities and alarms.
 
 Each event's statistics (`models.detection.statistics`) have tail probabilities by the fitted tails
-(`models.detection.alarms`), which are combined into one. It is comparable between streams: of a
-thousand usual events, one has a probability below 0.001. Alarms open below a threshold of it, which
-each chunk may choose: as a rate of false alarms in its state, which the pipeline writes there.
+(`models.detection.alarms`), which are combined into one (`models.detection.probability`). It is
+comparable between streams: of a thousand usual events, one has a probability below 0.001. Alarms
+open below a threshold of it, which each chunk may choose: as a rate of false alarms in its state,
+which the pipeline writes there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import AlarmState, Tails, combine, follow_alarm
+from models.detection.alarms import AlarmState, follow_alarm
 from models.detection.forecasts import DESCRIBED
+from models.detection.probability import PooledScorer, StreamScorer
 from models.detection.statistics import Channels, Deviations
 from models.errors import SpecError
 from models.spec.detection import ALARM_RATE
@@ -50,9 +52,14 @@ class Detector:
         if fit is None:
             raise SpecError(f"model {spec.name!r}: expected a fitted `detection`")
         self._channels = Channels(spec, np.array(fit.spreads), np.array(fit.squares))
+        memory = detection.tail_memory_events
+        self._scorer: PooledScorer | StreamScorer
+        if memory is not None and fit.streams is not None:
+            self._scorer = StreamScorer(spec, memory, self._channels, fit.tails, fit.streams)
+        elif fit.combined is not None:
+            self._scorer = PooledScorer(self._channels, fit.tails, fit.combined)
         self._alarm, self._fit = detection.alarm, fit
         self._threshold = fit.threshold(detection.alarm.false_alarms_per_day)
-        self._tails, self._combined = Tails(fit.tails), Tails([fit.combined])
         parts = detection_state(spec).slices
         self._alarm_at = parts[f"{head.name}.alarm"]
         self._rate_at = parts[f"{head.name}.{ALARM_RATE}"].start
@@ -99,35 +106,37 @@ class Detector:
         scored = np.empty((*outputs.shape[:2], self._size), np.float32)
         for source, place in self._copied:
             scored[..., place] = outputs[..., source]
-        for name, values in self._scores(deviations, lengths, state).items():
+        described, after = self._scores(deviations, lengths, state)
+        for name, values in described.items():
             scored[..., self._places[name]] = values.transpose(1, 2, 0)
-        return scored, deviations.state
+        return scored, after
 
     def _scores(
         self, deviations: Deviations, lengths: NDArray[Any], state: FloatRows
-    ) -> dict[str, Floats]:
-        """The outputs [size, B, T]; updates the alarms in the state of the deviations."""
-        z, statistics, _, events = deviations
-        inverse = np.exp(self._tails.nats(statistics.reshape(len(statistics), -1)))
-        combined = combine(inverse)[np.newaxis]
-        probability = np.exp(-self._combined.nats(combined)).reshape(1, *z.shape[1:])
+    ) -> tuple[dict[str, Floats], FloatRows]:
+        """The outputs [size, B, T], and the state after them."""
+        z, _, _, events = deviations
+        nats, weights, after = self._scorer.score(deviations, lengths)
+        probability = np.exp(-nats)
         outputs: dict[str, Floats] = {
-            "probability": probability,
-            "alarm": self._follow_alarms(probability[0], lengths, state, deviations),
+            "probability": probability[np.newaxis],
+            "alarm": self._follow_alarms(probability, lengths, state, after),
         }
         if "deviation" in self._outputs:
             outputs["deviation"] = z
         if "share" in self._outputs:
-            outputs["share"] = self._channels.shares(inverse.reshape(statistics.shape))
+            by_channel = weights()
+            outputs["share"] = by_channel / by_channel.sum(axis=0)
         described = self._channels.forecasts.describe(
             self._described, events.values, events.present, events.parameters
         )
         outputs.update((name, values) for name, values in described.items())
-        return outputs
+        return outputs, after
 
     def _follow_alarms(
-        self, probability: Floats, lengths: NDArray[Any], state: FloatRows, deviations: Deviations
+        self, probability: Floats, lengths: NDArray[Any], state: FloatRows, after: FloatRows
     ) -> Floats:
+        """The alarms [1, B, T], which are updated in the state after the events."""
         thresholds = np.full(len(state), self._threshold)
         for index in np.flatnonzero(state[:, self._rate_at]):
             thresholds[index] = self._fit.threshold(float(state[index, self._rate_at]))
@@ -138,7 +147,7 @@ class Detector:
             length, own = lengths[index], AlarmState(state[index, self._alarm_at])
             codes = follow_alarm(self._alarm, probability[index, :length], thresholds[index], own)
             alarms[0, index, :length] = codes
-            deviations.state[index, self._alarm_at] = own.values()
+            after[index, self._alarm_at] = own.values()
         return alarms
 
 

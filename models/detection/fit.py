@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.alarms import Tails, combine, count_alarms, fit_tail
+from models.detection.long_means import LongMeans
+from models.detection.probability import StreamScorer, TargetStatistics
 from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels
 from models.errors import DataError
-from models.spec.detection import MAX_ALARM_RATE, ROOT_OF_NORMAL, AlarmSpec, DetectionFit
-from models.spec.layout import detection_of, detection_state
+from models.spec.detection import (
+    MAX_ALARM_RATE,
+    ROOT_OF_NORMAL,
+    AlarmSpec,
+    DetectionFit,
+    DetectionSpec,
+    StreamTailsFit,
+    Tail,
+)
+from models.spec.layout import detection_columns, detection_of, detection_state
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -27,6 +38,8 @@ MIN_EVENTS: Final = 200
 SMALLEST_SQUARE: Final = 0.1
 FEW_ALARMS: Final = 10
 """Up to this many alarms, their number is assumed to be proportional to the threshold."""
+GROUP: Final = 3.0
+"""Unusual events in a group, of which one opens an alarm."""
 LONGEST: Final = 3.0
 """Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
 SMALLEST_THRESHOLD: Final = 1e-9
@@ -85,28 +98,99 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     """
     detection, head, events = detection_of(spec)
     check_size([stream.counted for stream in streams], [stream.days for stream in streams])
-    days = sum(stream.days for stream in streams)
     count = len(detection.channels_of(head.targets, events))
     ones = np.ones(count)
-    _, states = _follow(spec, streams, ones, ones)
+    _, states = _follow(spec, streams, _statistics_of(Channels(spec, ones, ones)))
     spreads = _usual_spreads(spec, states)
-    statistics, _ = _follow(spec, streams, spreads, ones)
+    statistics, _ = _follow(spec, streams, _statistics_of(Channels(spec, spreads, ones)))
     squares = _usual_squares(statistics[:count])
-    statistics, _ = _follow(spec, streams, spreads, squares)
+    channels = Channels(spec, spreads, squares)
+    statistics, _ = _follow(spec, streams, _statistics_of(channels))
     tails = tuple(fit_tail(column, EXCEEDED) for column in statistics)
-    combined = combine(np.exp(Tails(tails).nats(statistics)))
-    tail = fit_tail(combined, EXCEEDED)
-    probability = np.exp(-Tails([tail]).nats(combined[np.newaxis])[0])
-    sizes = np.cumsum([stream.counted.sum() for stream in streams])[:-1]
-    rates, thresholds = alarm_thresholds(detection.alarm, np.split(probability, sizes), days)
+    inverse = np.exp(Tails(tails).nats(statistics))
+    tail: Tail | None = None
+    own: StreamTailsFit | None = None
+    if detection.tail_memory_events is None:
+        combined = combine(inverse)
+        tail = fit_tail(combined, EXCEEDED)
+        probability = np.exp(-Tails([tail]).nats(combined[np.newaxis])[0])
+    else:
+        memory = detection.tail_memory_events
+        own = _fit_stream_tails(spec, memory, streams, channels, inverse)
+        scorer = StreamScorer(spec, memory, channels, tails, own)
+        nats, _ = _follow(spec, streams, partial(_scored, channels, scorer))
+        probability = np.exp(-nats[0])
+    rates, thresholds = _thresholds(detection, streams, probability)
     return DetectionFit(
         spreads=tuple(spreads.tolist()),
         squares=tuple(squares.tolist()),
         tails=tails,
         combined=tail,
+        streams=own,
         rates=rates,
         thresholds=thresholds,
     )
+
+
+def _thresholds(
+    detection: DetectionSpec, streams: Sequence[Stream], probability: Floats
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Rates of false alarms and their thresholds, given the probabilities of all counted events.
+
+    With a tail of each stream the probabilities of a stream are its own rates, so that a threshold
+    is also at most that of groups of `GROUP` unusual events with the expected number.
+    """
+    sizes = [int(stream.counted.sum()) for stream in streams]
+    days = sum(stream.days for stream in streams)
+    by_stream = np.split(probability, np.cumsum(sizes)[:-1])
+    rates, thresholds = alarm_thresholds(detection.alarm, by_stream, days)
+    if detection.tail_memory_events is None:
+        return rates, thresholds
+    most = [GROUP * rate * days / sum(sizes) for rate in rates]
+    return rates, tuple(min(each) for each in zip(thresholds, most, strict=True))
+
+
+def _fit_stream_tails(
+    spec: ModelSpec, memory: int, streams: Sequence[Stream], channels: Channels, inverse: Floats
+) -> StreamTailsFit:
+    """What the tails of each stream start from, given the inverse tail probabilities [K, n] of the
+    statistics."""
+    columns = detection_columns(spec)
+    rows = columns["long_weight"].stop - columns["long_weight"].start
+    unknown = LongMeans(spec, memory, np.ones(rows), None)
+    _, states = _follow(spec, streams, partial(_long, channels, unknown))
+    exact = states.astype(np.float64)
+    weight = np.maximum(exact[:, columns["long_weight"]], SMALLEST)
+    roots = np.median(exact[:, columns["long_spread"]] / weight, axis=0)
+    spreads = np.maximum(np.square(roots / ROOT_OF_NORMAL), SMALLEST)
+    mean = float(np.median((exact[:, columns["long_mean"]] / weight)[:, -1]))
+    known = LongMeans(spec, memory, spreads, mean)
+    statistics, _ = _follow(spec, streams, partial(_long, channels, known))
+    by_target = TargetStatistics(channels).combine(inverse)
+    fitted = (fit_tail(column, EXCEEDED) for column in (*statistics, *by_target))
+    return StreamTailsFit(spreads=tuple(spreads.tolist()), joint_mean=mean, tails=tuple(fitted))
+
+
+Chunks = tuple[FloatRows, NDArray[Any], FloatRows, FloatRows]
+"""Encoded rows [B, T, F], lengths [B], forecasts [B, T, P] and states [B, S]."""
+
+
+def _statistics_of(channels: Channels) -> Callable[[Chunks], tuple[Floats, FloatRows]]:
+    def step(chunks: Chunks) -> tuple[Floats, FloatRows]:
+        followed = channels.follow(*chunks)
+        return followed.statistics, followed.state
+
+    return step
+
+
+def _long(channels: Channels, means: LongMeans, chunks: Chunks) -> tuple[Floats, FloatRows]:
+    _, _, state, events = channels.follow(*chunks)
+    return means.follow(events, channels.nats(events), chunks[1], state)
+
+
+def _scored(channels: Channels, scorer: StreamScorer, chunks: Chunks) -> tuple[Floats, FloatRows]:
+    scores = scorer.score(channels.follow(*chunks), chunks[1])
+    return scores.nats[np.newaxis], scores.state
 
 
 def _usual_spreads(spec: ModelSpec, states: FloatRows) -> Floats:
@@ -129,10 +213,15 @@ def _usual_squares(deviations: Floats) -> Floats:
 
 
 def _follow(
-    spec: ModelSpec, streams: Sequence[Stream], spreads: Floats, squares: Floats
+    spec: ModelSpec,
+    streams: Sequence[Stream],
+    step: Callable[[Chunks], tuple[Floats, FloatRows]],
 ) -> tuple[Floats, FloatRows]:
-    """The statistics [K, n] of the counted events, stream by stream, and the last states."""
-    channels = Channels(spec, spreads, squares)
+    """The numbers [K, n] of the counted events, stream by stream, and the last states.
+
+    Args:
+        step: gives the numbers [K, B, T] of events, and the states after them.
+    """
     initial = detection_state(spec).zero().floats
     by_stream: list[list[Floats]] = [[] for _ in streams]
     states = np.tile(initial, (len(streams), 1))
@@ -143,16 +232,16 @@ def _follow(
             active = [i for i in group if len(streams[i].rows) > at]
             parts = [streams[i].part(slice(at, at + STEPS)) for i in active]
             lengths = np.array([len(part.rows) for part in parts])
-            followed = channels.follow(
-                _pad([part.rows for part in parts]),
-                lengths,
-                _pad([part.parameters for part in parts]),
-                states[active],
+            numbers, states[active] = step(
+                (
+                    _pad([part.rows for part in parts]),
+                    lengths,
+                    _pad([part.parameters for part in parts]),
+                    states[active],
+                )
             )
-            states[active] = followed.state
             for place, (i, part) in enumerate(zip(active, parts, strict=True)):
-                counted = np.flatnonzero(part.counted)
-                by_stream[i].append(followed.statistics[:, place, counted])
+                by_stream[i].append(numbers[:, place, np.flatnonzero(part.counted)])
     return np.concatenate([each for parts in by_stream for each in parts], axis=1), states
 
 

@@ -80,6 +80,17 @@ class Forecasts:
                 deviations[index] = np.sqrt(2.0 * np.maximum(_code_nats(field, value, own), 0.0))
         return deviations
 
+    def nats(self, values: Floats, present: NDArray[np.bool_], parameters: Floats) -> Floats:
+        """-log p of each target [D, B, T], 0 where the event has none."""
+        nats = np.zeros_like(values)
+        for index, field, part in self._targets:
+            np.copyto(
+                nats[index],
+                _nats(field, values[index], parameters[part]),
+                where=present[index],
+            )
+        return nats
+
     def describe(
         self,
         names: Collection[OutputName],
@@ -114,14 +125,7 @@ class Forecasts:
             for name, column in columns.items():
                 described[name].append(column)
         if "nats" in described:
-            described["nats"] = [
-                np.where(
-                    present[index],
-                    _nats(field, values[index], parameters[part]),
-                    0.0,
-                )
-                for index, field, part in self._targets
-            ]
+            described["nats"] = list(self.nats(values, present, parameters))
         # as float32, none may become infinite
         return {
             name: np.clip(np.stack(columns), -_LARGEST, _LARGEST)

@@ -46,7 +46,7 @@ from models.detection.forecasts import Forecasts
 from models.events.schema import NumericField
 from models.spec.detection import ROOT_OF_NORMAL
 from models.spec.heads import DEVIATION_LIMIT as LARGEST
-from models.spec.layout import detection_of, detection_state
+from models.spec.layout import detection_columns, detection_of
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -140,6 +140,10 @@ class StateParts:
         """Store a part, of its values [size, B, T + 1] before the events and after each."""
         last = sequence[..., -1] if self._is_full else sequence[:, self._rows, self._lengths]
         self.after[:, self._columns[name]] = last.T
+
+    def replace(self, name: str, values: Floats) -> None:
+        """Store a part, of its values [size, B] after each row's last event."""
+        self.after[:, self._columns[name]] = values.T
 
     def add(self, name: str, values: NDArray[Any]) -> None:
         """Add integers [B] to a part of one number."""
@@ -262,8 +266,7 @@ class Channels:
         self._roots = (np.sqrt(spreads) * ROOT_OF_NORMAL)[:, np.newaxis, np.newaxis]
         self._minimum = (spreads * detection.minimum_spread)[:, np.newaxis, np.newaxis]
         self._squares = squares[:, np.newaxis, np.newaxis]
-        slices = detection_state(spec).slices
-        self._parts = {name.rpartition(".")[2]: part for name, part in slices.items()}
+        self._parts = detection_columns(spec)
 
     def follow(
         self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows, state: FloatRows
@@ -289,12 +292,24 @@ class Channels:
         z, statistics = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
         return Deviations(z, statistics, state, events)
 
-    def shares(self, weights: Floats) -> Floats:
-        """The share [C, B, T] of each channel in weights [K, B, T] of the statistics."""
+    def nats(self, events: Events) -> Floats:
+        """-log p of each target [D, B, T] by its forecast, 0 where the event has none."""
+        return self.forecasts.nats(events.values, events.present, events.parameters)
+
+    def by_channel(self, weights: Floats) -> Floats:
+        """The sum [C, B, T] over each channel of weights [K, B, T] of the statistics."""
         single, square, inverse = self._parts_of(weights)
-        shares = single + square.sum(axis=0)
-        shares[self._quiet] += inverse.sum(axis=0)
-        return np.asarray(np.divide(shares, shares.sum(axis=0), out=shares))
+        total = single + square.sum(axis=0)
+        total[self._quiet] += inverse.sum(axis=0)
+        return np.asarray(total)
+
+    def targets_of_statistics(self) -> NDArray[np.int64]:
+        """The place of the target of each statistic, [K]."""
+        places = np.empty((self._statistics, 1, 1), np.int64)
+        single, square, inverse = self._parts_of(places)
+        single[..., 0, 0] = square[..., 0, 0] = self._target
+        inverse[..., 0, 0] = self._target[self._quiet]
+        return places[:, 0, 0]
 
     def _events(self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows) -> Events:
         steps = rows.shape[1]
@@ -375,7 +390,9 @@ class Channels:
             inverse *= has[self._quiet]
         return z, statistics, parts.after
 
-    def _parts_of(self, statistics: Floats) -> tuple[Floats, Floats, Floats]:
+    def _parts_of(
+        self, statistics: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Views of statistics [K, B, T]: of |z| [C, B, T], the squares [scales, C, B, T] and the
         inverses [scales, Q, B, T]."""
         channels, scales, rest = self._count, len(self._scales), statistics.shape[1:]

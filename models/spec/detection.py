@@ -41,6 +41,10 @@ ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
+TAIL_LEVELS: Final = (0.0, 3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 21.0, 30.0)
+"""Nats above which a stream's own tails count its events."""
+JOINT_SCALES: Final = (12, 36)
+"""Events over which the joint nats are averaged, beside the single event."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
 
@@ -104,6 +108,21 @@ class Tail(Frozen):
     shape: Annotated[float, Field(ge=0, lt=1)]
 
 
+class StreamTailsFit(Frozen):
+    """What a new stream's own tails and long means start from.
+
+    Attributes:
+        spreads: of each numeric target's long level, and of the joint nats.
+        joint_mean: the usual joint nats.
+        tails: pooled over streams: of each long level, of the joint nats and their means over
+            `JOINT_SCALES`, and of the statistics together of each target that has channels.
+    """
+
+    spreads: tuple[Annotated[float, Field(gt=0)], ...]
+    joint_mean: float
+    tails: tuple[Tail, ...]
+
+
 class DetectionFit(Frozen):
     """Parameters that are fitted to streams without known anomalies.
 
@@ -111,7 +130,8 @@ class DetectionFit(Frozen):
         spreads: by channel, the usual spread.
         squares: by channel, the usual mean square of its deviations in units of the spread.
         tails: by statistic, in the order of `models.detection.statistics`.
-        combined: the tail of all of them together.
+        combined: the tail of all of them together; None with tails of each stream.
+        streams: of the tails of each stream; None if there are none.
         rates: ascending, false alarms of one stream in a day.
         thresholds: for each of them, the tail probability below which an event is unusual enough
             for an alarm.
@@ -120,7 +140,8 @@ class DetectionFit(Frozen):
     spreads: tuple[Annotated[float, Field(gt=0)], ...]
     squares: tuple[Annotated[float, Field(gt=0)], ...]
     tails: tuple[Tail, ...]
-    combined: Tail
+    combined: Tail | None = None
+    streams: StreamTailsFit | None = None
     rates: Annotated[tuple[AlarmRate, ...], Field(min_length=1)]
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
 
@@ -158,6 +179,9 @@ class DetectionSpec(Frozen):
         prior_events: weight of the usual spread in a new stream's, as a pseudo-count of events.
         scales: time scales in events, beside the single event.
         channels: kinds of channels of each numeric target.
+        tail_memory_events: time constant of each stream's own tails, and of the means that its
+            levels and joint nats are compared with; None is one tail for all streams, without
+            these.
         season_events: events per season; adds the channel `season`.
         minimum_spread: the smallest spread, as a share of the usual one; bounds the deviations of a
             constant stream.
@@ -168,6 +192,7 @@ class DetectionSpec(Frozen):
     head: str
     memory_events: Annotated[int, Field(ge=10, le=10_000_000)] = 1000
     prior_events: Annotated[float, Field(gt=0)] = 50.0
+    tail_memory_events: Annotated[int, Field(ge=100, le=10_000_000)] | None = None
     scales: tuple[Scale, ...] = (12, 36)
     channels: Annotated[tuple[Literal["forecast", "level", "change"], ...], Field(min_length=1)] = (
         "forecast",
@@ -186,6 +211,14 @@ class DetectionSpec(Frozen):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected distinct values, got {list(values)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tails(self) -> DetectionSpec:
+        if self.fit is not None:
+            is_pooled = self.tail_memory_events is None
+            if is_pooled != (self.fit.streams is None) or is_pooled == (self.fit.combined is None):
+                raise ValueError("fit: expected `streams` with `tail_memory_events`, or `combined`")
         return self
 
     def channels_of(self, targets: tuple[str, ...], events: EventSchema) -> tuple[Channel, ...]:
@@ -241,6 +274,18 @@ def detection_parts(
     }
     if spec.season_events is not None:
         shapes["season"] = (numeric, spec.season_events)
+    if spec.tail_memory_events is not None:
+        with_channels = {each.target for each in spec.channels_of(head.targets, events)}
+        tails = numeric + 1 + len(JOINT_SCALES) + len(with_channels)
+        shapes |= {
+            "long_weight": (numeric + 1,),
+            "long_mean": (numeric + 1,),
+            "long_spread": (numeric + 1,),
+            "joint_mean": (len(JOINT_SCALES),),
+            "tail_counts": (tails, len(TAIL_LEVELS)),
+            "tail_pending": (tails, len(TAIL_LEVELS)),
+            "tail_filled": (1,),
+        }
     return tuple(
         StatePart(f"{spec.head}.{name}", shape, "float32") for name, shape in shapes.items()
     )

@@ -160,6 +160,12 @@ def detection_state(spec: ModelSpec) -> StateSpec:
     return StateSpec(detection_parts(*detection_of(spec)))
 
 
+def detection_columns(spec: ModelSpec) -> dict[str, slice]:
+    """The columns of each part of detection's state, by its name without the head's."""
+    slices = detection_state(spec).slices
+    return {name.rpartition(".")[2]: columns for name, columns in slices.items()}
+
+
 def detection_of(spec: ModelSpec) -> tuple[DetectionSpec, AnomalyHead, EventSchema]:
     """A model's detection, its head and the events.
 

@@ -12,6 +12,7 @@ import numpy as np
 from models.spec.layout import detection_of
 from models.spec.model import ModelSpec
 from tests.support.oracle_layers import Floats, softmax, softplus
+from tests.support.oracle_stream_tails import StreamTailsOracle
 
 ROOT = 2**0.25 * math.gamma(0.75) / math.sqrt(math.pi)
 
@@ -38,6 +39,10 @@ class DetectionOracle:
             name: deque(maxlen=self.detection.season_events or 1) for name in self.head.targets
         }
         self.is_open, self.unusual, self.usual = False, 0, 0
+        self.tails: StreamTailsOracle | None = None
+        if self.detection.tail_memory_events is not None:
+            fields = [self.events.field(name) for name in self.head.targets]
+            self.tails = StreamTailsOracle(self.detection, self.fit, fields, self._tail)
 
     def step(self, row: Floats, parameters: Floats, rate: float | None = None) -> dict[str, Any]:
         """The outputs of the next event, with an alarm at a rate of its own."""
@@ -98,15 +103,54 @@ class DetectionOracle:
             past.append(row[where[name]] if present[name] and name not in odd else known)
         used = [*range(1 + scales)], [*range(1 + scales, 1 + 2 * scales)]
         inverses[np.ix_(used[1], [c for c in range(len(self.channels)) if c not in quiet])] = 0.0
-        mean = inverses.sum() / len(self.fit.tails)
-        probability = self._tail(self.fit.combined, math.log(mean))
+        described = self._described(row, parameters, present)
+        if self.tails is None:
+            mean = inverses.sum() / len(self.fit.tails)
+            probability = self._tail(self.fit.combined, math.log(mean))
+            shares = inverses.sum(axis=0)
+        else:
+            nats = dict(zip(self.head.targets, described["nats"], strict=True))
+            probability, shares = self._by_stream(row, present, nats, inverses, quiet)
         return {
             "probability": probability,
             "alarm": self._alarm(probability, rate),
             "deviation": np.array(zs),
-            "share": inverses.sum(axis=0) / inverses.sum(),
-            **self._described(row, parameters, present),
+            "share": shares / shares.sum(),
+            **described,
         }
+
+    def _by_stream(
+        self,
+        row: Floats,
+        present: dict[str, bool],
+        nats: dict[str, float],
+        inverses: Floats,
+        quiet: list[int],
+    ) -> tuple[float, Floats]:
+        """The probability and the weights of channels by the tails of the stream."""
+        assert self.tails is not None
+        where = {column.name: i for i, column in enumerate(self._columns())}
+        scales, combined, of = len(self.detection.scales), {}, {}
+        for name in self.head.targets:
+            of[name] = [c for c, channel in enumerate(self.channels) if channel.target == name]
+            count = sum(1 + scales + scales * (c in quiet) for c in of[name])
+            combined[name] = math.log(inverses[:, of[name]].sum() / count)
+        own, weights = self.tails.step(
+            {name: float(row[where[name]]) if present[name] else None for name in present},
+            {name: nats[name] if present[name] else None for name in present},
+            combined,
+        )
+        shares = inverses.sum(axis=0)
+        surprising = {name: max(nats[name], 0.0) + 1e-9 for name in self.head.targets}
+        for name in self.head.targets:
+            shares[of[name]] *= weights[name] / shares[of[name]].sum()
+        for c, channel in enumerate(self.channels):
+            if channel.kind == "level":
+                shares[c] += weights[f"{channel.target}.level"]
+            if channel.kind == "forecast":
+                share = surprising[channel.target] / sum(surprising.values())
+                shares[c] += weights["joint"] * share
+        return math.exp(-own), shares
 
     def _described(
         self, row: Floats, parameters: Floats, present: dict[str, bool]

@@ -46,6 +46,7 @@ from tests.support.strict_events import columns_from_events
 
 START_MS = 1_700_000_000_000
 LENGTH = 6 * PIECE_STEPS
+DETECTION = {"scales": [4], "prior_events": 5, "tail_memory_events": 100}
 DENSE: list[dict[str, Any]] = [{"kind": "dense", "name": "out", "units": 2}]
 PER_CHUNK = [{"kind": "lstm", "units": 3}, {"kind": "attention", "over": "chunk", "units": 3}]
 BOTH_WAYS = [{"kind": "bidirectional", "cell": "lstm", "units": 3}]
@@ -82,7 +83,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         spec.name: write_artifact(folder / spec.name, spec, contracting_weights(spec, 1))
         for spec in specs
     }
-    return {**written, "sensors": sensor_model(folder / "sensors", 3, scales=[4], prior_events=5)}
+    return {**written, "sensors": sensor_model(folder / "sensors", 3, **DETECTION)}
 
 
 @pytest.fixture

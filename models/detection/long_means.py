@@ -1,0 +1,147 @@
+"""Levels and joint nats of a stream, compared with their means over thousands of events.
+
+An anomaly that lasts changes a short mean and spread, and so becomes usual while it lasts. These
+have the memory `tail_memory_events`. For each numeric target and for the joint nats, the sum over
+the targets of the nats of their forecasts, each at most `NATS_LIMIT`:
+
+    mean     m_t = sum_t / W_t,     sum_t = r sum_(t-1) + v_t,   W_t = r W_(t-1) + 1
+    spread   (q / c)^2,  c = E sqrt|N(0, 1)|,  where q is the mean of sqrt|v - m_before|, and of the
+             usual spread with weight `prior_events`
+    z        (v - m_before) / spread
+
+as `models.detection.statistics` has them. A new stream's level is compared with no usual mean, and
+its z is shrunk by W / (W + prior_events) instead; joint nats are comparable between streams, so
+that their mean starts from the usual one, with weight `prior_events`. The statistics are |z| of
+each level, and of the joint nats z and its means over `JOINT_SCALES`, plus `SHIFT`, at least 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.detection.statistics import (
+    MAX_STEPS,
+    SMALLEST,
+    Z_LIMIT,
+    Bools,
+    Events,
+    FloatRows,
+    Floats,
+    StateParts,
+    averages,
+    columns_of,
+    decay_matrix,
+    sums,
+)
+from models.events.schema import NumericField
+from models.spec.detection import JOINT_SCALES, ROOT_OF_NORMAL
+from models.spec.heads import DEVIATION_LIMIT
+from models.spec.layout import detection_columns, detection_of
+from models.spec.model import ModelSpec
+
+NATS_LIMIT: Final = 50.0
+LEAST_Z: Final = -10.0
+SHIFT: Final = 3.0
+
+
+class LongMeans:
+    """Follows the long means of one model; see the module for the equations.
+
+    Args:
+        spec: a model whose `detection` has `tail_memory_events`.
+        memory_events: these.
+        spreads: usual ones, of the level of each numeric target and of the joint nats.
+        joint_mean: the usual joint nats; None if it is not known.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, memory_events: int, spreads: Floats, joint_mean: float | None
+    ):
+        detection, head, events = detection_of(spec)
+        self._memory_events = memory_events
+        fields = [events.field(name) for name in head.targets]
+        numeric = [d for d, field in enumerate(fields) if isinstance(field, NumericField)]
+        self._numeric, self._levels = columns_of(numeric), len(numeric)
+        self._prior = detection.prior_events
+        self._roots = (np.sqrt(spreads) * ROOT_OF_NORMAL)[:, np.newaxis, np.newaxis]
+        self._minimum = (spreads * detection.minimum_spread)[:, np.newaxis, np.newaxis]
+        self._known = np.zeros((len(spreads), 1, 1))
+        self._known[-1] = 0.0 if joint_mean is None else self._prior
+        self._joint_mean = joint_mean or 0.0
+        self._parts = detection_columns(spec)
+
+    def follow(
+        self, events: Events, nats: Floats, lengths: NDArray[Any], state: FloatRows
+    ) -> tuple[Floats, FloatRows]:
+        """The statistics [levels + 1 + scales, B, T] of the next events of each stream, 0 where an
+        event has none, and the state after them.
+
+        Args:
+            nats: [D, B, T], of each target, 0 where it is missing.
+            lengths: int [B], 1..T.
+            state: [B, S].
+        """
+        values = np.empty((self._levels + 1, *nats.shape[1:]))
+        _limit(events.values[self._numeric], -DEVIATION_LIMIT, DEVIATION_LIMIT, values[:-1])
+        np.minimum(nats, NATS_LIMIT).sum(axis=0, out=values[-1])
+        present = self.present(events)
+        statistics = np.empty((len(values) + len(JOINT_SCALES), *values.shape[1:]))
+        for at in range(0, values.shape[-1], MAX_STEPS):
+            part = slice(at, at + MAX_STEPS)
+            kept = np.clip(lengths - at, 0, values[..., part].shape[-1])
+            statistics[..., part], state = self._follow(
+                values[..., part], present[..., part], kept, state
+            )
+        return statistics, state
+
+    def present(self, events: Events) -> Bools:
+        """Whether [levels + 1, B, T] each event has the level of each numeric target, and any."""
+        any_target = events.present.any(axis=0, keepdims=True)
+        return np.concatenate([events.present[self._numeric], any_target])
+
+    def _follow(
+        self, values: Floats, present: Bools, lengths: NDArray[Any], state: FloatRows
+    ) -> tuple[Floats, FloatRows]:
+        steps = values.shape[-1]
+        parts = StateParts(state, lengths, steps, self._parts)
+        decay = decay_matrix(self._memory_events, steps)
+        weights = sums(decay, parts.before("long_weight"), present)
+        means = sums(decay, parts.before("long_mean"), values * present)
+        parts.store("long_weight", weights)
+        parts.store("long_mean", means)
+        own = weights[..., :-1]
+        known = own + self._known
+        has = present & (known > SMALLEST)
+        errors = means[..., :-1] + self._known * self._joint_mean
+        errors /= np.maximum(known, SMALLEST)
+        np.subtract(values, errors, out=errors)
+        errors *= has
+        roots = np.sqrt(np.abs(errors))
+        roots += (present ^ has) * self._roots
+        roots = sums(decay, parts.before("long_spread"), roots)
+        parts.store("long_spread", roots)
+        trusted = own + self._prior
+        spread = roots[..., :-1] + self._prior * self._roots
+        spread /= trusted * ROOT_OF_NORMAL
+        np.square(spread, out=spread)
+        z = np.divide(errors, np.maximum(spread, self._minimum, out=spread), out=errors)
+        level, joint = z[:-1], z[-1:]
+        level *= own[:-1] / trusted[:-1]
+        statistics = np.empty((len(z) + len(JOINT_SCALES), *z.shape[1:]))
+        np.minimum(np.abs(level), Z_LIMIT, out=statistics[: self._levels])
+        _limit(joint, LEAST_Z, Z_LIMIT, joint)
+        means = sums(averages(JOINT_SCALES, steps), parts.before("joint_mean"), joint)
+        parts.store("joint_mean", means)
+        raised = statistics[self._levels :]
+        raised[:1], raised[1:] = joint, means[..., 1:]
+        raised += SHIFT
+        np.maximum(raised, 0.0, out=raised)
+        raised *= present[-1:]
+        return statistics, parts.after
+
+
+def _limit(values: Floats, least: float, most: float, out: Floats) -> None:
+    np.maximum(np.minimum(values, most, out=out), least, out=out)

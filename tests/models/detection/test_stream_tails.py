@@ -1,0 +1,209 @@
+"""Tails of each stream: every number against the oracle for any chunks, and what they promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from models.detection.detector import Detector
+from models.detection.fit import Stream, fit_detection
+from models.detection.statistics import FloatRows, Floats
+from models.detection.stream_tails import BLOCK, StreamTails
+from models.spec.detection import TAIL_LEVELS, DetectionSpec
+from models.spec.layout import detection_columns, detection_state, network_outputs
+from models.spec.model import ModelSpec
+from tests.models.detection.test_detector import events, run, spec_of
+from tests.support.detection import sensor_model
+from tests.support.oracle_detection import DetectionOracle
+
+MEMORY = 100
+EVERY_TARGET = spec_of(
+    ["flow", "mode", "heat", "open"],
+    memory_events=30,
+    prior_events=5,
+    tail_memory_events=MEMORY,
+    scales=[3, 8],
+    outputs=["nats", "share"],
+)
+OPTIONAL_TARGETS = spec_of(
+    ["heat", "open"], prior_events=5, tail_memory_events=MEMORY, outputs=["nats", "share"]
+)
+ONE_TARGET = spec_of(["flow"], tail_memory_events=10_000)
+
+
+def fitted_to(spec: ModelSpec, streams: list[Stream]) -> ModelSpec:
+    assert spec.detection is not None
+    detection = {**spec.detection.model_dump(), "fit": fit_detection(spec, streams).model_dump()}
+    return spec.model_copy(update={"detection": DetectionSpec.model_validate(detection)})
+
+
+def parameters_of(spec: ModelSpec) -> slice:
+    return network_outputs(spec).slices["odd.parameters"]
+
+
+def fitted_to_events(spec: ModelSpec) -> ModelSpec:
+    random = np.random.default_rng(5)
+    streams = []
+    for _ in range(6):
+        rows, outputs = events(random, spec, 200)
+        streams.append(Stream(rows, outputs[:, parameters_of(spec)], np.ones(200, np.bool_), 2.0))
+    return fitted_to(spec, streams)
+
+
+@pytest.fixture(scope="module")
+def every_target() -> ModelSpec:
+    return fitted_to_events(EVERY_TARGET)
+
+
+@pytest.fixture(scope="module")
+def optional_targets() -> ModelSpec:
+    """Some events have none of the targets."""
+    return fitted_to_events(OPTIONAL_TARGETS)
+
+
+def check_against_oracle(spec: ModelSpec, cuts: list[int]) -> None:
+    rows, outputs = events(np.random.default_rng(11), spec, 150)
+    scored, _ = run(spec, rows, outputs, cuts, more=len(cuts) % 3)
+    oracle, parameters = DetectionOracle(spec), parameters_of(spec)
+    expected = [
+        oracle.step(row, given[parameters]) for row, given in zip(rows, outputs, strict=True)
+    ]
+    for name in ("probability", "share", "nats"):
+        values = np.array([each[name] for each in expected])
+        np.testing.assert_allclose(scored[f"odd.{name}"], values, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[150], [1] * 150, [31, 1, 32, 33, 53], [5, 70, 75]])
+def test_outputs_are_the_oracles_for_any_chunks(every_target: ModelSpec, cuts: list[int]) -> None:
+    check_against_oracle(every_target, cuts)
+
+
+def test_events_without_any_target_count_in_no_tail(optional_targets: ModelSpec) -> None:
+    check_against_oracle(optional_targets, [40, 110])
+
+
+def follow(nats: Floats, cuts: list[int], missing: NDArray[np.bool_]) -> tuple[Floats, FloatRows]:
+    """The nats of one stream [K, T] by its own tails, and its state, in chunks of these lengths."""
+    tails = StreamTails(ONE_TARGET, 10_000)
+    state, own, at = detection_state(ONE_TARGET).zero().floats[np.newaxis], [], 0
+    for length in cuts:
+        part = slice(at, at + length)
+        values, state = tails.follow(
+            nats[:, np.newaxis, part], ~missing[:, np.newaxis, part], np.array([length]), state
+        )
+        own.append(values[:, 0])
+        at += length
+    assert at == nats.shape[1]
+    return np.concatenate(own, axis=1), state
+
+
+def random_nats(steps: int, scale: float = 1.0) -> tuple[Floats, NDArray[np.bool_]]:
+    columns = detection_columns(ONE_TARGET)["tail_counts"]
+    tails = (columns.stop - columns.start) // len(TAIL_LEVELS)
+    random = np.random.default_rng(3)
+    missing = random.random((tails, steps)) < 0.1
+    return random.exponential(scale, (tails, steps)) * ~missing, missing
+
+
+def test_states_are_bit_identical_for_any_chunks() -> None:
+    nats, missing = random_nats(700, scale=4.0)
+    own, state = follow(nats, [700], missing)
+    for cuts in ([1] * 700, [BLOCK] * 21 + [28], [BLOCK - 1] * 22 + [18], [300, 3, 397]):
+        again, after = follow(nats, cuts, missing)
+        np.testing.assert_array_equal(again, own)
+        np.testing.assert_array_equal(after, state)
+    assert state[0, detection_columns(ONE_TARGET)["tail_counts"]].max() > 500
+
+
+def test_a_new_stream_has_the_pooled_tail() -> None:
+    nats, missing = random_nats(BLOCK, scale=6.0)
+    own, _ = follow(nats, [BLOCK], missing)
+    np.testing.assert_allclose(own, np.minimum(nats, 60.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
+def test_probabilities_become_the_streams_own(scale: float) -> None:
+    """Of a stream whose statistics are larger or smaller than those of others. Where they are
+    smaller, the pooled tail is forgotten slowly, and probabilities are too large, not too small."""
+    nats, missing = random_nats(20_000, scale)
+    own, state = follow(nats, [500] * 40, missing)
+    late, counted = own[:, 10_000:], ~missing[:, 10_000:]
+    share = (late[counted] >= -np.log(0.01)).mean()
+    assert (0.002 if scale < 1 else 0.006) < share < 0.016
+    pooled = (nats[:, 10_000:][counted] >= -np.log(0.01)).mean()
+    assert scale == 1.0 or not 0.006 < pooled < 0.016
+    # larger statistics are never more probable
+    ordered = np.linspace(0, 70, 500)[np.newaxis, np.newaxis].repeat(len(nats), axis=0)
+    present = np.ones(ordered[..., :BLOCK].shape, np.bool_)
+    state[:, detection_columns(ONE_TARGET)["tail_filled"]] = 0
+    tails = StreamTails(ONE_TARGET, 10_000)
+    again = [
+        tails.follow(ordered[..., at : at + BLOCK], present, np.array([BLOCK]), state)[0]
+        for at in range(0, 480, BLOCK)
+    ]
+    assert (np.diff(np.concatenate(again, axis=-1), axis=-1) >= 0).all()
+
+
+def test_any_restored_state_gives_probabilities(every_target: ModelSpec) -> None:
+    rows, outputs = events(np.random.default_rng(12), every_target, 3 * BLOCK)
+    columns = detection_columns(every_target)
+    size = detection_state(every_target).float_size
+    for number in (-200.0, -20.0, 0.5, 1e30):
+        state = np.zeros((1, size), np.float32)
+        for name in ("tail_counts", "tail_pending", "tail_filled"):
+            state[:, columns[name]] = number
+        scored, after = Detector(every_target).step(
+            rows[np.newaxis], np.array([len(rows)]), outputs[np.newaxis], state
+        )
+        assert np.isfinite(scored).all()
+        assert np.isfinite(after).all()
+
+
+def test_the_fit_is_in_the_artifact(tmp_path: Path) -> None:
+    artifact = sensor_model(tmp_path / "sensors", units=4, tail_memory_events=200)
+    detection = artifact.spec.detection
+    assert detection is not None
+    assert detection.fit is not None
+    assert detection.fit.combined is None
+    assert detection.fit.streams is not None
+    # one level, the joint nats and two means of them, one target
+    assert len(detection.fit.streams.tails) == 5
+    # of a normal value, with the right forecast
+    assert detection.fit.streams.joint_mean == pytest.approx(0.5 * np.log(2 * np.pi) + 0.5, rel=0.1)
+    pooled = sensor_model(tmp_path / "pooled", units=4)
+    assert artifact.state.slices.keys() > pooled.state.slices.keys()
+    with pytest.raises(ValidationError, match="expected `streams` with `tail_memory_events`"):
+        DetectionSpec.model_validate({**detection.model_dump(), "tail_memory_events": None})
+
+
+def heavy_streams(seed: int, count: int, steps: int) -> list[Stream]:
+    """Streams of noise without anomalies, whose tails differ: some have outliers all the time."""
+    random = np.random.default_rng(seed)
+    assert ONE_TARGET.events is not None
+    streams = []
+    for number in range(count):
+        rows, _ = events(random, ONE_TARGET, steps)
+        degrees = (1.5, 3.0, 30.0)[number % 3]
+        rows[:, ONE_TARGET.events.column_index["flow"]] = random.standard_t(degrees, steps)
+        counted = np.arange(steps) >= 500
+        parameters = np.zeros((steps, 2), np.float32)
+        streams.append(Stream(rows, parameters, counted, counted.sum() / 100))
+    return streams
+
+
+def test_probabilities_hold_for_each_stream_whatever_its_tail() -> None:
+    fitted_streams, others = heavy_streams(1, 18, 2500), heavy_streams(2, 9, 6000)
+    worst = {}
+    for name, memory in (("pooled", None), ("own", 10_000)):
+        spec = fitted_to(spec_of(["flow"], tail_memory_events=memory), fitted_streams)
+        shares = []
+        for stream in others:
+            outputs = np.zeros((len(stream.rows), network_outputs(spec).size), np.float32)
+            scored, _ = run(spec, stream.rows, outputs, [500] * 12)
+            shares.append((scored["odd.probability"][3000:] < 0.01).mean() / 0.01)
+        worst[name] = max(shares)
+    assert worst["own"] < 2.5 < worst["pooled"], worst
