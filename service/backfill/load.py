@@ -22,11 +22,11 @@ from service.backfill.load_progress import (
     KeptStream,
     LoadProgress,
     OffsetRange,
-    Pace,
     Report,
     write_kept,
 )
 from service.backfill.load_versions import VersionLoader
+from service.backfill.loader import Loader
 from service.backfill.plan import BackfillError, Plan, read_plan, replacing
 from service.core.errors import CarryError, OutcomeUnknown, StateDamaged, StoreUnavailable
 from service.core.values import StreamHead, StreamKey, StreamState
@@ -35,7 +35,6 @@ from service.store.base import CommitColumns, CommitResult, Committed, Store, de
 from service.store.codec import encode_state, pack_head
 from service.store.source_mark import format_offset
 
-BATCHES_IN_FLIGHT: Final = 4
 ATTEMPTS: Final = 8
 RETRY_S: Final = 0.2
 """Pause before a store that does not answer is called again, doubled with each attempt."""
@@ -56,7 +55,7 @@ async def load_states(
         overwrite: whether streams that live, and do not come from these states, are overwritten;
             without effect on states for another version.
         rate_per_s: most streams a second; 0 for no limit.
-        report: is called after each commit.
+        report: is called with the progress after each batch.
 
     Raises:
         BackfillError: the backfill is not complete, a file is damaged, or the store rejected a
@@ -65,12 +64,11 @@ async def load_states(
     plan = read_plan(out)
     progress = LoadProgress()
     files = _verify_files(out, plan, progress)
-    pace = Pace(rate_per_s)
-    loader: StreamLoader | VersionLoader = StreamLoader(
-        store, progress, report, pace, overwrite=overwrite
-    )
+    loader: StreamLoader | VersionLoader
     if plan.version:
-        loader = VersionLoader(store, progress, report, pace, out)
+        loader = VersionLoader(store, progress, report, rate_per_s, out)
+    else:
+        loader = StreamLoader(store, progress, report, rate_per_s, overwrite=overwrite)
     try:
         for bucket, file in enumerate(files):
             with file.open("rb") as opened:
@@ -127,57 +125,29 @@ def _verify_files(out: Path, plan: Plan, progress: LoadProgress) -> list[Path]:
     return files
 
 
-class StreamLoader:
-    """Commits streams, a few batches at a time."""
+class StreamLoader(Loader):
+    """Creates streams in a store."""
 
     def __init__(
         self,
         store: Store,
         progress: LoadProgress,
         report: Report,
-        pace: Pace,
+        rate_per_s: float,
         *,
         overwrite: bool,
     ):
-        self._store = store
-        self._progress = progress
-        self._report = report
+        super().__init__(store, progress, report, rate_per_s)
         self._overwrite = overwrite
-        self._pace = pace
 
-    async def load(self, streams: Mapping[StreamKey, StreamState]) -> None:
-        """Load streams; each is loaded or kept when it returns.
-
-        Raises:
-            CarryError: the store does not accept them.
-        """
-        keys, size = list(streams), self._pace.batch
-        batches = [
-            {key: streams[key] for key in keys[at : at + size]} for at in range(0, len(keys), size)
-        ]
-        pending = iter(batches)
-
-        async def work() -> None:
-            for batch in pending:
-                await self._pace.wait(len(batch))
-                await self._load_batch(batch)
-                self._report(self._progress)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(BATCHES_IN_FLIGHT, len(batches))):
-                    group.create_task(work())
-        except* CarryError as errors:
-            raise errors.exceptions[0] from None
-
-    async def _load_batch(self, streams: dict[StreamKey, StreamState]) -> None:
+    async def load_batch(self, streams: dict[StreamKey, StreamState]) -> None:
         """Commit streams with a compare-and-set until each is written or kept."""
         expected = dict.fromkeys(streams, b"")
         pause_s = RETRY_S
         for attempt in range(1, ATTEMPTS + 1):
             failure: CarryError | None = None
             try:
-                met: list[StreamKey] = []
+                conflicting: list[StreamKey] = []
                 for key, result in (await self._commit(streams, expected)).items():
                     if isinstance(result, Committed):
                         self._progress.loaded += 1
@@ -187,8 +157,8 @@ class StreamLoader:
                     elif isinstance(result, CarryError) and not isinstance(result, StateDamaged):
                         raise result
                     else:
-                        met.append(key)
-                await self._look_at(met, streams, expected)
+                        conflicting.append(key)
+                await self._resolve_conflicts(conflicting, streams, expected)
             except StoreUnavailable as error:
                 failure = error
             if not streams:
@@ -213,14 +183,14 @@ class StreamLoader:
         )
         return dict(zip(keys, await self._store.commit(columns), strict=True))
 
-    async def _look_at(
+    async def _resolve_conflicts(
         self,
         keys: Sequence[StreamKey],
         streams: dict[StreamKey, StreamState],
         expected: dict[StreamKey, bytes],
     ) -> None:
-        """Decide about streams of which something is stored: those that are done are removed from
-        `streams`, and for the others it is set what their next commit expects."""
+        """Remove streams that are loaded or kept from `streams`, and set what the next commit of
+        the others expects."""
         if not keys:
             return
         for key, value in zip(keys, await self._store.load(keys), strict=True):

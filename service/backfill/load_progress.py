@@ -1,10 +1,8 @@
-"""What was loaded into a store, what was not and why, and how fast."""
+"""What was loaded into a store, what was not and why, and where consumers start."""
 
 from __future__ import annotations
 
-import asyncio
 import csv
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +13,6 @@ import msgspec
 from service.backfill.plan import replacing
 from service.core.values import SourceMark, StreamHead
 from service.store.source_mark import KAFKA, format_offset
-
-BATCH_STREAMS: Final = 256
-"""Most streams of one commit, so that no live chunk waits long behind it."""
-
-PACE_S: Final = 0.05
-"""With a rate, the streams of about this time are committed together."""
 
 KEPT_FILE: Final = "kept.csv"
 
@@ -76,29 +68,6 @@ class LoadProgress:
 
 
 Report = Callable[[LoadProgress], None]
-
-
-class Pace:
-    """Limits the streams that are written in a second.
-
-    Attributes:
-        batch: most streams of one commit.
-    """
-
-    def __init__(self, rate_per_s: float):
-        self._rate_per_s = rate_per_s
-        self.batch = BATCH_STREAMS
-        if rate_per_s:
-            self.batch = max(1, min(BATCH_STREAMS, round(rate_per_s * PACE_S)))
-        self._next_s = time.monotonic()
-
-    async def wait(self, count: int) -> None:
-        """Wait until so many streams may be written, at the rate."""
-        if self._rate_per_s:
-            now_s = time.monotonic()
-            start_s = max(now_s, self._next_s)
-            self._next_s = start_s + count / self._rate_per_s
-            await asyncio.sleep(start_s - now_s)
 
 
 def describe_starts(progress: LoadProgress) -> dict[str, str]:

@@ -8,12 +8,12 @@ of the stream: exact, if these reach back to that head.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from service.backfill.heads import load_heads
-from service.backfill.load_progress import KeptStream, LoadProgress, Pace, Report
+from service.backfill.load_progress import KeptStream, LoadProgress, Report
+from service.backfill.loader import Loader
 from service.core.errors import CarryError
 from service.core.values import StreamHead, StreamKey, StreamState, Tombstone
 from service.store.base import Store, decode_value
@@ -21,47 +21,38 @@ from service.store.codec import encode_state
 from service.store.layout import StateHeader
 
 READS_AT_ONCE: Final = 16
-ENDS_EARLIER: Final = "the history ends before the position that the stream had"
+ENDS_EARLIER: Final = "the recorded events end before the position that the stream had"
 GONE: Final = "the stream does not live any more"
 STARTED_OVER: Final = "the stream is in another epoch"
-NO_HISTORY: Final = "no history is kept of the stream: `history` in the specification"
+NO_HISTORY: Final = "the store keeps no recent events of the stream: `history` in the specification"
 OUT_OF_REACH: Final = "the recent events of the stream do not reach back to the position"
 
 
-class VersionLoader:
+class VersionLoader(Loader):
     """Writes states for another version beside those of live streams.
 
     Args:
         out: the output folder, with the heads.
     """
 
-    def __init__(self, store: Store, progress: LoadProgress, report: Report, pace: Pace, out: Path):
-        self._store = store
-        self._progress = progress
-        self._report = report
-        self._pace = pace
+    def __init__(
+        self, store: Store, progress: LoadProgress, report: Report, rate_per_s: float, out: Path
+    ):
+        super().__init__(store, progress, report, rate_per_s)
         self._out = out
         self._seen: set[str] = set()
 
-    async def load(self, streams: Mapping[StreamKey, StreamState]) -> None:
-        """Load the states of streams; each is loaded or kept when it returns.
-
-        Raises:
-            CarryError: the store does not answer.
-        """
+    async def load_batch(self, streams: dict[StreamKey, StreamState]) -> None:
+        """Write the states of streams; each is loaded or kept when it returns."""
         keys = list(streams)
         self._seen.update(key.stream for key in keys)
-        for at in range(0, len(keys), self._pace.batch):
-            batch = keys[at : at + self._pace.batch]
-            await self._pace.wait(len(batch))
-            states = [encode_state(streams[key]) for key in batch]
-            written = await self._store.histories.commit_versions(batch, states)
-            rest = [key for key, is_written in zip(batch, written, strict=True) if not is_written]
-            self._progress.loaded += len(batch) - len(rest)
-            for first in range(0, len(rest), READS_AT_ONCE):
-                part = rest[first : first + READS_AT_ONCE]
-                await asyncio.gather(*[self._explain(key, streams[key]) for key in part])
-            self._report(self._progress)
+        states = [encode_state(streams[key]) for key in keys]
+        written = await self._store.histories.commit_versions(keys, states)
+        rest = [key for key, is_written in zip(keys, written, strict=True) if not is_written]
+        self._progress.loaded += len(keys) - len(rest)
+        for first in range(0, len(rest), READS_AT_ONCE):
+            part = rest[first : first + READS_AT_ONCE]
+            await asyncio.gather(*[self._explain(key, streams[key]) for key in part])
 
     def finish_bucket(self, bucket: int) -> None:
         """List the live streams of a bucket that have no state: their histories end earlier."""
@@ -72,7 +63,7 @@ class VersionLoader:
         self._seen.clear()
 
     async def _explain(self, key: StreamKey, state: StreamState) -> None:
-        """Find out why a state was not written."""
+        """Record why a state was not written."""
         head = state.head
         found = await self._store.histories.read(key, state.fingerprint)
         stored = decode_value(key, found.record)

@@ -329,8 +329,8 @@ async def test_a_rate_limits_the_streams_of_a_commit(
         pauses.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr("service.backfill.load_progress.time.monotonic", lambda: 50.0)
-    monkeypatch.setattr("service.backfill.load_progress.asyncio.sleep", note)
+    monkeypatch.setattr("service.backfill.loader.time.monotonic", lambda: 50.0)
+    monkeypatch.setattr("service.backfill.loader.asyncio.sleep", note)
     async with opened(server.url, partitions=8) as store:
         out = write_out(tmp_path, history(100), buckets=1)
         assert (await loaded(store, out, rate_per_s=200)).loaded == 100
