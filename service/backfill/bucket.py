@@ -14,7 +14,6 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +43,9 @@ OUTPUT_ROWS = 65_536
 """Rows of a row group of the outputs."""
 
 BytesArray = NDArray[np.uint8]
+
+_RUNNERS: dict[str, Runner] = {}
+"""The open runner of this process, by the fingerprint of its model."""
 
 
 class BucketRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,23 +173,13 @@ def write_outputs(tables: Iterator[pl.DataFrame], job: Job, path: Path) -> None:
         raise
 
 
-@lru_cache(maxsize=1)
-def _open_runner(job: _HashedJob) -> Runner:
-    spec, weights = job.job.spec, job.job.weights
-    return Runner(spec, weights, open_step(spec, weights, threads=1))
-
-
-class _HashedJob:
-    """A job as a key: jobs of the same model have the same runner."""
-
-    def __init__(self, job: Job):
-        self.job = job
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _HashedJob) and hash(other) == hash(self)
-
-    def __hash__(self) -> int:
-        return hash(self.job.plan.fingerprint)
+def _open_runner(job: Job) -> Runner:
+    """The runner of a model, which this process opens once."""
+    key = job.plan.fingerprint
+    if key not in _RUNNERS:
+        _RUNNERS.clear()
+        _RUNNERS[key] = Runner(job.spec, job.weights, open_step(job.spec, job.weights, threads=1))
+    return _RUNNERS[key]
 
 
 @dataclass(slots=True)
@@ -196,7 +188,7 @@ class _OpenStream:
 
     Attributes:
         digest: of its events so far.
-        floats, ints, position: its state; int64 and float32 [1, ...] as of `StreamStates`.
+        states: its state, of one stream.
         updated_ms: time of its last event, 0 if there is none.
         mark: the furthest place of its events in the topic that its last one came from.
     """
@@ -212,7 +204,7 @@ class _BucketWriter:
     """Computes the rows of a bucket piece by piece, and writes the states of its streams."""
 
     def __init__(self, job: Job, bucket: int, file: BinaryIO):
-        self._job, self._runner = job, _open_runner(_HashedJob(job))
+        self._job, self._runner = job, _open_runner(job)
         # of the runner, which then encodes the block that the digests are of
         self._schema = schema_of(self._runner.spec)
         self._outputs = output_spec(job.spec)

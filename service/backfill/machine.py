@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 MIB = 2**20
-DEFAULT_MEMORY_BYTES = 2048 * MIB
 COMMAND_BYTES = 200 * MIB
 """Memory of the process of the command."""
 

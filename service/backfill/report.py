@@ -86,11 +86,7 @@ def list_rejected(job: Job) -> list[dict[str, Any]]:
 def report_lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines for people."""
     yield f"{report['events']:,} events of {report['streams']:,} streams"
-    for entry in report["rejected"]:
-        what = f"{entry['column']}: " if entry["column"] else ""
-        more = ", ..." if entry["events"] > len(entry["places"]) else ""
-        places = "; ".join(entry["places"])
-        yield f"rejected {entry['events']:,}: {what}{entry['reason']} ({places}{more})"
+    yield from rejected_lines(report["rejected"])
     if report["halted_streams"]:
         yield f"{report['halted_streams']:,} streams end before a rejected event"
     if report["duplicates"]:
@@ -109,6 +105,15 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         f"outputs {show_bytes(disk['outputs'])}, states {show_bytes(disk['states'])}, "
         f"shuffle {show_bytes(disk['shuffle'])}"
     )
+
+
+def rejected_lines(rejected: list[dict[str, Any]]) -> Iterator[str]:
+    """The rejected events of `list_rejected` as lines for people."""
+    for entry in rejected:
+        column = f"{entry['column']}: " if entry["column"] else ""
+        more = ", ..." if entry["events"] > len(entry["places"]) else ""
+        places = "; ".join(entry["places"])
+        yield f"rejected {entry['events']:,}: {column}{entry['reason']} ({places}{more})"
 
 
 def show_bytes(count: float) -> str:

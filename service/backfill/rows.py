@@ -47,14 +47,6 @@ class Unit(NamedTuple):
     events: pl.DataFrame
     rejected: pl.DataFrame
 
-    def reasons(self) -> dict[str, int]:
-        """How many rows were rejected, by column and what was expected."""
-        counted = self.rejected.group_by("column", "reason").len().sort("column", "reason")
-        return {
-            f"{column}: {reason}" if column else reason: count
-            for column, reason, count in counted.rows()
-        }
-
 
 class RowReader:
     """Turns batches of a source into units."""

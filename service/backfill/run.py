@@ -44,7 +44,6 @@ from service.backfill.plan import (
 )
 from service.backfill.report import Sample, make_report, plot_throughput
 from service.backfill.shuffle import (
-    ShuffleRecord,
     ShuffleTask,
     count_rows,
     plan_tasks,
@@ -296,7 +295,7 @@ class _Run:
 
     def _shuffle(self) -> None:
         tasks = sorted(plan_tasks(self._job.plan), key=lambda task: -task.rows)
-        function: Function[ShuffleTask, ShuffleRecord] = write_units
+        function: Function[ShuffleTask, None] = write_units
         with self._stage("shuffle", sum(task.rows for task in tasks)) as note:
             for task, _ in self._engine.map(function, tasks, "source"):
                 note(task.rows)

@@ -17,19 +17,17 @@ source and its place there, so that an interrupted run goes on with the units th
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import msgspec
 import polars as pl
 
 from models.spec.model import schema_of
 from service.backfill.plan import Job, Plan, replacing
-from service.backfill.rows import REJECTED, RowReader, Unit
+from service.backfill.rows import RowReader, Unit
 from service.backfill.source import TEXT, check_unchanged, read_batches
 
 UNITS_PER_SOURCE: Final = 1_000_000
@@ -37,8 +35,7 @@ TASK_UNITS: Final = 8
 """Units of a task, if the number of rows of its source is known."""
 
 ROW_GROUPS: Final = 128
-"""Row groups of a full unit: so few rows are read that are of another bucket."""
-
+"""Row groups of a full unit: a bucket reads few rows of other buckets."""
 
 ORDER: Final = ("stream", "order", "file", "row")
 ROWS_PER_SOURCE: Final = 2**40
@@ -59,22 +56,6 @@ class ShuffleTask(NamedTuple):
     rows: int
 
 
-class ShuffleRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of the rows of a task.
-
-    Attributes:
-        rows: that were read.
-        events: of them, those that are in units.
-        rejected: the others, by reason.
-        units: files with events.
-    """
-
-    rows: int
-    events: int
-    rejected: dict[str, int]
-    units: int
-
-
 def plan_tasks(plan: Plan) -> list[ShuffleTask]:
     """The tasks of the shuffle: a text file, or a range of rows of another source."""
     tasks = []
@@ -92,7 +73,7 @@ def source_of(unit: Path) -> int:
     return int(unit.stem.removeprefix("unit-")) // UNITS_PER_SOURCE
 
 
-def write_units(job: Job, task: ShuffleTask) -> ShuffleRecord:
+def write_units(job: Job, task: ShuffleTask) -> None:
     """Write the units of a task that are not there yet.
 
     Raises:
@@ -100,9 +81,9 @@ def write_units(job: Job, task: ShuffleTask) -> ShuffleRecord:
         BackfillError: the source was changed.
         OSError: a file cannot be written.
     """
-    file = job.unit(task.first_unit).with_suffix(".json")
-    if file.exists():
-        return msgspec.json.decode(file.read_bytes(), type=ShuffleRecord)
+    complete = job.unit(task.first_unit).with_suffix(".complete")
+    if complete.exists():
+        return
     source, unit_rows = job.plan.sources[task.source], job.plan.unit_rows
     check_unchanged(source)
     reader = RowReader(job.plan, schema_of(job.spec), task.source)
@@ -115,33 +96,12 @@ def write_units(job: Job, task: ShuffleTask) -> ShuffleRecord:
         first=first,
         rows=None if source.kind in TEXT else task.rows,
     )
-    rows = events = units = 0
-    rejected: Counter[str] = Counter()
     for number, batch in enumerate(batches, start=task.first_unit):
-        found = _read_unit(job, number)
-        if found is None:
-            found = reader.read(batch)
-            write_unit(job, number, found)
-        rows += len(batch.rows)
-        events += found.events.height
-        units += 1
-        rejected.update(found.reasons())
+        if not job.unit(number).exists():
+            write_unit(job, number, reader.read(batch))
     check_unchanged(source)
-    record = ShuffleRecord(rows=rows, events=events, rejected=dict(rejected), units=units)
-    with replacing(file) as path:
-        path.write_bytes(msgspec.json.encode(record))
-    return record
-
-
-def _read_unit(job: Job, number: int) -> Unit | None:
-    """A unit that an interrupted run has written."""
-    if not job.unit(number).exists():
-        return None
-    rejected = job.rejected_unit(number)
-    return Unit(
-        pl.read_parquet(job.unit(number), columns=["row"]),
-        pl.read_parquet(rejected) if rejected.exists() else pl.DataFrame(schema=REJECTED),
-    )
+    with replacing(complete) as path:
+        path.touch()
 
 
 def write_unit(job: Job, number: int, unit: Unit) -> None:
@@ -150,11 +110,7 @@ def write_unit(job: Job, number: int, unit: Unit) -> None:
         with replacing(job.rejected_unit(number)) as path:
             unit.rejected.write_parquet(path)
     with replacing(job.unit(number)) as path:
-        unit.events.write_parquet(
-            path,
-            compression="lz4",
-            row_group_size=_rows_of_group(job),
-        )
+        unit.events.write_parquet(path, compression="lz4", row_group_size=_rows_of_group(job))
 
 
 def count_rows(job: Job) -> dict[int, int]:
@@ -175,9 +131,11 @@ def read_bucket(job: Job, bucket: int) -> Iterator[pl.DataFrame]:
     units = sorted((job.out / "shuffle").glob("unit-*.parquet"))
     if not units:
         return
-    most = job.plan.unit_rows
+    max_rows = job.plan.unit_rows
     scan = pl.scan_parquet(units, glob=False)
-    batches = scan.filter(pl.col("bucket") == bucket).collect_batches(chunk_size=most, lazy=True)
+    batches = scan.filter(pl.col("bucket") == bucket).collect_batches(
+        chunk_size=max_rows, lazy=True
+    )
     first, second = next(batches, None), next(batches, None)
     if first is not None and second is None:
         yield from first.sort(ORDER).iter_slices(job.plan.piece_rows)
@@ -185,7 +143,7 @@ def read_bucket(job: Job, bucket: int) -> Iterator[pl.DataFrame]:
         with _writing_runs(job, bucket, chain((first, second), batches)) as runs:
             del first, second
             rows = pl.scan_parquet(runs, glob=False)
-            for part in _parts(rows, most, job.plan.order is None):
+            for part in _parts(rows, max_rows, job.plan.order is None):
                 yield from part.collect().sort(ORDER).iter_slices(job.plan.piece_rows)
 
 
@@ -211,29 +169,29 @@ def _rows_of_group(job: Job) -> int:
     return max(1000, job.plan.unit_rows // ROW_GROUPS)
 
 
-def _parts(rows: pl.LazyFrame, most: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
+def _parts(rows: pl.LazyFrame, max_rows: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
     """Cut a bucket into parts of at most so many rows, between streams or within a longer one."""
     counts = rows.group_by("stream").len().sort("stream").collect(engine="streaming")
     names: list[str] = []
     size = 0
-    for name, count in [*counts.rows(), ("", most + 1)]:
-        if names and size + count > most:
+    for name, count in [*counts.rows(), ("", max_rows + 1)]:
+        if names and size + count > max_rows:
             yield rows.filter(pl.col("stream").is_between(pl.lit(names[0]), pl.lit(names[-1])))
             names, size = [], 0
-        if count <= most:
+        if count <= max_rows:
             names.append(name)
             size += count
         elif name:
-            yield from _stream_parts(rows.filter(pl.col("stream") == name), most, is_file_order)
+            yield from _stream_parts(rows.filter(pl.col("stream") == name), max_rows, is_file_order)
 
 
-def _stream_parts(rows: pl.LazyFrame, most: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
+def _stream_parts(rows: pl.LazyFrame, max_rows: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
     """Cut a stream between values of its order; rows of the same value stay together."""
     place = pl.col("file").cast(pl.Int64) * ROWS_PER_SOURCE + pl.col("row").cast(pl.Int64)
     key = place if is_file_order else pl.col("order")
     keys = rows.select(key.alias("key")).collect(engine="streaming")["key"].sort()
     after: int | None = None
-    for at in range(most, len(keys) + most, most):
+    for at in range(max_rows, len(keys) + max_rows, max_rows):
         upto = keys[min(at, len(keys)) - 1]
         if after is None or upto > after:
             part = rows.filter(key <= upto)

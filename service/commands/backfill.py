@@ -139,7 +139,7 @@ def backfill(
     job = open_job(loaded, plan if overwrite else resume_plan(out, plan), out)
 
     if dry_run:
-        for line in estimate(job, count_workers(workers, memory_mib)).lines():
+        for line in estimate(job, count_workers(workers, memory_mib)):
             typer.echo(line)
         return
 

@@ -15,6 +15,7 @@ import pytest
 from models.errors import DataError
 from models.spec.model import parse_spec
 from service.backfill.plan import FOLDERS, PLAN, BackfillError, Job, Plan
+from service.backfill.report import list_rejected
 from service.backfill.run import resume_plan
 from service.backfill.shuffle import plan_tasks, read_bucket, write_units
 from service.backfill.source import find_sources
@@ -55,11 +56,12 @@ def make_job(out: Path, *history: Path | str, **options: Any) -> Job:
 
 def shuffle(job: Job) -> dict[str, int]:
     """Write all units; returns the rejected rows by reason."""
-    rejected: dict[str, int] = {}
     for task in plan_tasks(job.plan):
-        for reason, count in write_units(job, task).rejected.items():
-            rejected[reason] = rejected.get(reason, 0) + count
-    return rejected
+        write_units(job, task)
+    return {
+        f"{each['column']}: {each['reason']}" if each["column"] else each["reason"]: each["events"]
+        for each in list_rejected(job)
+    }
 
 
 def events(job: Job) -> pl.DataFrame:
@@ -171,7 +173,7 @@ def test_an_interrupted_run_writes_the_units_that_are_missing(tmp_path: Path) ->
     job = make_job(tmp_path / "out", path, unit_rows=30)
     shuffle(job)
     (job.out / "shuffle" / files[4].name).unlink()
-    (job.out / "shuffle" / "unit-000000.json").unlink()
+    (job.out / "shuffle" / "unit-000000.complete").unlink()
     before = {file.name: file.stat().st_mtime_ns for file in (job.out / "shuffle").iterdir()}
 
     shuffle(job)
