@@ -34,13 +34,15 @@ class RowSelector:
             return piece, piece
         is_duplicate = self._find_duplicates(piece)
         self.duplicates += int(is_duplicate.sum())
+        if PLACE[1] in piece.columns or self._plan.drop_duplicates:
+            piece = piece.filter(~is_duplicate)
+        if not piece.height:
+            return piece, piece
         if "rejected" in piece.columns:
             ended = (pl.col("stream") == (self._halted or "")) | pl.col("rejected")
             marked = piece.with_columns(ended=ended.cum_max().over("stream"))
         else:
             marked = piece.with_columns(ended=False)
-        if PLACE[1] in piece.columns or self._plan.drop_duplicates:
-            marked = marked.filter(~is_duplicate)
         rest = marked.filter("ended")
         if rest.height:
             first = int(rest["stream"][0] == self._halted)
@@ -52,14 +54,16 @@ class RowSelector:
 
     def _find_duplicates(self, piece: pl.DataFrame) -> pl.Series:
         """Whether each row is a duplicate, of one in the pieces before too."""
-        before = piece.head(0) if self._before is None else self._before
-        rows = pl.concat([before, piece])
-        if PLACE[1] in piece.columns:
+        has_places = PLACE[1] in piece.columns
+        rows = piece.select("stream", "order", *PLACE) if has_places else piece
+        before = rows.head(0) if self._before is None else self._before
+        rows = pl.concat([before, rows])
+        if has_places:
             key = pl.struct("stream", *PLACE)
             repeats = rows.select(~key.is_first_distinct() & pl.col(PLACE[1]).is_not_null())
             # the same event of two files has the same place in the order
             ends = piece.tail(1).select("stream", "order")
-            self._before = rows.join(ends, on=["stream", "order"], how="semi")
+            self._before = rows.join(ends, on=["stream", "order"], how="semi").unique()
         else:
             content = pl.exclude("bucket", "file", "row")
             repeats = rows.select(

@@ -91,3 +91,20 @@ def test_a_halted_stream_ends_before_its_first_rejected_event(rows: int) -> None
     selector = RowSelector(plan())
     assert select(selector, frame, rows) == ([0, 1, 2, 8], [4, 6])
     assert selector.halted == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_a_damaged_duplicate_does_not_end_its_stream(rows: int) -> None:
+    places = {"source": pl.String, "offset": pl.UInt64, "sequence": pl.UInt64}
+    frame = table(
+        [
+            *[("a", 1, 1.0, "in", 5, 0, False), ("a", 1, None, "in", 5, 0, True)],
+            *[("a", 2, 1.0, "in", 6, 0, False), ("a", 3, None, "in", 7, 0, True)],
+            *[("a", 3, 1.0, "in", 7, 0, False), ("a", 4, 1.0, "in", 8, 0, False)],
+        ],
+        **places,
+        rejected=pl.Boolean,
+    )
+    selector = RowSelector(plan())
+    assert select(selector, frame, rows) == ([0, 2], [5])
+    assert (selector.halted, selector.duplicates) == (1, 2)
