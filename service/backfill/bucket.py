@@ -31,6 +31,7 @@ from models.spec.model import schema_of
 from models.spec.state import FloatArray, IntArray, State
 from service.backfill.heads import HeadCutter, load_heads
 from service.backfill.plan import Job, replacing
+from service.backfill.record import BucketRecord, file_checksum
 from service.backfill.rows import field_column, read_columns
 from service.backfill.selection import HALTED, RowSelector
 from service.backfill.shuffle import read_bucket
@@ -46,33 +47,6 @@ BytesArray = NDArray[np.uint8]
 
 _RUNNERS: dict[str, Runner] = {}
 """The open runner of this process, by the fingerprint of its model."""
-
-
-class BucketRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The record of a finished bucket.
-
-    Attributes:
-        bucket: its number.
-        streams, events: computed.
-        out_of_order: events that are earlier than one before them, since the last reset.
-        duplicates: found, whether they were left out or not.
-        halted_streams: that end before a rejected event.
-        outputs_bytes, states_bytes: sizes of its files.
-        outputs_blake2b, states_blake2b: BLAKE2b of these, 32 bytes in hexadecimal.
-        seconds: that it took.
-    """
-
-    bucket: int
-    streams: int
-    events: int
-    out_of_order: int
-    duplicates: int
-    halted_streams: int
-    outputs_bytes: int
-    states_bytes: int
-    outputs_blake2b: str
-    states_blake2b: str
-    seconds: float
 
 
 def compute_bucket(job: Job, bucket: int) -> BucketRecord:
@@ -121,22 +95,6 @@ def _list_ended(job: Job, ended: list[pl.DataFrame]) -> pl.DataFrame:
         reason=pl.lit(HALTED),
         value=missing,
     )
-
-
-def read_record(job: Job, bucket: int) -> BucketRecord | None:
-    """The record of a bucket; None if it has none, or files of other sizes than it says."""
-    try:
-        record = msgspec.json.decode(job.record(bucket).read_bytes(), type=BucketRecord)
-        sizes = job.outputs(bucket).stat().st_size, job.states(bucket).stat().st_size
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return record if sizes == (record.outputs_bytes, record.states_bytes) else None
-
-
-def file_checksum(path: Path) -> str:
-    """BLAKE2b of a file, 32 bytes in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def output_types(job: Job) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from service.backfill.load_progress import (
 from service.backfill.load_versions import VersionLoader
 from service.backfill.loader import Loader
 from service.backfill.plan import BackfillError, Plan, read_plan, replacing
+from service.backfill.record import is_as_computed
 from service.core.errors import CarryError, OutcomeUnknown, StateDamaged, StoreUnavailable
 from service.core.values import StreamHead, StreamKey, StreamState
 from service.store.backup import BackupError, BackupReader
@@ -110,6 +111,8 @@ def _verify_files(out: Path, plan: Plan, progress: LoadProgress) -> list[Path]:
                         if state.source is not None:
                             progress.note_mark(state.source)
                     progress.total += len(block)
+            if not is_as_computed(out, file):
+                raise BackupError("is not the file that the record of its bucket is of")
         except BackupError as error:
             raise BackfillError(
                 f"{file}: {error}; nothing was loaded. Delete the file, and `carry backfill` "

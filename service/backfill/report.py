@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from service.backfill.bucket import BucketRecord
 from service.backfill.plan import Job
+from service.backfill.record import BucketRecord
 
 PLACES = 3
 """Places that are given of each reason."""
@@ -71,7 +71,7 @@ def list_rejected(job: Job) -> list[dict[str, Any]]:
         return []
     place = pl.struct("file", "row").sort_by("file", "row").head(PLACES).alias("places")
     table = (
-        pl.scan_parquet(files)
+        pl.scan_parquet(files, glob=False)
         .group_by("column", "reason")
         .agg(pl.len().alias("events"), place)
         .sort("events", "column", "reason", descending=[True, False, False])

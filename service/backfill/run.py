@@ -25,7 +25,7 @@ from models.artifact.artifact import Artifact
 from models.errors import SpecError
 from models.spec.model import schema_of
 from models.training.progress import Progress
-from service.backfill.bucket import BucketRecord, compute_bucket, read_record
+from service.backfill.bucket import compute_bucket
 from service.backfill.engines import Engine, Function, own_peak
 from service.backfill.heads import has_heads
 from service.backfill.plan import (
@@ -42,6 +42,7 @@ from service.backfill.plan import (
     replacing,
     rows_in_memory,
 )
+from service.backfill.record import BucketRecord, read_record
 from service.backfill.report import Sample, make_report, plot_throughput
 from service.backfill.shuffle import (
     ShuffleTask,
@@ -150,7 +151,8 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
         except BlockingIOError:
             raise BackfillError(f"{out}: another run works in this folder") from None
         if overwrite:
-            for entry in out.iterdir():
+            # the plan last: without it the folder would not be one of a backfill
+            for entry in sorted(out.iterdir(), key=lambda entry: entry.name == PLAN):
                 if entry.is_dir():
                     shutil.rmtree(entry)
                 elif entry.name != LOCK:

@@ -18,6 +18,7 @@ import pytest
 from service.backfill.load import load_states
 from service.backfill.load_progress import LoadProgress
 from service.backfill.plan import BackfillError, Plan
+from service.backfill.record import BucketRecord, file_checksum
 from service.core.errors import NotDurable, OutcomeUnknown, StoreUnavailable
 from service.core.values import SourceMark, StreamHead, StreamState
 from service.store.backup import BackupInfo, BackupWriter
@@ -75,7 +76,8 @@ def history(count: int, **marks: SourceMark) -> dict[str, StreamState]:
 
 def write_out(out: Path, streams: Mapping[str, StreamState], buckets: int = 3) -> Path:
     """The folder of a backfill of streams."""
-    (out / "states").mkdir(parents=True, exist_ok=True)
+    for folder in ("states", "done"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     plan = Plan(
         model=MODEL,
         fingerprint=FINGERPRINT.hex(),
@@ -88,7 +90,8 @@ def write_out(out: Path, streams: Mapping[str, StreamState], buckets: int = 3) -
     (out / "backfill.json").write_bytes(msgspec.json.encode(plan))
     names = list(streams)
     for bucket in range(buckets):
-        with (out / "states" / f"bucket-{bucket:05d}.backup").open("wb") as file:
+        states = out / "states" / f"bucket-{bucket:05d}.backup"
+        with states.open("wb") as file:
             writer = BackupWriter(file, BackupInfo(0, "backfill", MODEL, ""))
             records = [
                 [MODEL, name, encode_state(streams[name])] for name in names[bucket::buckets]
@@ -96,6 +99,20 @@ def write_out(out: Path, streams: Mapping[str, StreamState], buckets: int = 3) -
             for at in range(0, len(records), 50):
                 writer.write(records[at : at + 50])
             writer.finish()
+        record = BucketRecord(
+            bucket=bucket,
+            streams=len(records),
+            events=0,
+            out_of_order=0,
+            duplicates=0,
+            halted_streams=0,
+            outputs_bytes=0,
+            states_bytes=states.stat().st_size,
+            outputs_blake2b="",
+            states_blake2b=file_checksum(states),
+            seconds=0.0,
+        )
+        (out / "done" / f"bucket-{bucket:05d}.json").write_bytes(msgspec.json.encode(record))
     return out
 
 
@@ -290,11 +307,19 @@ async def test_streams_expire_as_those_of_chunks_do(own_server: RealServer, tmp_
             "bucket-00001.*damaged",
         ),
         (
+            lambda file: file.write_bytes(file.with_stem("bucket-00002").read_bytes()),
+            "bucket-00001.*not the file that the record",
+        ),
+        (
+            lambda file: (file.parent.parent / "done" / "bucket-00001.json").unlink(),
+            "bucket-00001.*not the file that the record",
+        ),
+        (
             lambda file: (file.parent.parent / "backfill.json").unlink(),
             "folder of `carry backfill`",
         ),
     ],
-    ids=["missing", "cut", "foreign", "damaged", "no plan"],
+    ids=["missing", "cut", "foreign", "damaged", "of another bucket", "unfinished", "no plan"],
 )
 async def test_nothing_is_loaded_unless_every_file_is_valid(
     server: RealServer | Cluster, tmp_path: Path, spoil: Any, expected: str

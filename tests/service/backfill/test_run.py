@@ -25,9 +25,9 @@ from models.offline.runner import OrderedEvents, open_runner
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import parse_spec, schema_of
 from service.backfill import run as backfills
-from service.backfill.bucket import BucketRecord, read_record
 from service.backfill.engines import Processes, TaskError
 from service.backfill.plan import BackfillError, Job, rows_in_memory
+from service.backfill.record import BucketRecord, read_record
 from service.backfill.run import BackfillOptions, plan_backfill, run_backfill
 from service.core.values import StreamState
 from service.store.backup import BackupReader
@@ -262,6 +262,27 @@ def test_another_plan_is_rejected_unless_it_is_to_start_anew(
     for overwrite in (False, True):
         with pytest.raises(BackfillError, match="expected a new folder"):
             run(job_of(artifact, history, tmp_path / "mine"), overwrite=overwrite)
+
+
+def test_starting_anew_can_be_interrupted_and_repeated(
+    artifact: Artifact, history: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(artifact, history, tmp_path / "out")
+    run(job)
+    report = job.out / "report.json"
+    unlink = Path.unlink
+
+    def interrupt(path: Path, *, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        if path.parent == job.out:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", interrupt)
+        while report.exists():
+            with pytest.raises(KeyboardInterrupt):
+                run(job, overwrite=True)
+    assert run(job, overwrite=True)["events"] == EVENTS
 
 
 def test_one_run_at_a_time_works_in_a_folder(
