@@ -77,7 +77,8 @@ async def read_heads(store: Store, plan: Plan, out: Path) -> None:
 def load_heads(out: Path, bucket: int) -> dict[str, StreamHead]:
     """The heads of the live streams of a bucket, by name."""
     parts = sorted((out / "heads").glob("part-*.parquet"))
-    table = pl.scan_parquet(parts).filter(pl.col("bucket") == bucket).drop("bucket").collect()
+    rows = pl.scan_parquet(parts, glob=False).filter(pl.col("bucket") == bucket)
+    table = rows.drop("bucket").collect()
     # a listing may have a stream twice
     return {name: StreamHead(*head) for name, *head in table.iter_rows()}
 

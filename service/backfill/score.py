@@ -84,7 +84,7 @@ def _join(job: Job, joined: Path, kind: str) -> None:
     for number, table in enumerate(_tables(job)):
         parts.append(job.out / f"part-{number:06d}.parquet")
         table.write_parquet(parts[-1])
-    tables = pl.scan_parquet(parts)
+    tables = pl.scan_parquet(parts, glob=False)
     if kind == ".csv":
         tables.sink_csv(joined)
     else:
@@ -97,7 +97,8 @@ def _tables(job: Job) -> Iterator[pl.DataFrame]:
     kept = [job.plan.stream]
     if timestamp is not None and timestamp.name != job.plan.stream:
         kept.append(timestamp.name)
-    outputs = pl.scan_parquet(job.out / "outputs" / "*.parquet")
+    files = [job.outputs(bucket) for bucket in range(job.plan.buckets)]
+    outputs = pl.scan_parquet(files, glob=False)
     outputs = outputs.drop("stream", "time", "file", strict=False)
     for batch in read_batches(job.plan.sources[0], kept, kept[:1], JOINED_ROWS):
         rows = pl.Series("row", batch.rows)

@@ -109,6 +109,8 @@ def write_unit(job: Job, number: int, unit: Unit) -> None:
     if unit.rejected.height:
         with replacing(job.rejected_unit(number)) as path:
             unit.rejected.write_parquet(path)
+    else:  # there may be one of a source that was repaired since
+        job.rejected_unit(number).unlink(missing_ok=True)
     with replacing(job.unit(number)) as path:
         unit.events.write_parquet(path, compression="lz4", row_group_size=_rows_of_group(job))
 

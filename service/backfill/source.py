@@ -20,7 +20,6 @@ import glob
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +28,12 @@ from urllib.parse import unquote
 
 import numpy as np
 import polars as pl
-import simdjson
 from numpy.typing import NDArray
 
 from models.errors import DataError
-from models.events.columns import BoolArray
 from models.events.frame import InvalidRows
 from models.training.files import check_encoding, check_header
+from service.backfill.json_lines import parse_lines
 from service.backfill.plan import BackfillError, Source
 
 TEXT = ("csv", "jsonl")
@@ -51,6 +49,8 @@ _EXTRA, _LAST = "\0extra", "\0last"
 _is_url = re.compile(r"[a-z][a-z0-9+.-]*://").match
 _partition = re.compile(r"([^=/]+)=([^=/]*)").fullmatch
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_DELTA_LOG = "_delta_log"
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 _POLARS_OPTIONS = {
@@ -62,8 +62,6 @@ _POLARS_OPTIONS = {
     # it would warn of a planner that is not there
     "POLARS_ICEBERG_PLANNER": "pyiceberg",
 }
-_LINES_AT_ONCE = 16_384
-"""JSON that is parsed together: its tree is far larger than its text."""
 
 
 class Batch(NamedTuple):
@@ -90,9 +88,13 @@ def find_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
         DataError: a Parquet file or a table cannot be read.
     """
     found = [source for argument in arguments for source in _find(argument)]
-    for path, count in Counter(source.path for source in found).items():
-        if count > 1:
-            raise BackfillError(f"{path}: expected each file once, got it {count} times")
+    names: dict[str, str] = {}
+    for source in found:
+        real = source.path if _is_url(source.path) else os.path.realpath(source.path)
+        if real in names:
+            other = names[real]
+            raise BackfillError(f"{source.path}: expected each file once, got it also as {other}")
+        names[real] = source.path
     return tuple(sorted(found, key=lambda source: source.path))
 
 
@@ -103,13 +105,12 @@ def _find(argument: str) -> Iterator[Source]:
         yield _table(kind, rest)
     elif _is_url(argument):
         yield from _remote(argument)
-    elif (path / "_delta_log").is_dir():
+    elif (path / _DELTA_LOG).is_dir():
         yield _table("delta", argument)
     elif any(path.glob("metadata/*.metadata.json")):
         yield _table("iceberg", argument)
     elif path.is_dir():
-        files = [each for each in path.rglob("*") if not _is_hidden(each.relative_to(path))]
-        if not (files := [each for each in files if not each.is_dir()]):
+        if not (files := [*_files_below(path)]):
             raise BackfillError(f"{argument}: expected a folder with files of events, got none")
         yield from map(_local, files)
     elif glob.has_magic(argument) and not path.exists():
@@ -121,13 +122,32 @@ def _find(argument: str) -> Iterator[Source]:
         yield _local(path)
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether other programs wrote a file for themselves, such as `_SUCCESS`."""
-    return any(part[0] in "._" and "=" not in part for part in path.parts)
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and those below, also behind links."""
+
+    def reject(error: OSError) -> None:
+        raise BackfillError(
+            f"{error.filename}: expected a folder that may be read, got {error.strerror}"
+        ) from error
+
+    paths: dict[str, str] = {}
+    for path, folders, names in os.walk(folder, onerror=reject, followlinks=True):
+        # a link to a folder above would never end
+        if (other := paths.setdefault(os.path.realpath(path), path)) != path:
+            raise BackfillError(f"{path}: expected each folder once, got it also as {other}")
+        if _DELTA_LOG in folders:
+            raise BackfillError(f"{path}: is a table of Delta Lake; expected it as a HISTORY")
+        folders[:] = [each for each in folders if not _is_hidden(each)]
+        yield from (Path(path, each) for each in names if not _is_hidden(each))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether other programs wrote a file or a folder for themselves, such as `_SUCCESS`."""
+    return name[0] in "._" and "=" not in name
 
 
 def _kind(path: str) -> str:
-    name = path.partition("?")[0].lower()
+    name = (path.partition("?")[0] if _is_url(path) else path).lower()
     kind = _KINDS.get(Path(name.removesuffix(".gz")).suffix)
     if kind is None or (kind == "parquet" and name.endswith(".gz")):
         raise BackfillError(
@@ -301,7 +321,8 @@ def read_batches(
 
 def _partition_values(path: str) -> dict[str, str | None]:
     """Values of the columns that are written into a path, as Hive does."""
-    found = (_partition(part) for part in path.partition("?")[0].split("/")[:-1])
+    folders = (path.partition("?")[0] if _is_url(path) else path).split("/")[:-1]
+    found = map(_partition, folders)
     pairs = {match[1]: unquote(match[2]) for match in found if match}
     return {name: None if value == _NO_PARTITION else value for name, value in pairs.items()}
 
@@ -417,66 +438,14 @@ def _json_batches(
     for lines in _frames(source, scan, batch_rows):
         numbers = _numbers(first, lines.height)
         first += lines.height
-        written = lines["line"].str.strip_chars() != ""
-        texts = lines["line"].filter(written)
-        frame, malformed = _parse_lines(texts, names)
+        # files that were joined have the mark of the byte order within
+        texts = lines["line"].str.strip_prefix(_BYTE_ORDER_MARK)
+        written = texts.str.strip_chars() != ""
+        texts = texts.filter(written)
+        frame, malformed = parse_lines(texts, names)
         if is_first:
             some = [name for name in frame.columns if frame[name].is_not_null().any()]
             if not any(each.rows.all() for each in malformed):
                 _check_columns(source, required, some)
             is_first = False
         yield Batch(frame, numbers[written.to_numpy()], frozenset(names), malformed)
-
-
-def _parse_lines(lines: pl.Series, names: Sequence[str]) -> tuple[pl.DataFrame, list[InvalidRows]]:
-    """The members of objects as text, and the lines that are no objects of values."""
-    dtype = pl.Struct(dict.fromkeys(names, pl.String))
-    repeated = [lines.str.count_matches(f'"{name}"', literal=True) > 1 for name in names]
-    suspicious = np.any([each.to_numpy() for each in repeated], axis=0)
-    reasons: dict[int, tuple[str, str]] = {}
-    try:
-        objects = _decode(lines, dtype)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        suspicious = np.ones(len(lines), np.bool_)
-    for row in np.flatnonzero(suspicious).tolist():
-        if (reason := _reject_line(lines[row], names)) is not None:
-            reasons[row] = reason
-    if reasons or suspicious.all():
-        wrong = np.zeros(len(lines), np.bool_)
-        wrong[list(reasons)] = True
-        kept = pl.select(pl.when(~pl.Series(wrong)).then(lines).otherwise(pl.lit("{}")))
-        objects = _decode(kept.to_series(), dtype)
-    frame = objects.struct.unnest() if len(lines) else pl.DataFrame(schema=dtype.to_schema())
-    return frame, _by_expectation(len(lines), reasons)
-
-
-def _decode(lines: pl.Series, dtype: pl.Struct) -> pl.Series:
-    parts = range(0, max(1, len(lines)), _LINES_AT_ONCE)
-    return pl.concat([lines[at : at + _LINES_AT_ONCE].str.json_decode(dtype) for at in parts])
-
-
-def _by_expectation(rows: int, reasons: dict[int, tuple[str, str]]) -> list[InvalidRows]:
-    found = []
-    for expected in sorted({expected for expected, _ in reasons.values()}):
-        wrong: BoolArray = np.zeros(rows, np.bool_)
-        wrong[[row for row, reason in reasons.items() if reason[0] == expected]] = True
-        found.append(InvalidRows("", wrong, expected, lambda row: reasons[row][1]))
-    return found
-
-
-def _reject_line(line: str, names: Sequence[str]) -> tuple[str, str] | None:
-    """What was expected of a line and what it is instead; None if it is an object of values."""
-    shown = repr(line[:100])
-    try:
-        row = simdjson.Parser().parse(line.encode())
-    except ValueError:
-        return "a JSON object", shown
-    if not isinstance(row, simdjson.Object):
-        return "a JSON object", shown
-    members = Counter(row.keys())
-    for name in names:
-        if members[name] > 1:
-            return "each member once", f"{name!r} {members[name]} times"
-        if name in members and isinstance(row[name], (simdjson.Object, simdjson.Array)):
-            return f"one value as {name!r}", shown
-    return None

@@ -45,7 +45,7 @@ def score_file(path: Path, data: Path, out: Path, **options: Any) -> dict[str, A
 
 
 def outputs_of(path: Path) -> pl.DataFrame:
-    return pl.read_csv(path) if path.suffix == ".csv" else pl.read_parquet(path)
+    return pl.read_csv(path) if path.suffix == ".csv" else pl.read_parquet(path, glob=False)
 
 
 def assert_equal(found: pl.DataFrame, expected: pl.DataFrame) -> None:
@@ -89,14 +89,14 @@ def test_outputs_are_in_the_order_of_the_file(
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = tmp_path / f"events.{kind}"
+    data = tmp_path / f"events [1]*.{kind}"
     {"csv": frame.write_csv, "parquet": frame.write_parquet, "jsonl": frame.write_ndjson}[kind](
         data
     )
     tables = []
     for rows in (7, 1000):
         monkeypatch.setattr(scoring, "JOINED_ROWS", rows)
-        out = tmp_path / f"{rows}.parquet"
+        out = tmp_path / f"[{rows}] x*.parquet"
         score_file(small.path, data, out, stream="stream")
         tables.append(outputs_of(out))
     assert_equal(*tables)

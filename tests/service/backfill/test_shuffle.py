@@ -442,6 +442,62 @@ def test_sources_are_found_and_sorted(tmp_path: Path) -> None:
         names(".")
 
 
+def test_files_behind_links_are_read_once_or_rejected(tmp_path: Path) -> None:
+    history = tmp_path / "history"
+    file = write(history, table(2), "csv")
+    write(tmp_path / "elsewhere", table(2), "parquet")
+    (history / "january").symlink_to(tmp_path / "elsewhere")
+    names = [Path(source.path).name for source in find_sources([str(history)])]
+    assert sorted(names) == ["events.csv", "events.parquet"]
+
+    with pytest.raises(BackfillError, match="expected each file once"):
+        find_sources([str(file), f"{history}/../history/{file.name}"])
+    (history / "again.csv").symlink_to(file)
+    with pytest.raises(BackfillError, match=r"expected each file once, got it also as"):
+        find_sources([str(history)])
+    (history / "again.csv").unlink()
+    (history / "all").symlink_to(history)
+    with pytest.raises(BackfillError, match=r"history/all: expected each folder once"):
+        find_sources([str(history)])
+
+
+def test_a_table_in_a_folder_is_not_read_as_its_files(tmp_path: Path) -> None:
+    """Some of them may be deleted from the table."""
+    write(tmp_path / "lake" / "pumps", table(2), "parquet")
+    (tmp_path / "lake" / "pumps" / "_delta_log").mkdir()
+    with pytest.raises(BackfillError, match=r"lake/pumps: is a table of Delta Lake"):
+        find_sources([str(tmp_path / "lake")])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_paths_may_have_the_characters_of_patterns(tmp_path: Path, kind: str) -> None:
+    frame = table(3).with_columns(pump=pl.Series(["a", "b c", "d"]))
+    file = write(tmp_path / "[1] *?{a,b}", frame, kind)
+    job = make_job(tmp_path / "out [0-9] x=*?", file)
+    shuffle(job)
+    shuffle(job)
+    assert events(job).height == 2
+    assert [bad["places"] for bad in list_rejected(job)] == [[f"{file}, row 2"]]
+
+
+def test_marks_of_the_byte_order_are_no_part_of_lines(tmp_path: Path) -> None:
+    file = write(tmp_path / "history", table(2), "jsonl")
+    marked = b"\xef\xbb\xbf" + file.read_bytes()
+    file.write_bytes(2 * marked)
+    job = make_job(tmp_path / "out", file)
+    shuffle(job)
+    assert events(job)["row"].sort().to_list() == [1, 2, 3, 4]
+
+
+def test_rejected_rows_of_a_repaired_file_are_forgotten(tmp_path: Path) -> None:
+    """The run ended between the two files of the unit."""
+    file = write(tmp_path / "history", table(2), "csv")
+    job = make_job(tmp_path / "out", file)
+    job.rejected_unit(0).write_bytes(b"of the file before it was repaired")
+    shuffle(job)
+    assert not job.rejected_unit(0).exists()
+
+
 def test_a_file_may_be_repaired_before_its_rows_are_read(tmp_path: Path) -> None:
     history = tmp_path / "history"
     good = write(history / "a", table(10), "csv")
