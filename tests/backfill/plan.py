@@ -19,10 +19,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-HOUR_S: Final = 3600.0
-PIECE_ROWS: Final = 262_144
-"""Of `service.backfill.plan`: a longer stream is computed alone."""
+from service.backfill.plan import PIECE_ROWS, UNIT_ROWS
 
+HOUR_S: Final = 3600.0
 LARGEST: Final = 200_000
 """Streams whose bucket is drawn one by one; the smaller ones fill all buckets evenly."""
 
@@ -37,7 +36,7 @@ class Workload:
         skew: share of all events in one further stream.
         machines, cores: workers, one for each core.
         buckets: at most the partitions of the store.
-        unit_rows: rows of a file of the shuffle, as `service.backfill.plan` has them.
+        unit_rows: rows of a file of the shuffle.
         disk_mb_s: what a machine reads and writes of the shared folder together.
         opens_per_s: files that the shared folder opens, for all machines together.
     """
@@ -49,7 +48,7 @@ class Workload:
     machines: int = 32
     cores: int = 16
     buckets: int = 1024
-    unit_rows: float = 1e6
+    unit_rows: int = UNIT_ROWS
     disk_mb_s: float = 1000.0
     opens_per_s: float = 50_000.0
 

@@ -42,7 +42,7 @@ def test_one_long_stream_bounds_a_run() -> None:
 
 
 def test_small_units_and_slow_disks_bound_a_run() -> None:
-    made = plan(replace(WORKLOAD, unit_rows=1e4, opens_per_s=1e4), RATES)
+    made = plan(replace(WORKLOAD, unit_rows=10_000, opens_per_s=1e4), RATES)
     assert made.bound_by == "opening files"
     made = plan(replace(WORKLOAD, disk_mb_s=10.0), RATES)
     assert made.bound_by == "bandwidth"

@@ -1,4 +1,4 @@
-"""The page about streams with a past, as written: a topic, a service and two versions."""
+"""The page about backfilled streams, as written: a topic, a service and two versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.pages import DEFAULT_URL, blocks
 from tests.support.servers import RealServer, real_server, until
 from tests.support.service import running
 
-PAGE = "docs/how-to/start-with-a-past.md"
+PAGE = "docs/how-to/backfill-streams.md"
 STORE_URL = "redis://localhost:6379"
 FILES = {"python": "pumps.py", "yaml": "consumer.yaml"}
 PUMPS, LOADED = 20, 2160
