@@ -216,8 +216,9 @@ def _check_plan(out: Path, expected: Plan, plan: Plan) -> None:
 def _resume_source(out: Path, index: int, before: Source, now: Source) -> Source:
     if before == now or before.table:
         return before
-    units = (out / "shuffle").glob("unit-*.parquet")
-    if any((out / "done").glob("*.json")) or any(source_of(unit) == index for unit in units):
+    # a file without rows has no unit, but was read
+    read = (out / "shuffle").glob("unit-*")
+    if any((out / "done").glob("*.json")) or any(source_of(each) == index for each in read):
         raise BackfillError(
             f"{now.path}: was changed since its rows were read; restore it, or start again with "
             "--overwrite or in another folder"

@@ -21,7 +21,7 @@ from models.training.progress import Progress
 from service.backfill.engines import Engine
 from service.backfill.plan import Job, replacing
 from service.backfill.run import BackfillOptions, open_job, plan_backfill, run_backfill
-from service.backfill.source import read_batches
+from service.backfill.source import TEXT, read_batches
 
 KINDS = (".parquet", ".csv")
 JOINED_ROWS = 4_000_000
@@ -85,10 +85,23 @@ def _join(job: Job, joined: Path, kind: str) -> None:
         parts.append(job.out / f"part-{number:06d}.parquet")
         table.write_parquet(parts[-1])
     tables = pl.scan_parquet(parts, glob=False)
+    timestamp = schema_of(job.spec).timestamp
+    if job.plan.sources[0].kind in TEXT and timestamp is not None:
+        tables = _with_epochs(tables, timestamp.name)
     if kind == ".csv":
         tables.sink_csv(joined)
     else:
         tables.sink_parquet(joined)
+
+
+def _with_epochs(tables: pl.LazyFrame, name: str) -> pl.LazyFrame:
+    """Tables with numbers as times, if all of them are epoch times in text."""
+    if name not in tables.collect_schema():
+        return tables
+    is_number = pl.col(name).str.contains(r"^-?\d{1,18}$")
+    if not tables.select(is_number.all()).collect(engine="streaming").item():
+        return tables
+    return tables.with_columns(pl.col(name).cast(pl.Int64))
 
 
 def _tables(job: Job) -> Iterator[pl.DataFrame]:

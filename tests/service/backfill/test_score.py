@@ -100,7 +100,8 @@ def test_outputs_are_in_the_order_of_the_file(
         score_file(small.path, data, out, stream="stream")
         tables.append(outputs_of(out))
     assert_equal(*tables)
-    assert tables[0]["stream"].to_list() == frame["stream"].to_list()
+    for name in ("stream", "at"):
+        assert tables[0][name].to_list() == frame[name].to_list()
     assert not list(tmp_path.glob(".*"))
     values = tables[0].select(pl.selectors.float())
     assert values.to_numpy().std(axis=0).min() > 0

@@ -498,6 +498,18 @@ def test_rejected_rows_of_a_repaired_file_are_forgotten(tmp_path: Path) -> None:
     assert not job.rejected_unit(0).exists()
 
 
+def test_rows_that_a_file_got_after_it_was_read_are_not_ignored(tmp_path: Path) -> None:
+    history = tmp_path / "history"
+    empty = write(history, table(0), "csv")
+    job = make_job(tmp_path / "out", history)
+    (job.out / PLAN).write_bytes(msgspec.json.encode(job.plan))
+    shuffle(job)
+    table(3).write_csv(empty)
+    now = msgspec.structs.replace(job.plan, sources=find_sources([str(history)]))
+    with pytest.raises(BackfillError, match=r"events\.csv: was changed since its rows were"):
+        resume_plan(job.out, now)
+
+
 def test_a_file_may_be_repaired_before_its_rows_are_read(tmp_path: Path) -> None:
     history = tmp_path / "history"
     good = write(history / "a", table(10), "csv")
