@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from service.backfill.plan import Plan, replacing
+from service.backfill.plan import COMPLETE, Plan, replacing
 from service.core.errors import CarryError
 from service.core.values import StreamHead
 from service.store.base import Store
@@ -24,7 +24,6 @@ from service.store.layout import StateHeader
 
 PAGE_STREAMS: Final = 1000
 PART_STREAMS: Final = 1_000_000
-_COMPLETE: Final = "complete"
 _TYPES: Final = {
     "bucket": pl.UInt32,
     "stream": pl.String,
@@ -36,7 +35,7 @@ _TYPES: Final = {
 
 def has_heads(out: Path) -> bool:
     """Whether the heads were read."""
-    return (out / "heads" / _COMPLETE).exists()
+    return (out / "heads" / COMPLETE).exists()
 
 
 async def read_heads(store: Store, plan: Plan, out: Path) -> None:
@@ -70,7 +69,7 @@ async def read_heads(store: Store, plan: Plan, out: Path) -> None:
             rows, part = [], part + 1
         if cursor is None:
             break
-    with replacing(folder / _COMPLETE) as path:
+    with replacing(folder / COMPLETE) as path:
         path.touch()
 
 

@@ -198,6 +198,9 @@ def plan_buckets(rows: int, partitions: int) -> int:
 
 FOLDERS = ("shuffle", "rejected", "outputs", "states", "done")
 TEMPORARY = ".tmp"
+COMPLETE = "complete"
+"""Name or suffix of a mark that everything beside it was written."""
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NOT_WRITTEN = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 

@@ -29,6 +29,7 @@ from service.backfill.bucket import compute_bucket
 from service.backfill.engines import Engine, Function, own_peak
 from service.backfill.heads import has_heads
 from service.backfill.plan import (
+    COMPLETE,
     FOLDERS,
     PLAN,
     TEMPORARY,
@@ -151,12 +152,7 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
         except BlockingIOError:
             raise BackfillError(f"{out}: another run works in this folder") from None
         if overwrite:
-            # the plan last: without it the folder would not be one of a backfill
-            for entry in sorted(out.iterdir(), key=lambda entry: entry.name == PLAN):
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != LOCK:
-                    entry.unlink()
+            _remove_content(out)
         _check_plan(out, resume_plan(out, plan), plan)
         with replacing(out / PLAN) as path:
             path.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
@@ -165,6 +161,24 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
         _remove_temporary_files(out)
         yield
         _remove_temporary_files(out)
+
+
+def _remove_content(out: Path) -> None:
+    """Remove a backfill; if it is interrupted, what is left is not taken for complete."""
+    (out / "heads" / COMPLETE).unlink(missing_ok=True)
+    _remove_units(out)
+    # the plan last: without it the folder would not be one of a backfill
+    for entry in sorted(out.iterdir(), key=lambda entry: entry.name == PLAN):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+
+
+def _remove_units(out: Path) -> None:
+    for mark in (out / "shuffle").glob(f"*.{COMPLETE}"):
+        mark.unlink()
+    shutil.rmtree(out / "shuffle", ignore_errors=True)
 
 
 def _remove_temporary_files(out: Path) -> None:
@@ -260,7 +274,7 @@ def run_backfill(
         if run.samples and find_spec("matplotlib") is not None:
             with replacing(job.out / PLOT) as path:
                 path.write_bytes(plot_throughput(run.samples))
-        shutil.rmtree(job.out / "shuffle", ignore_errors=True)
+        _remove_units(job.out)
     return read_report(job.out)
 
 

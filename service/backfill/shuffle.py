@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 import polars as pl
 
 from models.spec.model import schema_of
-from service.backfill.plan import Job, Plan, replacing
+from service.backfill.plan import COMPLETE, Job, Plan, replacing
 from service.backfill.rows import RowReader, Unit
 from service.backfill.source import TEXT, check_unchanged, read_batches
 
@@ -81,7 +81,7 @@ def write_units(job: Job, task: ShuffleTask) -> None:
         BackfillError: the source was changed.
         OSError: a file cannot be written.
     """
-    complete = job.unit(task.first_unit).with_suffix(".complete")
+    complete = job.unit(task.first_unit).with_suffix(f".{COMPLETE}")
     if complete.exists():
         return
     source, unit_rows = job.plan.sources[task.source], job.plan.unit_rows

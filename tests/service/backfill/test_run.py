@@ -264,6 +264,39 @@ def test_another_plan_is_rejected_unless_it_is_to_start_anew(
             run(job_of(artifact, history, tmp_path / "mine"), overwrite=overwrite)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_units_that_are_half_removed_are_written_again(
+    artifact: Artifact,
+    history: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: bool,
+) -> None:
+    job = job_of(artifact, history, tmp_path / "out")
+    run(job)
+    expected = files_of(job.out)
+    if overwrite:
+        job.record(0).unlink()
+        with pytest.raises(KeyboardInterrupt):
+            run_backfill(job, Recording(job, stop_after=2))
+    job.states(0).unlink()
+
+    def remove_some(folder: Path, *_: Any, **__: Any) -> None:
+        for file in folder.glob("*.parquet"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backfills.shutil, "rmtree", remove_some)
+        with pytest.raises(KeyboardInterrupt):
+            run(job, overwrite=overwrite)
+    job.states(0).unlink(missing_ok=True)
+
+    run(job)
+
+    assert files_of(job.out) == expected
+
+
 def test_starting_anew_can_be_interrupted_and_repeated(
     artifact: Artifact, history: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
