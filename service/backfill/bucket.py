@@ -64,9 +64,9 @@ def compute_bucket(job: Job, bucket: int) -> BucketRecord:
             writer.finish()
         checksums = file_checksum(outputs), file_checksum(states)
         sizes = outputs.stat().st_size, states.stat().st_size
-    if writer.ended:
+    if writer.halted_events:
         with replacing(job.rejected_bucket(bucket)) as path:
-            _list_ended(job, writer.ended).write_parquet(path)
+            _list_halted(job, writer.halted_events).write_parquet(path)
     record = BucketRecord(
         bucket=bucket,
         streams=writer.streams,
@@ -85,7 +85,7 @@ def compute_bucket(job: Job, bucket: int) -> BucketRecord:
     return record
 
 
-def _list_ended(job: Job, ended: list[pl.DataFrame]) -> pl.DataFrame:
+def _list_halted(job: Job, ended: list[pl.DataFrame]) -> pl.DataFrame:
     """The events of halted streams, as a list of rejected rows."""
     missing = pl.lit(None, pl.String)
     paths = {number: source.path for number, source in enumerate(job.plan.sources)}
@@ -148,7 +148,7 @@ class _OpenStream:
         digest: of its events so far.
         states: its state, of one stream.
         updated_ms: time of its last event, 0 if there is none.
-        mark: the furthest place of its events in the topic that its last one came from.
+        mark: the highest offset of its events in the topic that its last one came from.
     """
 
     name: str
@@ -175,16 +175,16 @@ class _BucketWriter:
         self._open: _OpenStream | None = None
         self._cutter = HeadCutter(load_heads(job.out, bucket)) if job.plan.version else None
         self.selector = RowSelector(job.plan)
-        self.ended: list[pl.DataFrame] = []
+        self.halted_events: list[pl.DataFrame] = []
         self.streams = self.events = self.out_of_order = 0
 
     def tables(self, pieces: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-        """Compute pieces; yields the outputs of each."""
+        """Compute pieces, and yield the outputs of each."""
         for piece in pieces:
             if piece.height:
                 rows, ended = self.selector.select(piece)
                 if ended.height:
-                    self.ended.append(ended.select("file", "row", "stream"))
+                    self.halted_events.append(ended.select("file", "row", "stream"))
                 if self._cutter is not None:
                     rows = self._cutter.cut(rows)
                 if rows.height:
@@ -211,11 +211,11 @@ class _BucketWriter:
         result = self._run(piece, EventTable(EventColumns.of_block(block), starts, marks), opened)
         self.out_of_order += result.out_of_order
         self.events += piece.height
-        self._take_states(piece, block, names, starts, ends, opened, result.after)
+        self._collect_states(piece, block, names, starts, ends, opened, result.after)
         positions = np.arange(piece.height) - np.repeat(starts, ends - starts)
         if opened is not None:
             positions[: ends[0]] += opened.states.positions[0]
-        return self._table(piece, positions, result.outputs)
+        return self._output_table(piece, positions, result.outputs)
 
     def _run(
         self, piece: pl.DataFrame, table: EventTable, opened: _OpenStream | None
@@ -224,17 +224,17 @@ class _BucketWriter:
             result = self._runner.run_table(table, None if opened is None else opened.states)
         except DataError as error:
             at = error.index or 0
-            raise self._at_row(piece, at, error.expected, error.got, error.field) from error
+            raise self._error_at_row(piece, at, error.expected, error.got, error.field) from error
         for values in (result.outputs, result.after.floats):
             if not np.isfinite(values).all():
                 at = int(np.argmax(~np.isfinite(values).all(axis=1)))
                 row = at if values is result.outputs else int(table.starts[at])
-                raise self._at_row(
+                raise self._error_at_row(
                     piece, row, "finite outputs and states of the stream", "NaN or infinity"
                 )
         return result
 
-    def _at_row(
+    def _error_at_row(
         self, piece: pl.DataFrame, at: int, expected: str, got: str, field: str | None = None
     ) -> DataError:
         row = piece.row(at, named=True)
@@ -242,7 +242,7 @@ class _BucketWriter:
         place = f"{source}, row {row['row']}, stream {row['stream']!r}"
         return DataError(field=field, expected=f"{place}: {expected}", got=got)
 
-    def _take_states(
+    def _collect_states(
         self,
         piece: pl.DataFrame,
         block: Block,
@@ -258,7 +258,7 @@ class _BucketWriter:
         times = [0] * len(names)
         if self._schema.timestamp is not None:
             times = last[field_column(self._schema.timestamp.name)].fill_null(0).to_list()
-        marks = _furthest_places(piece)
+        marks = _highest_marks(piece)
         for at, (name, start, end) in enumerate(
             zip(names, starts.tolist(), ends.tolist(), strict=True)
         ):
@@ -328,7 +328,9 @@ class _BucketWriter:
             self._writer.write(self._records)
         self._records, self._size_bytes = [], 0
 
-    def _table(self, piece: pl.DataFrame, positions: IntArray, packed: FloatArray) -> pl.DataFrame:
+    def _output_table(
+        self, piece: pl.DataFrame, positions: IntArray, packed: FloatArray
+    ) -> pl.DataFrame:
         table: dict[str, Any] = {"stream": piece["stream"]}
         if self._schema.timestamp is not None:
             times = piece[field_column(self._schema.timestamp.name)]
@@ -340,8 +342,8 @@ class _BucketWriter:
         return pl.DataFrame({**table, "file": piece["file"], "row": piece["row"]})
 
 
-def _furthest_places(piece: pl.DataFrame) -> dict[str, SourceMark]:
-    """The furthest place of each stream's events in the topic that its last one came from; events
+def _highest_marks(piece: pl.DataFrame) -> dict[str, SourceMark]:
+    """The highest offset of each stream's events in the topic that its last one came from; events
     may be ordered by time otherwise than in their topic."""
     if "offset" not in piece.columns:
         return {}

@@ -103,11 +103,11 @@ def run_task(function: Function[Any, Any], job: Job, task: Any) -> Outcome:
         error, is_expected = str(expected), True
     except Exception:
         error = traceback.format_exc()
-    ((process, peak_bytes),) = own_peak().items()
+    ((process, peak_bytes),) = peak_memory().items()
     return Outcome(result, error, is_expected, process, peak_bytes)
 
 
-def own_peak() -> dict[str, int]:
+def peak_memory() -> dict[str, int]:
     """The most memory that this process has had, in bytes, by its name."""
     return {f"{platform.node()} {os.getpid()}": _peak_bytes()}
 
@@ -125,7 +125,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def take_result(task: str, outcome: Outcome, peaks: dict[str, int]) -> Any:
+def unpack_outcome(task: str, outcome: Outcome, peaks: dict[str, int]) -> Any:
     """The result of an outcome.
 
     Raises:
@@ -150,7 +150,7 @@ class ThisProcess:
         """Run a function over tasks, as `Engine` says."""
         for task in tasks:
             outcome = run_task(function, self._job, task)
-            yield task, take_result(f"{what} {task}", outcome, self.peaks)
+            yield task, unpack_outcome(f"{what} {task}", outcome, self.peaks)
 
     def close(self) -> None:
         """Do nothing: there are no other processes."""
@@ -185,7 +185,7 @@ class Processes:
         try:
             while waiting or busy:
                 while waiting and len(busy) < self._count:
-                    worker, task = self._idle(busy), waiting.pop()
+                    worker, task = self._find_idle_worker(busy), waiting.pop()
                     busy[worker] = task
                     # the loss of the process is noticed below
                     with suppress(OSError):
@@ -201,11 +201,11 @@ class Processes:
                         if losses[id(task)] == ATTEMPTS:
                             raise TaskError(
                                 f"{what} {task}: its process ended {ATTEMPTS} times, the last time "
-                                f"with {_ending(worker.process)}"
+                                f"with {_describe_exit(worker.process)}"
                             ) from None
                         waiting.append(task)
                     else:
-                        yield task, take_result(f"{what} {task}", outcome, self.peaks)
+                        yield task, unpack_outcome(f"{what} {task}", outcome, self.peaks)
         finally:
             for worker in busy:
                 self._remove(worker)
@@ -215,14 +215,14 @@ class Processes:
         for worker in list(self._workers):
             self._remove(worker)
 
-    def _idle(self, busy: Collection[_Worker]) -> _Worker:
+    def _find_idle_worker(self, busy: Collection[_Worker]) -> _Worker:
         for worker in self._workers:
             if worker not in busy:
                 return worker
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self._job), daemon=True)
-        with _environment(ONE_THREAD):
+        with _setting_environment(ONE_THREAD):
             process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours))
@@ -236,7 +236,7 @@ class Processes:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def _setting_environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set variables of the environment for processes that are started meanwhile."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -270,7 +270,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _ending(process: BaseProcess) -> str:
+def _describe_exit(process: BaseProcess) -> str:
     code = process.exitcode or 0
     if code >= 0:
         return f"status {code}"
@@ -324,21 +324,21 @@ class RayCluster:
     ) -> Iterator[tuple[Task, Result]]:
         """Run a function over tasks, as `Engine` says."""
         waiting = list(reversed(tasks))
-        flying: dict[Any, Task] = {}
+        in_flight: dict[Any, Task] = {}
         try:
-            while waiting or flying:
-                while waiting and len(flying) < IN_FLIGHT_PER_CPU * self._count_cpus():
+            while waiting or in_flight:
+                while waiting and len(in_flight) < IN_FLIGHT_PER_CPU * self._count_cpus():
                     task = waiting.pop()
-                    flying[self._run.remote(function, self._job, task)] = task
-                (ready, *_), _ = self._ray.wait(list(flying))
-                task = flying.pop(ready)
+                    in_flight[self._run.remote(function, self._job, task)] = task
+                (ready, *_), _ = self._ray.wait(list(in_flight))
+                task = in_flight.pop(ready)
                 try:
                     outcome = self._ray.get(ready)
                 except self._ray.exceptions.RayError as error:
                     raise TaskError(f"{what} {task}: {error}") from error
-                yield task, take_result(f"{what} {task}", outcome, self.peaks)
+                yield task, unpack_outcome(f"{what} {task}", outcome, self.peaks)
         finally:
-            for running in flying:
+            for running in in_flight:
                 self._ray.cancel(running, force=True)
 
     def _count_cpus(self) -> int:

@@ -83,7 +83,7 @@ def load_heads(out: Path, bucket: int) -> dict[str, StreamHead]:
 
 
 class HeadCutter:
-    """Cuts the histories of a bucket at the positions of the live streams.
+    """Cuts the events of a bucket at the positions of the live streams.
 
     Args:
         heads: of the live streams.

@@ -198,7 +198,7 @@ class StreamLoader(Loader):
             return
         for key, value in zip(keys, await self._store.load(keys), strict=True):
             state, stored = streams[key], decode_value(key, value)
-            if isinstance(stored, StreamState) and _continues(stored.head, state.head):
+            if isinstance(stored, StreamState) and _is_loaded(stored.head, state.head):
                 self._progress.loaded_before += 1
                 del streams[key]
             elif isinstance(stored, StreamState) and not self._overwrite:
@@ -225,6 +225,6 @@ class StreamLoader(Loader):
         self._progress.kept.append(KeptStream(key.stream, reason, position, stored))
 
 
-def _continues(stored: StreamHead, head: StreamHead) -> bool:
+def _is_loaded(stored: StreamHead, head: StreamHead) -> bool:
     """Whether a stored stream is the one of this head, perhaps with later events."""
     return stored == head or (stored.epoch == head.epoch and stored.position > head.position)

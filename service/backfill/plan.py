@@ -93,12 +93,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         partitions: of the store that the states are for.
         buckets: ranges of partitions.
         unit_rows, piece_rows: rows that are sorted and computed together.
-        on_error: what follows from an event that cannot be read: it is left out (`continue`), its
-            stream ends before it (`halt`), or the run ends (`fail`).
+        on_error: an event that cannot be read is left out (`continue`), ends its stream (`halt`),
+            or ends the run (`fail`).
         drop_duplicates: whether an event that equals the one before in everything is left out.
-        offset: the column with the place of an event in the topic that it came from; None: it has
-            none.
-        topic, topic_partition: the topic of these, and the column with its partition.
+        offset: the column with the offset that an event had in a topic; None: it had none.
+        topic, topic_partition: this topic, and the column with its partition.
         version: whether the streams live, and the states are for another version of their model.
     """
 
@@ -175,7 +174,7 @@ def read_plan(out: Path) -> Plan:
     """Read the plan of an output folder.
 
     Raises:
-        BackfillError: the folder is none of a backfill.
+        BackfillError: it is not the folder of a backfill.
     """
     try:
         return msgspec.json.decode((out / PLAN).read_bytes(), type=Plan)
@@ -207,7 +206,7 @@ _NOT_WRITTEN = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes the file, whole or not at all.
+    """Replace a file by what is written at the yielded temporary path, whole or not at all.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full; names the file.

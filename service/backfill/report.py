@@ -1,4 +1,4 @@
-"""The report of a backfill: counts, rejected events with their places, rates, memory and disk."""
+"""The report of a backfill: counts, rejected events with file and row, rates, memory and disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.backfill.plan import Job
 from service.backfill.record import BucketRecord
 
 PLACES = 3
-"""Places that are given of each reason."""
+"""Files and rows that are named of each reason."""
 
 STAGES = ("shuffle", "compute")
 
@@ -39,26 +39,26 @@ def make_report(
         samples: of this run, in their order.
         peaks: the most memory of each of its processes, in bytes.
     """
-    every = list(records)
+    finished = list(records)
     rejected = list_rejected(job)
     return {
         "model": job.plan.model,
         "fingerprint": job.plan.fingerprint,
         "sources": len(job.plan.sources),
         "buckets": job.plan.buckets,
-        "streams": sum(each.streams for each in every),
-        "events": sum(each.events for each in every),
+        "streams": sum(each.streams for each in finished),
+        "events": sum(each.events for each in finished),
         "rejected_events": sum(each["events"] for each in rejected),
         "rejected": rejected,
-        "halted_streams": sum(each.halted_streams for each in every),
-        "duplicates": sum(each.duplicates for each in every),
-        "out_of_order": sum(each.out_of_order for each in every),
-        "stages": {stage: _rate(samples, stage) for stage in STAGES},
+        "halted_streams": sum(each.halted_streams for each in finished),
+        "duplicates": sum(each.duplicates for each in finished),
+        "out_of_order": sum(each.out_of_order for each in finished),
+        "stages": {stage: _measure_rate(samples, stage) for stage in STAGES},
         "seconds": round(samples[-1].elapsed_s, 3) if samples else 0.0,
         "peak_memory_bytes": sum(peaks.values()),
         "disk_bytes": {
-            "outputs": sum(each.outputs_bytes for each in every),
-            "states": sum(each.states_bytes for each in every),
+            "outputs": sum(each.outputs_bytes for each in finished),
+            "states": sum(each.states_bytes for each in finished),
             "shuffle": sum(file.stat().st_size for file in (job.out / "shuffle").glob("*")),
         },
     }
@@ -125,7 +125,7 @@ def show_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _rate(samples: list[Sample], stage: str) -> dict[str, float]:
+def _measure_rate(samples: list[Sample], stage: str) -> dict[str, float]:
     own = [sample for sample in samples if sample.stage == stage]
     seconds = own[-1].elapsed_s - own[0].elapsed_s if own else 0.0
     events = own[-1].events if own else 0
@@ -141,7 +141,7 @@ def plot_throughput(samples: list[Sample]) -> bytes:
     axes = figure.subplots()
     for stage in STAGES:
         own = [sample for sample in samples if sample.stage == stage]
-        rate = _rate(samples, stage)["events_per_s"]
+        rate = _measure_rate(samples, stage)["events_per_s"]
         axes.plot(
             [sample.elapsed_s for sample in own],
             [sample.events / 1e6 for sample in own],

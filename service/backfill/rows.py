@@ -22,8 +22,8 @@ from service.backfill.source import Batch
 from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.source_mark import source_name
 
-NOWHERE: Final = -(2**63)
-"""The order of a rejected event whose place is unknown: its stream ends before its first event."""
+BEFORE_FIRST_EVENT: Final = -(2**63)
+"""The order of a rejected event without a valid one: its stream ends before its first event."""
 
 SHOWN_CHARS: Final = 200
 _ENTRY_ID: Final = r"^(\d{1,19})-(\d{1,19})$"
@@ -96,7 +96,7 @@ class RowReader:
             table[RESET] = self._resets(frame, invalid)
         if self._plan.offset is not None:
             table |= self._offsets(batch.frame, invalid)
-        wrong = _any_rows(invalid, frame.height)
+        wrong = _is_any(invalid, frame.height)
         if wrong.any() and self._plan.on_error == "fail":
             raise min((each.error() for each in invalid), key=lambda error: error.index or 0)
         kept = ~wrong
@@ -104,9 +104,10 @@ class RowReader:
         if self._plan.on_error == "halt":
             # only an event of a known stream ends one
             kept |= streams["bucket"].is_not_null().to_numpy()
-            unplaced = _any_rows([e for e in invalid if e.field == self._plan.order], frame.height)
-            place = pl.when(pl.Series(unplaced)).then(NOWHERE).otherwise(pl.col("order"))
-            events = events.with_columns(order=place, rejected=pl.Series(wrong))
+            unordered = _is_any([e for e in invalid if e.field == self._plan.order], frame.height)
+            known = pl.when(pl.Series(~unordered)).then(pl.col("order"))
+            order_or_first = known.otherwise(BEFORE_FIRST_EVENT)
+            events = events.with_columns(order=order_or_first, rejected=pl.Series(wrong))
         return Unit(
             _sorted(pl.concat([streams, events], how="horizontal"), kept),
             self._rejected(batch, streams["stream"], invalid, wrong),
@@ -210,7 +211,7 @@ class RowReader:
         return marks[RESET].fill_null(False)
 
     def _offsets(self, frame: pl.DataFrame, invalid: list[InvalidRows]) -> dict[str, pl.Series]:
-        """Where each event is in the topic that it came from, if it says."""
+        """The source, offset and sequence of each event in its topic; null if it has none."""
         plan = self._plan
         name, topic, partition = plan.offset or "", plan.topic or "", plan.topic_partition
         text = frame[name].cast(pl.String)
@@ -262,7 +263,7 @@ class RowReader:
 _STREAM: Final[dict[str, Any]] = {"stream": pl.String, "bucket": pl.UInt32}
 
 
-def _any_rows(invalid: list[InvalidRows], rows: int) -> BoolArray:
+def _is_any(invalid: list[InvalidRows], rows: int) -> BoolArray:
     """Whether each row is one of them."""
     return np.any([np.zeros(rows, np.bool_), *(each.rows for each in invalid)], axis=0)
 

@@ -26,7 +26,7 @@ from models.errors import SpecError
 from models.spec.model import schema_of
 from models.training.progress import Progress
 from service.backfill.bucket import compute_bucket
-from service.backfill.engines import Engine, Function, own_peak
+from service.backfill.engines import Engine, Function, peak_memory
 from service.backfill.heads import has_heads
 from service.backfill.plan import (
     COMPLETE,
@@ -268,7 +268,9 @@ def run_backfill(
         run = _Run(job, engine, progress or Progress(Console(quiet=True)))
         run.compute()
         if run.samples or not (job.out / REPORT).exists():
-            report = make_report(job, run.records.values(), run.samples, engine.peaks | own_peak())
+            report = make_report(
+                job, run.records.values(), run.samples, engine.peaks | peak_memory()
+            )
             with replacing(job.out / REPORT) as path:
                 path.write_text(json.dumps(report, indent=2) + "\n")
         if run.samples and find_spec("matplotlib") is not None:

@@ -7,14 +7,15 @@ import polars as pl
 from service.backfill.plan import Plan
 
 HALTED = "after an event of the stream that was rejected"
-PLACE = ["source", "offset", "sequence"]
-"""Columns with the place of an event in the topic that it came from."""
+OFFSET = "offset"
+MARK_COLUMNS = ["source", OFFSET, "sequence"]
+"""Columns with the source mark of an event: its topic, and its offset there."""
 
 
 class RowSelector:
     """Selects the rows of pieces that follow each other.
 
-    Duplicates are events of a stream with the same place in the same topic; without places, events
+    Duplicates are events of a stream with the same source mark; in data without offsets, events
     that equal the one before in everything, which are left out only if the plan says so.
 
     Attributes:
@@ -34,7 +35,7 @@ class RowSelector:
             return piece, piece
         is_duplicate = self._find_duplicates(piece)
         self.duplicates += int(is_duplicate.sum())
-        if PLACE[1] in piece.columns or self._plan.drop_duplicates:
+        if OFFSET in piece.columns or self._plan.drop_duplicates:
             piece = piece.filter(~is_duplicate)
         if not piece.height:
             return piece, piece
@@ -54,14 +55,14 @@ class RowSelector:
 
     def _find_duplicates(self, piece: pl.DataFrame) -> pl.Series:
         """Whether each row is a duplicate, of one in the pieces before too."""
-        has_places = PLACE[1] in piece.columns
-        rows = piece.select("stream", "order", *PLACE) if has_places else piece
+        has_marks = OFFSET in piece.columns
+        rows = piece.select("stream", "order", *MARK_COLUMNS) if has_marks else piece
         before = rows.head(0) if self._before is None else self._before
         rows = pl.concat([before, rows])
-        if has_places:
-            key = pl.struct("stream", *PLACE)
-            repeats = rows.select(~key.is_first_distinct() & pl.col(PLACE[1]).is_not_null())
-            # the same event of two files has the same place in the order
+        if has_marks:
+            key = pl.struct("stream", *MARK_COLUMNS)
+            repeats = rows.select(~key.is_first_distinct() & pl.col(OFFSET).is_not_null())
+            # the same event of two files has the same order
             ends = piece.tail(1).select("stream", "order")
             self._before = rows.join(ends, on=["stream", "order"], how="semi").unique()
         else:

@@ -9,7 +9,7 @@ all units by the statistics of their row groups. A unit is a file of up to `Plan
     rejected bool                           if a stream ends before its first rejected event
     .NAME, for each field                   f64, str, bool, or i64 epoch ms; null if absent
 
-`order` is in milliseconds, or the number of the column that orders, or the place in the sources.
+`order` is in milliseconds, or the number of the column that orders; 0 for the order of the files.
 Rows that cannot be read are written beside it, with reasons. The number of a unit follows from its
 source and its place there, so that an interrupted run goes on with the units that are missing.
 """
@@ -189,8 +189,8 @@ def _parts(rows: pl.LazyFrame, max_rows: int, is_file_order: bool) -> Iterator[p
 
 def _stream_parts(rows: pl.LazyFrame, max_rows: int, is_file_order: bool) -> Iterator[pl.LazyFrame]:
     """Cut a stream between values of its order; rows of the same value stay together."""
-    place = pl.col("file").cast(pl.Int64) * ROWS_PER_SOURCE + pl.col("row").cast(pl.Int64)
-    key = place if is_file_order else pl.col("order")
+    file_order = pl.col("file").cast(pl.Int64) * ROWS_PER_SOURCE + pl.col("row").cast(pl.Int64)
+    key = file_order if is_file_order else pl.col("order")
     keys = rows.select(key.alias("key")).collect(engine="streaming")["key"].sort()
     after: int | None = None
     for at in range(max_rows, len(keys) + max_rows, max_rows):

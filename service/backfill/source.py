@@ -87,7 +87,7 @@ def find_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
         BackfillError: there is none, or one that is no table of events.
         DataError: a Parquet file or a table cannot be read.
     """
-    found = [source for argument in arguments for source in _find(argument)]
+    found = [source for argument in arguments for source in _expand_argument(argument)]
     names: dict[str, str] = {}
     for source in found:
         real = source.path if _is_url(source.path) else os.path.realpath(source.path)
@@ -98,28 +98,28 @@ def find_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
     return tuple(sorted(found, key=lambda source: source.path))
 
 
-def _find(argument: str) -> Iterator[Source]:
+def _expand_argument(argument: str) -> Iterator[Source]:
     kind, _, rest = argument.partition(":")
     path = Path(argument)
     if kind in TABLES:
-        yield _table(kind, rest)
+        yield _table_source(kind, rest)
     elif _is_url(argument):
-        yield from _remote(argument)
+        yield from _remote_sources(argument)
     elif (path / _DELTA_LOG).is_dir():
-        yield _table("delta", argument)
+        yield _table_source("delta", argument)
     elif any(path.glob("metadata/*.metadata.json")):
-        yield _table("iceberg", argument)
+        yield _table_source("iceberg", argument)
     elif path.is_dir():
         if not (files := [*_files_below(path)]):
             raise BackfillError(f"{argument}: expected a folder with files of events, got none")
-        yield from map(_local, files)
+        yield from map(_local_source, files)
     elif glob.has_magic(argument) and not path.exists():
         if not (names := glob.glob(argument, recursive=True)):
             raise BackfillError(f"{argument}: expected files of that form, got none")
         for name in names:
-            yield from _find(name)
+            yield from _expand_argument(name)
     else:
-        yield _local(path)
+        yield _local_source(path)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -146,7 +146,7 @@ def _is_hidden(name: str) -> bool:
     return name[0] in "._" and "=" not in name
 
 
-def _kind(path: str) -> str:
+def _kind_of(path: str) -> str:
     name = (path.partition("?")[0] if _is_url(path) else path).lower()
     kind = _KINDS.get(Path(name.removesuffix(".gz")).suffix)
     if kind is None or (kind == "parquet" and name.endswith(".gz")):
@@ -156,8 +156,8 @@ def _kind(path: str) -> str:
     return kind
 
 
-def _local(path: Path) -> Source:
-    kind, name = _kind(str(path)), str(path.absolute())
+def _local_source(path: Path) -> Source:
+    kind, name = _kind_of(str(path)), str(path.absolute())
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -171,7 +171,7 @@ def _local(path: Path) -> Source:
     if not sample:
         raise BackfillError(f"{name}: expected a table with one row per event, got an empty file")
     if kind == "parquet":
-        rows = _count(name, pl.scan_parquet(name, glob=False, hive_partitioning=False))
+        rows = _count_rows(name, pl.scan_parquet(name, glob=False, hive_partitioning=False))
     elif name.endswith(".gz"):
         rows = _INFLATED * status.st_size // 50
     else:
@@ -185,17 +185,17 @@ def _local(path: Path) -> Source:
     )
 
 
-def _remote(url: str) -> Iterator[Source]:
+def _remote_sources(url: str) -> Iterator[Source]:
     if not (url.endswith("/") or glob.has_magic(url.partition("?")[0])):
-        kind, rows = _kind(url), _UNKNOWN_ROWS
+        kind, rows = _kind_of(url), _UNKNOWN_ROWS
         if kind == "parquet":
-            rows = _count(url, pl.scan_parquet(url, glob=False, hive_partitioning=False))
+            rows = _count_rows(url, pl.scan_parquet(url, glob=False, hive_partitioning=False))
         yield Source(path=url, kind=kind, rows=rows)
         return
-    if not url.endswith("/") and _kind(url) != "parquet":
+    if not url.endswith("/") and _kind_of(url) != "parquet":
         raise BackfillError(f"{url}: expected the URL of each text file, got a pattern")
     files = pl.scan_parquet(url, include_file_paths=_EXTRA, hive_partitioning=False)
-    with _reading(url):
+    with _naming_source(url):
         counts = files.select(_EXTRA).group_by(_EXTRA).len().collect()
     if counts.height == 0:
         raise BackfillError(f"{url}: expected Parquet files with rows, got none")
@@ -203,9 +203,9 @@ def _remote(url: str) -> Iterator[Source]:
         yield Source(path=path, kind="parquet", rows=rows)
 
 
-def _table(kind: str, path: str) -> Source:
+def _table_source(kind: str, path: str) -> Source:
     path = path if _is_url(path) else str(Path(path).absolute())
-    with _reading(path):
+    with _naming_source(path):
         if kind == "delta":
             from deltalake import DeltaTable
 
@@ -217,7 +217,7 @@ def _table(kind: str, path: str) -> Source:
             if snapshot is None:
                 raise BackfillError(f"{path}: expected a table with rows, got one without")
             version = str(snapshot.snapshot_id)
-    rows = _count(path, _scan_table(kind, path, version))
+    rows = _count_rows(path, _scan_table(kind, path, version))
     return Source(path=path, kind=kind, rows=rows, table=version)
 
 
@@ -235,19 +235,19 @@ def _iceberg_metadata(path: str) -> str:
 
 
 def _scan_table(kind: str, path: str, version: str) -> pl.LazyFrame:
-    with _reading(path):
+    with _naming_source(path):
         if kind == "delta":
             return pl.scan_delta(path, version=int(version))
         return pl.scan_iceberg(_iceberg_metadata(path), snapshot_id=int(version))
 
 
-def _count(name: str, frame: pl.LazyFrame) -> int:
-    with _reading(name):
+def _count_rows(name: str, frame: pl.LazyFrame) -> int:
+    with _naming_source(name):
         return int(frame.select(pl.len()).collect().item())
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _naming_source(name: str) -> Iterator[None]:
     """Set options of polars, and turn errors of libraries into one that names the source."""
     for option, value in _POLARS_OPTIONS.items():
         os.environ.setdefault(option, value)
@@ -336,9 +336,9 @@ def _check_columns(source: Source, required: Sequence[str], columns: Sequence[st
             )
 
 
-def _frames(source: Source, scan: pl.LazyFrame, rows: int) -> Iterator[pl.DataFrame]:
+def _collect_frames(source: Source, scan: pl.LazyFrame, rows: int) -> Iterator[pl.DataFrame]:
     """The rows of a scan, as many in each frame but the last."""
-    with _reading(source.path):
+    with _naming_source(source.path):
         for frame in scan.collect_batches(chunk_size=rows, maintain_order=True):
             if frame.height:
                 yield frame
@@ -352,7 +352,7 @@ def _table_batches(
     first: int,
     rows: int | None,
 ) -> Iterator[Batch]:
-    with _reading(source.path):
+    with _naming_source(source.path):
         if source.kind == "parquet":
             scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
         else:
@@ -360,19 +360,19 @@ def _table_batches(
         columns = scan.collect_schema().names()
     _check_columns(source, required, columns)
     wanted = scan.select(name for name in names if name in columns).slice(first, rows)
-    for frame in _frames(source, wanted, batch_rows):
-        yield Batch(frame, _numbers(first, frame.height), frozenset(), [])
+    for frame in _collect_frames(source, wanted, batch_rows):
+        yield Batch(frame, _row_numbers(first, frame.height), frozenset(), [])
         first += frame.height
 
 
-def _numbers(first: int, rows: int) -> NDArray[np.uint64]:
+def _row_numbers(first: int, rows: int) -> NDArray[np.uint64]:
     return np.arange(first + 1, first + rows + 1, dtype=np.uint64)
 
 
 def _csv_batches(
     source: Source, names: Sequence[str], required: Sequence[str], batch_rows: int, first: int
 ) -> Iterator[Batch]:
-    with _reading(source.path):
+    with _naming_source(source.path):
         options: dict[str, Any] = {
             "has_header": False,
             "glob": False,
@@ -397,20 +397,20 @@ def _csv_batches(
     scan = scan.select(*wanted, extra, last)
     cut = _cells_of_cut_line(source.path, len(columns))
     expected = f"{len(columns)} cells, as in the header"
-    frames = _frames(source, scan, batch_rows)
-    for frame, is_last in _until_last(frames) if cut else ((each, False) for each in frames):
+    frames = _collect_frames(source, scan, batch_rows)
+    for frame, is_last in _flag_last(frames) if cut else ((each, False) for each in frames):
         malformed = []
         if (wrong := frame[_EXTRA].to_numpy()).any():
             malformed.append(InvalidRows("", wrong, expected, lambda _: "more"))
         if is_last and frame[_LAST][-1]:
             ends = np.arange(frame.height) == frame.height - 1
             malformed.append(InvalidRows("", ends, expected, lambda _: f"{cut}: the file is cut"))
-        rows = _numbers(first, frame.height)
+        rows = _row_numbers(first, frame.height)
         yield Batch(frame.select(wanted), rows, frozenset(wanted), malformed)
         first += frame.height
 
 
-def _until_last(frames: Iterator[pl.DataFrame]) -> Iterator[tuple[pl.DataFrame, bool]]:
+def _flag_last(frames: Iterator[pl.DataFrame]) -> Iterator[tuple[pl.DataFrame, bool]]:
     """Each frame, and whether it is the last one."""
     frame = next(frames, None)
     while frame is not None:
@@ -435,8 +435,8 @@ def _json_batches(
 ) -> Iterator[Batch]:
     is_first = True
     scan = pl.scan_lines(source.path, glob=False).slice(first)
-    for lines in _frames(source, scan, batch_rows):
-        numbers = _numbers(first, lines.height)
+    for lines in _collect_frames(source, scan, batch_rows):
+        numbers = _row_numbers(first, lines.height)
         first += lines.height
         # files that were joined have the mark of the byte order within
         texts = lines["line"].str.strip_prefix(_BYTE_ORDER_MARK)

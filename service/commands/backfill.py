@@ -93,10 +93,12 @@ def backfill(
     memory_mib: MemoryMib = 2048,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Measure the first rows, and say what it would take."),
+        typer.Option(
+            "--dry-run", help="Measure the first rows, and estimate time, memory and disk."
+        ),
     ] = False,
     quiet: Quiet = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in OUT.")] = False,
 ) -> None:
     """Compute the outputs and states of recorded events; the same command goes on after a stop."""
     from rich.console import Console
@@ -116,7 +118,7 @@ def backfill(
     from service.settings import Settings
 
     if len(history) < 2:
-        raise typer.BadParameter("expected HISTORY... and OUT")
+        raise typer.BadParameter(f"expected HISTORY... and OUT, got {len(history)} argument")
     if version and into is None:
         raise typer.BadParameter("expected --into with --version")
     if version and offset is not None:
@@ -161,7 +163,7 @@ def backfill(
 
 
 async def _check_store(store: Store) -> None:
-    """Do nothing with a store, which has started."""
+    """Do nothing: opening the store checks its address."""
 
 
 def score(

@@ -34,7 +34,7 @@ from service.store.topics import TopicKeys, TopicRegistration
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TopicName = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-SIDES: Final = {"beginning": "0", "end": "$"}
+START_IDS: Final = {"beginning": "0", "end": "$"}
 NamePart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
 
 
@@ -175,7 +175,7 @@ class ConsumerConfig(_Part):
         is_kafka, is_offsets = self.kafka_source is not None, isinstance(self.start, dict)
         if is_offsets and not is_kafka:
             raise ValueError("start: expected beginning, end or an id with a topic of the store")
-        if is_kafka and not is_offsets and self.start not in SIDES:
+        if is_kafka and not is_offsets and self.start not in START_IDS:
             raise ValueError("start: expected beginning, end or offsets with a topic of Kafka")
         if self.kafka_source is not None:
             if self.event.field is None:
@@ -187,8 +187,8 @@ class ConsumerConfig(_Part):
     def start_id(self) -> str:
         """The id behind which a new group starts; of Kafka all of what was read."""
         if isinstance(self.start, dict) or self.kafka_source is not None:
-            return SIDES["beginning"]
-        return SIDES.get(self.start, self.start)
+            return START_IDS["beginning"]
+        return START_IDS.get(self.start, self.start)
 
     @property
     def constant_stream(self) -> str | None:

@@ -161,21 +161,21 @@ class EventReader:
             place = self._event.decode()
             raise MalformedBody(f"{place}: expected one {kind} document: {error}") from error
 
-    def mark(self, event: Event) -> SourceMark:
-        """The place of an event in the topic that it came from; nowhere if it does not say."""
+    def find_mark(self, event: Event) -> SourceMark:
+        """Find the source mark of an event; of no source if its origin cannot be read."""
         fields = dict(zip(event.fields[::2], event.fields[1::2], strict=False))
         origin = fields.get(ORIGIN_FIELD, b"").decode("utf-8", "replace")
         if not self._is_kafka and not origin.startswith(f"{self._source}:"):
             return SourceMark(self._source, *parse_offset(event.id.decode()))
         topic, _, offset = origin.rpartition(":")
         try:
-            place = parse_offset(offset)
+            numbers = parse_offset(offset)
             if self._is_kafka:
                 topic, _, partition = topic.rpartition(":")
                 topic = source_name(topic, int(partition))
         except ValueError:
             return SourceMark("", 0)
-        return SourceMark(topic, *place)
+        return SourceMark(topic, *numbers)
 
     def chunk(self, events: Sequence[Event]) -> Chunk:
         """Make the chunk of consecutive events of one stream.

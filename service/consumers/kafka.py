@@ -269,15 +269,15 @@ class KafkaSource:
     def _first_offsets(self, stored: Offsets) -> dict[int, int]:
         """Where partitions begin that are not stored in all input topics."""
         is_new = all(value is None for row in stored.values() for value in row.values())
-        starts, place = {}, self._config.start
+        starts, start = {}, self._config.start
         for partition, row in stored.items():
             known = [value for value in row.values() if value is not None]
             if len(known) < len(row):
                 low, high = self._watermarks(self._client, partition)
                 # a partition that was added later is read from its beginning
-                first = high if is_new and place == "end" else low
-                if is_new and isinstance(place, dict):
-                    first = place.get(partition, low)
+                first = high if is_new and start == "end" else low
+                if is_new and isinstance(start, dict):
+                    first = start.get(partition, low)
                 starts[partition] = min(known, default=first)
         return starts
 

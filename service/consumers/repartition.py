@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from service.consumers.config import SIDES, ConsumerConfig
+from service.consumers.config import START_IDS, ConsumerConfig
 from service.consumers.events import ORIGIN_FIELD, StreamNames
 from service.consumers.outputs import MAX_FIELDS, dead_letter
 from service.consumers.shared_topics import LeasedTopic, SharedTopics
@@ -107,7 +107,7 @@ class RepartitionedTopic(LeasedTopic):
     def _moved(self, entry: Entry) -> Entry:
         """An entry as it is appended. If the group starts at an id, behind which are events that
         states were loaded with, it says where it comes from: a consumer skips those."""
-        if self._config.start in SIDES:
+        if self._config.start in START_IDS:
             return entry
         origin = b"%b:%b" % (self.keys.topic.encode(), entry.id)
         return Entry(entry.id, [*(entry.fields or ()), ORIGIN_FIELD, origin])

@@ -13,7 +13,7 @@ from typing import Protocol
 from service.core.errors import CarryError, Conflict
 from service.core.values import StreamKey, StreamState
 from service.store.base import CommitColumns, CommitResult, StoredValue, decode_value
-from service.store.codec import has_source
+from service.store.codec import has_source_mark
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 
@@ -47,7 +47,7 @@ class TopicStore(RedisStore):
     ) -> list[StoredValue]:
         values = await super().load(keys, deadline_s)
         for index, value in enumerate(values):
-            if isinstance(value, bytes) and has_source(value):
+            if isinstance(value, bytes) and has_source_mark(value):
                 key = keys[index]
                 stored, committer = decode_value(key, value), self.committers.get(key)
                 if isinstance(stored, StreamState) and committer is not None:

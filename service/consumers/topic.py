@@ -178,7 +178,7 @@ class OwnedTopic(LeasedTopic):
     def check_source(self, key: StreamKey, stored: StreamState) -> CarryError | None:
         """Check that no event of a chunk is in the state already; see `Committer`."""
         submitted, mark = self._submitted[key], stored.source
-        if mark is None or not any(map(mark.covers, map(self._reader.mark, submitted.events))):
+        if mark is None or not any(map(mark.covers, map(self._reader.find_mark, submitted.events))):
             return None
         submitted.mark = mark
         return already_applied(key.stream, stored.head)
@@ -297,7 +297,7 @@ class OwnedTopic(LeasedTopic):
         """
         stream = events[0].stream
         waiting = [*events, *self._waiting.take_all(stream)]
-        skipped = {event.id for event in waiting if mark.covers(self._reader.mark(event))}
+        skipped = {event.id for event in waiting if mark.covers(self._reader.find_mark(event))}
         self._waiting.put_back([event for event in waiting if event.id not in skipped])
         self._skipping.add(stream)
         self._write(SKIPPED, TopicItem([*skipped], condition=condition))

@@ -281,7 +281,7 @@ def read_since(value: bytes) -> int | None:
     return since
 
 
-def has_source(value: bytes) -> bool:
+def has_source_mark(value: bytes) -> bool:
     """Whether a stored value is flagged to have a source mark; it may be damaged."""
     return len(value) > _FLAGS_OFFSET and bool(value[_FLAGS_OFFSET] & HAS_SOURCE)
 

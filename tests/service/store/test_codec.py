@@ -32,7 +32,7 @@ from service.store.codec import (
     decode_states,
     encode_state,
     encode_tombstone,
-    has_source,
+    has_source_mark,
     pack_head,
     read_packed_head,
     read_streams,
@@ -187,7 +187,7 @@ def test_the_layout_of_a_state_matches_its_documentation() -> None:
     assert both[16:] == marked[16:] + struct.pack("<Q", 7)
     assert [decode_state(each).source for each in (value, marked, both)] == [None, mark, mark]
     assert [decode_state(each).since for each in (value, marked, both)] == [None, None, 7]
-    assert [has_source(each) for each in (b"", value, inexact, marked, both)] == [
+    assert [has_source_mark(each) for each in (b"", value, inexact, marked, both)] == [
         *[False] * 3,
         *[True] * 2,
     ]
