@@ -21,7 +21,7 @@ from models.events.schema import (
 _NUMBER = r"^-?\d+(\.\d+)?$"
 
 
-def typed_cells(schema: EventSchema, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[InvalidRows]]:
+def parse_cells(schema: EventSchema, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[InvalidRows]]:
     """Parse the columns of text that fields have; other columns are left as they are.
 
     Returns:
@@ -54,7 +54,7 @@ def _parse(field: EventField, column: pl.Series) -> tuple[pl.Series, str]:
         case NumericField():
             return column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
         case BooleanField(coerce=False):
-            return _written_out(column), COERCE_HINT
+            return _parse_true_false(column), COERCE_HINT
         case BooleanField():
             return _parse_booleans(column), "true or false"
         case TimestampField():
@@ -63,7 +63,7 @@ def _parse(field: EventField, column: pl.Series) -> tuple[pl.Series, str]:
             return column, ""
 
 
-def _written_out(column: pl.Series) -> pl.Series:
+def _parse_true_false(column: pl.Series) -> pl.Series:
     lower = column.str.strip_chars().str.to_lowercase()
     words = {word: value for word, value in TRUTH.items() if word.isalpha()}
     return lower.replace_strict(words, default=None, return_dtype=pl.Boolean)

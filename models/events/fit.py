@@ -25,7 +25,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.events.values import log_gap, transformed
+from models.events.values import apply_transform, log_gap
 from models.spec.resets import ResetPolicy, find_resets, segments_of
 
 NO_POLICY = ResetPolicy()
@@ -80,7 +80,7 @@ def _fit(
         return field
     match field:
         case NumericField():
-            numbers = transformed(field, values)
+            numbers = apply_transform(field, values)
             mean, std = _moments(field.name, numbers[present])
             update: dict[str, Any] = {
                 "mean": mean if field.mean is None else field.mean,

@@ -143,7 +143,7 @@ def _normalise(
     for segment, words in segments.before.items():
         for at, each in enumerate(fields):
             moments[at, segment] = words[each.start : each.start + MOMENT_WORDS]
-    steps = _normalise_abreast(fields, values, absent, segments, moments, results)
+    steps = _normalise_side_by_side(fields, values, absent, segments, moments, results)
     for segment in np.flatnonzero(segments.stops - segments.starts > steps).tolist():
         part = slice(int(segments.starts[segment]) + steps, int(segments.stops[segment]))
         for at, each in enumerate(fields):
@@ -156,7 +156,7 @@ def _normalise(
     return results
 
 
-def _normalise_abreast(
+def _normalise_side_by_side(
     fields: Sequence[FieldStatistics],
     values: Floats,
     absent: Sequence[Bools | None],

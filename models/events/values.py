@@ -37,10 +37,10 @@ def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
     """
     given = np.asarray(values, np.float64)
     with np.errstate(over="ignore"):
-        return _scale(transformed(field, given), field.mean, field.std)
+        return _scale(apply_transform(field, given), field.mean, field.std)
 
 
-def transformed(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.float64]:
+def apply_transform(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Apply the field's transform, without standardising."""
     if field.transform == "signed_log1p":
         return np.asarray(np.copysign(np.log1p(np.abs(values)), values), np.float64)

@@ -1,6 +1,6 @@
 """Runs a network's step over many sequences at a time, with little padding.
 
-All sequences run abreast: each round takes the next rows of every one, the longest first, so that
+Sequences run side by side: each round takes the next rows of each, the longest first, so that
 sequences of similar length share a call, and a call ends where its padding would cost more than
 another call. Copies between rows and calls are one indexing operation a call. Only sequences that
 last longer than one round hold a state.

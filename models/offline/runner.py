@@ -2,7 +2,7 @@
 
 Backfills, `carry score`, the reports of training and `carry replay --verify` share it. A table has
 the events of many streams, one stream after the other; it is encoded as a whole, cut into segments
-where the states are reset, and the segments run abreast (`models.offline.batches`). Outputs do not
+where the states are reset, and run side by side (`models.offline.batches`). Outputs do not
 depend on which streams share a table, nor, unless the network sees a chunk as a whole, on the
 chunks, within the tolerance of `docs/explanation/guarantees.md`; the same table gives the same
 bytes on the same kind of processor.

@@ -17,7 +17,7 @@ import polars as pl
 import simdjson
 
 from models.errors import DataError, ModelsError
-from models.events.cells import typed_cells
+from models.events.cells import parse_cells
 from models.events.schema import EventSchema
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
@@ -183,7 +183,7 @@ def _check_members(path: Path) -> None:
 
 
 def _parse_columns(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
-    typed, invalid = typed_cells(schema, frame)
+    typed, invalid = parse_cells(schema, frame)
     if invalid:
         raise invalid[0].error().in_table(str(path))
     return typed

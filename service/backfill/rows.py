@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from models.errors import DataError
-from models.events.cells import typed_cells
+from models.events.cells import parse_cells
 from models.events.columns import BoolArray, EventColumns
 from models.events.frame import InvalidRows, canonical_frame, columns_from_canonical, find_overflows
 from models.events.parse import RESET, can_mark_resets
@@ -116,7 +116,7 @@ class RowReader:
     def _typed(self, batch: Batch, invalid: list[InvalidRows]) -> pl.DataFrame:
         """The batch with its text cells parsed as its fields say."""
         text = batch.frame.select(name for name in batch.frame.columns if name in batch.text)
-        typed, wrong = typed_cells(self._schema, text)
+        typed, wrong = parse_cells(self._schema, text)
         invalid += wrong
         return batch.frame.with_columns(typed.get_columns())
 
@@ -205,7 +205,7 @@ class RowReader:
         if RESET not in frame.columns:
             return pl.repeat(False, frame.height, dtype=pl.Boolean, eager=True)
         schema = EventSchema(fields=(BooleanField(name=RESET, optional=True, coerce=True),))
-        typed, wrong_cells = typed_cells(schema, frame.select(RESET))
+        typed, wrong_cells = parse_cells(schema, frame.select(RESET))
         marks, wrong = canonical_frame(schema, typed)
         invalid += [*wrong_cells, *wrong]
         return marks[RESET].fill_null(False)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import DataError
-from models.events.cells import typed_cells
+from models.events.cells import parse_cells
 from models.events.frame import canonical_frame, columns_from_canonical, columns_from_frame
 from models.events.schema import EventSchema
 
@@ -46,7 +46,7 @@ ROWS = st.tuples(*[st.sampled_from(cells) for cells in CELLS.values()])
 
 def read(frame: pl.DataFrame) -> tuple[list[tuple[Any, ...]], set[int]]:
     """The values and the rejected rows of a table of text."""
-    typed, in_cells = typed_cells(SCHEMA, frame)
+    typed, in_cells = parse_cells(SCHEMA, frame)
     canonical, in_values = canonical_frame(SCHEMA, typed)
     invalid = np.zeros(frame.height, np.bool_)
     for each in [*in_cells, *in_values]:
@@ -113,7 +113,7 @@ def test_booleans_that_must_be_written_out_are_read_cell_by_cell() -> None:
     schema = EventSchema.model_validate(
         {"fields": [{"kind": "boolean", "name": "x", "coerce": False}]}
     )
-    typed, (invalid,) = typed_cells(schema, pl.DataFrame({"x": ["true", "1", "False", "no"]}))
+    typed, (invalid,) = parse_cells(schema, pl.DataFrame({"x": ["true", "1", "False", "no"]}))
     assert typed["x"].to_list() == [True, None, False, None]
     assert np.flatnonzero(invalid.rows).tolist() == [1, 3]
 
