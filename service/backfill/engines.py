@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -187,9 +187,7 @@ class Processes:
                 while waiting and len(busy) < self._count:
                     worker, task = self._find_idle_worker(busy), waiting.pop()
                     busy[worker] = task
-                    # the loss of the process is noticed below
-                    with suppress(OSError):
-                        worker.pipe.send((function, task))
+                    self._send(worker, (function, task))
                 ready = connection.wait([worker.pipe for worker in busy])
                 for worker in [each for each in busy if each.pipe in ready]:
                     task = busy.pop(worker)
@@ -221,18 +219,38 @@ class Processes:
                 return worker
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._job), daemon=True)
-        with _setting_environment(ONE_THREAD):
+        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        with _setting_environment(ONE_THREAD), _blocking_signals():
             process.start()
+            self._workers.append(_Worker(process, ours))
         theirs.close()
-        self._workers.append(_Worker(process, ours))
+        # not an argument: its start would wait, with blocked signals, until it is read
+        self._send(self._workers[-1], self._job)
         return self._workers[-1]
+
+    def _send(self, worker: _Worker, message: object) -> None:
+        """Send to a process; its loss is noticed when its result is waited for."""
+        with suppress(OSError):
+            worker.pipe.send(message)
 
     def _remove(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
+
+
+@contextmanager
+def _blocking_signals() -> Iterator[None]:
+    """Block SIGINT and SIGTERM: processes that are started meanwhile inherit it, and have all that
+    is sent to them once signals arrive again."""
+    # its start would unblock them on Python 3.11
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -250,17 +268,19 @@ def _setting_environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(pipe: connection.Connection, job: Job) -> None:
-    """Run tasks until the pipe is closed, or the process that started this one has ended."""
-    # the terminal sends it to all; the parent decides
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _work(pipe: connection.Connection) -> None:
+    """Run tasks of a job until the pipe is closed, or the process that started this one has ended.
+
+    Receives the job first, then each task with its function.
+    """
+    # SIGINT stays blocked: the terminal sends it to all; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
+    with suppress(EOFError):
+        job = pipe.recv()
+        while True:
             function, task = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(run_task(function, job, task))
+            pipe.send(run_task(function, job, task))
 
 
 def _end_with_parent() -> None:

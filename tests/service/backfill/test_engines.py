@@ -9,9 +9,10 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from models.spec.model import schema_of
-from service.backfill.engines import Engine, Processes, RayCluster, TaskError, ThisProcess
+from service.backfill.engines import Engine, Processes, TaskError, ThisProcess
 from service.backfill.plan import Job
 from service.backfill.run import run_backfill
+from service.commands.backfill import open_engine
 from tests.support.backfill import (
     double,
     fail,
@@ -40,7 +41,7 @@ def job(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 OPEN: dict[str, Callable[[Job], Engine]] = {
     "processes": lambda job: Processes(job, 2),
-    "ray": lambda job: RayCluster(job, cpus=2),
+    "ray": lambda job: open_engine("ray", job, None, 2, 2048),
 }
 
 

@@ -391,7 +391,7 @@ async def test_a_load_that_is_killed_goes_on(own_server: RealServer, tmp_path: P
         async def has_more(before: int) -> None:
             await becomes(lambda: client.dbsize() > before + 10, "some more streams")
 
-        for _ in range(3):
+        for _ in range(2):
             fork = Fork([COMMAND, *words, "--rate", "50"], os.environ, [log, log, log])
             try:
                 await has_more(client.dbsize())

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,21 @@ from tests.support.backfill import (
     time_column,
 )
 from tests.support.command import carry
-from tests.support.forks import COMMAND
+from tests.support.forks import COMMAND, Fork
 from tests.support.models import random_weights, small_spec
 from tests.support.servers import until
 
 EVENTS = 400
+STARTING = """
+import signal, sys, time
+from pathlib import Path
+
+if "--multiprocessing-fork" in sys.orig_argv:
+    blocked = sorted(each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    Path(__file__).with_name("blocked").write_text(" ".join(["blocked:", *blocked]))
+    time.sleep(3600)
+"""
+"""A `sitecustomize` by which the processes of a backfill start forever."""
 
 
 @pytest.fixture(scope="module")
@@ -441,22 +450,28 @@ def test_events_of_many_values_are_computed_in_smaller_pieces(artifact: Artifact
     assert rows_in_memory(wide)[1] < piece_rows / 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_cleanly(
-    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path, number: signal.Signals
+def test_signals_end_the_command_cleanly(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
 ) -> None:
+    """A terminal sends one to all processes; one that is starting prints nothing about it."""
     frame.write_csv(tmp_path / "b.csv")
-    words = [artifact.path, tmp_path / "b.csv", tmp_path / "out", "--stream", "stream"]
-    with subprocess.Popen(
-        [COMMAND, "backfill", *map(str, words), "--workers", "1"],
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
-        until(lambda: (tmp_path / "out" / "shuffle").exists() or process.poll() is not None)
-        os.killpg(process.pid, number)
-        _, printed = process.communicate()
-    if process.returncode:  # else it was done before
-        assert process.returncode == 128 + number
-        assert printed == b"interrupted: the same command goes on\n"
-    result = carry("backfill", *words)
-    assert result.exit_code == 0, result.stderr
+    words = [*map(str, (artifact.path, tmp_path / "b.csv", tmp_path / "out")), "--stream", "stream"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(STARTING)
+        blocked = folder / "blocked"
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        with (folder / "printed").open("wb") as log:
+            command = [COMMAND, "backfill", *words, "--workers", "1"]
+            fork = Fork(command, environment, [log, log, log])
+        try:
+            until(blocked.exists, "a process that starts")
+            assert until(blocked.read_text) == "blocked: SIGINT SIGTERM"
+            os.killpg(fork.pid, number)
+            assert fork.wait(60) == 128 + number
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(fork.pid, signal.SIGKILL)
+        printed = (folder / "printed").read_text()
+        assert printed == "interrupted: the same command goes on\n"
