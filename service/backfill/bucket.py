@@ -74,6 +74,7 @@ def compute_bucket(job: Job, bucket: int) -> BucketRecord:
         out_of_order=writer.out_of_order,
         duplicates=writer.selector.duplicates,
         halted_streams=writer.selector.halted,
+        moved_streams=writer.moved,
         outputs_bytes=sizes[0],
         states_bytes=sizes[1],
         outputs_blake2b=checksums[0],
@@ -149,6 +150,7 @@ class _OpenStream:
         states: its state, of one stream.
         updated_ms: time of its last event, 0 if there is none.
         mark: the highest offset of its events in the topic that its last one came from.
+        has_moved: whether others came from another partition of it.
     """
 
     name: str
@@ -156,6 +158,7 @@ class _OpenStream:
     states: StreamStates
     updated_ms: int
     mark: SourceMark | None
+    has_moved: bool
 
 
 class _BucketWriter:
@@ -176,7 +179,7 @@ class _BucketWriter:
         self._cutter = HeadCutter(load_heads(job.out, bucket)) if job.plan.version else None
         self.selector = RowSelector(job.plan)
         self.halted_events: list[pl.DataFrame] = []
-        self.streams = self.events = self.out_of_order = 0
+        self.streams = self.events = self.out_of_order = self.moved = 0
 
     def tables(self, pieces: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         """Compute pieces, and yield the outputs of each."""
@@ -258,7 +261,7 @@ class _BucketWriter:
         times = [0] * len(names)
         if self._schema.timestamp is not None:
             times = last[field_column(self._schema.timestamp.name)].fill_null(0).to_list()
-        marks = _highest_marks(piece)
+        marks, moved = _highest_marks(piece), _moved_streams(piece)
         for at, (name, start, end) in enumerate(
             zip(names, starts.tolist(), ends.tolist(), strict=True)
         ):
@@ -268,10 +271,13 @@ class _BucketWriter:
             states = StreamStates(after.floats[cut], after.ints[cut], after.positions[cut])
             if at:
                 self._close_stream()
-            mark, before = marks.get(name), None if opened is None or at else opened.mark
-            if before is not None and (mark is None or before.covers(mark)):
-                mark = before
-            self._open = _OpenStream(name, digest, states, times[at], mark)
+            mark, has_moved = marks.get(name), name in moved
+            if opened is not None and opened.mark is not None and not at:
+                before = opened.mark
+                has_moved |= opened.has_moved or (mark is not None and mark.source != before.source)
+                if mark is None or before.covers(mark):
+                    mark = before
+            self._open = _OpenStream(name, digest, states, times[at], mark, has_moved)
 
     def _new_digest(self, stream: str) -> Any:
         digest = self._digest.copy()
@@ -309,6 +315,7 @@ class _BucketWriter:
         self._records.append([self._model, stream.name, value])
         self._size_bytes += len(value)
         self.streams += 1
+        self.moved += stream.has_moved
         if self._size_bytes >= BLOCK_BYTES:
             self._flush()
 
@@ -356,3 +363,12 @@ def _highest_marks(piece: pl.DataFrame) -> dict[str, SourceMark]:
         .last()
     )
     return {name: SourceMark(*place) for name, *place in last.iter_rows()}
+
+
+def _moved_streams(piece: pl.DataFrame) -> set[str]:
+    """The streams with events of several partitions of a topic."""
+    if "offset" not in piece.columns:
+        return set()
+    placed = piece.select("stream", "source", "offset").drop_nulls()
+    sources = placed.group_by("stream").agg(pl.col("source").n_unique())
+    return set(sources.filter(pl.col("source") > 1)["stream"])

@@ -19,6 +19,7 @@ class BucketRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         out_of_order: events that are earlier than one before them, since the last reset.
         duplicates: found, whether they were left out or not.
         halted_streams: that end before a rejected event.
+        moved_streams: with events of several partitions of a topic.
         outputs_bytes, states_bytes: sizes of its files.
         outputs_blake2b, states_blake2b: BLAKE2b of these, 32 bytes in hexadecimal.
         seconds: that it took.
@@ -30,6 +31,7 @@ class BucketRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     out_of_order: int
     duplicates: int
     halted_streams: int
+    moved_streams: int
     outputs_bytes: int
     states_bytes: int
     outputs_blake2b: str

@@ -51,6 +51,7 @@ def make_report(
         "rejected_events": sum(each["events"] for each in rejected),
         "rejected": rejected,
         "halted_streams": sum(each.halted_streams for each in finished),
+        "moved_streams": sum(each.moved_streams for each in finished),
         "duplicates": sum(each.duplicates for each in finished),
         "out_of_order": sum(each.out_of_order for each in finished),
         "stages": {stage: _measure_rate(samples, stage) for stage in STAGES},
@@ -95,6 +96,11 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"warning: {report['out_of_order']:,} events are earlier than one before them in their "
             "stream"
+        )
+    if report["moved_streams"]:
+        yield (
+            f"warning: {report['moved_streams']:,} streams have events of several partitions, and "
+            "consumers skip only those of the last one"
         )
     for stage, rate in report["stages"].items():
         if rate["events"]:

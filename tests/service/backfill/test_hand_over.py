@@ -15,7 +15,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.backfill.load import load_states
 from service.backfill.plan import BackfillError
-from service.backfill.run import BackfillOptions, plan_backfill
+from service.backfill.run import BackfillOptions, plan_backfill, read_report
 from service.core.values import StreamKey
 from service.store.base import decode_stream
 from service.store.source_mark import format_offset
@@ -138,6 +138,21 @@ async def test_a_mark_is_the_furthest_place_of_a_stream_in_its_topic(
         places = [f"{each.source.offset}-{each.source.sequence}" for each in found]
         assert places == list(first.values())
         assert {each.source.source for each in found} == {"events"}
+
+
+@pytest.mark.parametrize("rows", [1, 11, 1000])
+def test_streams_of_several_partitions_are_counted(
+    small: Artifact, events: pl.DataFrame, tmp_path: Path, rows: int
+) -> None:
+    """As of a topic that got more partitions: a mark is of one of them."""
+    number = pl.int_range(pl.len())
+    moved = events.with_columns(
+        entry=number,
+        partition=pl.when((pl.col("stream") == "s2") & (number > 200)).then(1).otherwise(0),
+    )
+    options = {"offset": "entry", "topic": "events", "topic_partition": "partition"}
+    out = backfill(small, moved, tmp_path, piece_rows=rows, **options)
+    assert read_report(out)["moved_streams"] == 1
 
 
 async def test_states_with_another_mark_are_not_taken_for_loaded(

@@ -106,6 +106,7 @@ def write_out(out: Path, streams: Mapping[str, StreamState], buckets: int = 3) -
             out_of_order=0,
             duplicates=0,
             halted_streams=0,
+            moved_streams=0,
             outputs_bytes=0,
             states_bytes=states.stat().st_size,
             outputs_blake2b="",
