@@ -41,9 +41,18 @@ EXTRAS = {
     "models": "mlflow",
     "replay": "replay",
     "score": "backfill",
+    "streams": "backfill",
     **dict.fromkeys(COMMANDS, "train"),
 }
 """The extra with the packages that a command needs."""
+
+EXTRAS_OF_PACKAGES = {
+    "deltalake": "delta",
+    "pyarrow": "iceberg",
+    "pyiceberg": "iceberg",
+    "ray": "ray",
+}
+"""The extra of a package that only some options of a command need."""
 
 
 class Commands(TyperGroup):
@@ -59,9 +68,11 @@ class Commands(TyperGroup):
                 raise  # not expected, or handled by Typer
             line = error.detail if isinstance(error, CarryError) else str(error)
             if isinstance(error, ModuleNotFoundError):
+                package = (error.name or "").partition(".")[0]
                 extra = EXTRAS.get(ctx.invoked_subcommand or "")
                 if extra is None:
                     raise
+                extra = EXTRAS_OF_PACKAGES.get(package, extra)
                 line += (
                     f"; `carry {ctx.invoked_subcommand}` needs the extra `{extra}`: "
                     f"pip install ./client '.[{extra}]' (in a clone: scripts/setup dev)"

@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import traceback
@@ -39,6 +40,7 @@ ATTEMPTS = 3
 ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 IN_FLIGHT_PER_CPU = 2
 """Tasks of a cluster that are submitted at once, so that its CPUs never wait for the next."""
+ADDRESS_TIMEOUT_S = 10
 OBJECT_STORE_BYTES = 128 * 2**20
 """Memory that a Ray of this machine shares between processes: results are small, and the job is put
 there once."""
@@ -99,7 +101,7 @@ def run_task(function: Function[Any, Any], job: Job, task: Any) -> Outcome:
     result, error, is_expected = None, "", False
     try:
         result = function(job, task)
-    except (CarryError, ModelsError, OperatorError, OSError) as expected:
+    except (CarryError, ModelsError, OperatorError, OSError, ModuleNotFoundError) as expected:
         error, is_expected = str(expected), True
     except Exception:
         error = traceback.format_exc()
@@ -298,6 +300,24 @@ def _describe_exit(process: BaseProcess) -> str:
     return f"{signal.Signals(-code).name}{hint}"
 
 
+def _check_address(address: str) -> None:
+    """Reject an address at which nobody answers; Ray itself would try for many minutes.
+
+    Raises:
+        OperatorError
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto`, or another form that Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ADDRESS_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise OperatorError(
+            f"{address}: expected the address of a Ray cluster, such as ray://head:10001, got "
+            f"{error}"
+        ) from error
+
+
 class RayCluster:
     """A Ray cluster, or one of this machine.
 
@@ -314,6 +334,8 @@ class RayCluster:
 
         self._ray = ray
         address = address or os.environ.get("RAY_ADDRESS")
+        if address:
+            _check_address(address)
         local: dict[str, Any] = {}
         self._folder = None
         if not address:

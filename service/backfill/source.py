@@ -157,9 +157,10 @@ def _kind_of(path: str) -> str:
 
 
 def _local_source(path: Path) -> Source:
-    kind, name = _kind_of(str(path)), str(path.absolute())
+    name = str(path.absolute())
     try:
         status = path.stat()
+        kind = _kind_of(str(path))
         if not stat.S_ISREG(status.st_mode):
             raise BackfillError(f"{name}: expected a file")
         with path.open("rb") as file:
@@ -253,10 +254,8 @@ def _naming_source(name: str) -> Iterator[None]:
         os.environ.setdefault(option, value)
     try:
         yield
-    except (BackfillError, DataError, GeneratorExit):
+    except (BackfillError, DataError, GeneratorExit, ModuleNotFoundError):
         raise
-    except ImportError as error:
-        raise BackfillError(f"{name}: {error}") from error
     except (Exception, pl.exceptions.PanicException) as error:
         path = Path(name)
         if not _is_url(name) and path.is_file() and path.suffix in _KINDS and "parquet" not in name:

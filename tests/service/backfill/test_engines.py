@@ -9,10 +9,11 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from models.spec.model import schema_of
-from service.backfill.engines import Engine, Processes, TaskError, ThisProcess
+from service.backfill.engines import Engine, Processes, RayCluster, TaskError, ThisProcess
 from service.backfill.plan import Job
 from service.backfill.run import run_backfill
 from service.commands.backfill import open_engine
+from service.core.errors import OperatorError
 from tests.support.backfill import (
     double,
     fail,
@@ -23,6 +24,7 @@ from tests.support.backfill import (
     random_events,
     small_artifact,
 )
+from tests.support.servers import free_port
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,11 @@ OPEN: dict[str, Callable[[Job], Engine]] = {
     "processes": lambda job: Processes(job, 2),
     "ray": lambda job: open_engine("ray", job, None, 2, 2048),
 }
+
+
+def test_an_address_without_a_cluster_is_rejected(job: Job) -> None:
+    with pytest.raises(OperatorError, match="expected the address of a Ray cluster"):
+        RayCluster(job, f"127.0.0.1:{free_port()}")
 
 
 @pytest.fixture(scope="module", params=OPEN)

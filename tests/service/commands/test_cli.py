@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from carry import cli
+from tests.support.backfill import small_artifact
 
 
 def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +41,25 @@ def test_a_missing_package_names_its_extra(
     assert result.exit_code == status
     assert result.stderr.startswith("carry: ")
     assert f"`carry {words[0]}` needs the extra `{words[0]}`: pip install" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "extra"),
+    [
+        ("deltalake", ["delta:table", "out"], "delta"),
+        ("pyiceberg.table", ["iceberg:table", "out"], "iceberg"),
+        ("ray", ["events.csv", "out", "--engine", "ray"], "ray"),
+    ],
+)
+def test_a_missing_package_of_an_option_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, words: list[str], extra: str
+) -> None:
+    small_artifact(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").write_text("stream\n")
+    monkeypatch.setitem(sys.modules, module, None)
+    command = ["backfill", "small", *words, "--stream", "stream"]
+    assert f"needs the extra `{extra}`" in CliRunner().invoke(cli.app, command).stderr
 
 
 def test_unexpected_errors_are_left_to_typer(monkeypatch: pytest.MonkeyPatch) -> None:
