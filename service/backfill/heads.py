@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from service.backfill.plan import COMPLETE, Plan, replacing
+from service.backfill.plan import COMPLETE, BackfillError, Plan, replacing
 from service.core.errors import CarryError
 from service.core.values import StreamHead
 from service.store.base import Store
@@ -43,13 +43,14 @@ async def read_heads(store: Store, plan: Plan, out: Path) -> None:
 
     Raises:
         StoreUnavailable, StoreRefused: none is used; the call can be repeated.
+        BackfillError: no stream lives that another version computes.
     """
     folder = out / "heads"
     if has_heads(out):
         return
     folder.mkdir(exist_ok=True)
     rows: list[tuple[Any, ...]] = []
-    cursor, part = None, 0
+    cursor, part, live = None, 0, 0
     while True:
         page = await store.streams(plan.model, "", cursor, PAGE_STREAMS)
         for key, value in zip(page.keys, await store.load(page.keys), strict=True):
@@ -61,6 +62,7 @@ async def read_heads(store: Store, plan: Plan, out: Path) -> None:
             if header.fingerprint.hex() != plan.fingerprint:
                 bucket = plan.bucket_of(plan.partition_of(key.stream))
                 rows.append((bucket, key.stream, header.epoch, header.tag, header.position))
+                live += 1
         cursor = page.cursor
         if cursor is None or len(rows) >= PART_STREAMS:
             frame = pl.DataFrame(rows, _TYPES, orient="row").sort("bucket", "stream")
@@ -69,6 +71,11 @@ async def read_heads(store: Store, plan: Plan, out: Path) -> None:
             rows, part = [], part + 1
         if cursor is None:
             break
+    if not live:
+        raise BackfillError(
+            f"expected live streams of model {plan.model!r} that another version computes, got "
+            "none in this store; `carry backfill` without --version computes states for new streams"
+        )
     with replacing(folder / COMPLETE) as path:
         path.touch()
 

@@ -12,6 +12,9 @@ COMMAND_BYTES = 200 * MIB
 PROCESS_BYTES = 550 * MIB
 """Memory of a process that sorts or computes, about."""
 
+LEAST_MEMORY_MIB = (COMMAND_BYTES + PROCESS_BYTES) // MIB
+"""With less memory no process fits beside that of the command."""
+
 
 def count_cores() -> int:
     """The cores that this process may use, by its affinity and the quota of its container."""

@@ -84,6 +84,8 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
     order = options.order_by
     if order is None and not options.file_order and schema.timestamp is not None:
         order = schema.timestamp.name
+    if order is not None and options.file_order:
+        raise BackfillError("expected either --order-by or --file-order, got both")
     if order is None and not options.file_order:
         raise BackfillError(
             f"model {artifact.spec.name!r} has no timestamp: expected --order-by with the column "
@@ -192,14 +194,26 @@ def resume_plan(out: Path, plan: Plan) -> Plan:
     """The plan by which a run in a folder goes on: the given one in a new folder.
 
     Tables are read at the versions of the first run. A file may have been repaired as long as none
-    of its rows was shuffled.
+    of its rows was shuffled. A plan by which nothing was done yet does not bind: it may have been
+    rejected, for a column that no file has.
 
     Raises:
         BackfillError: the folder is of another backfill, or a file was changed.
     """
+    if out.exists() and not out.is_dir():
+        raise BackfillError(f"{out}: expected a folder as OUT, the last argument, got a file")
     if not (out / PLAN).exists():
         return plan
     stored = read_plan(out)
+    try:
+        return _continue_plan(out, stored, plan)
+    except BackfillError:
+        if has_heads(out) or any(file for name in FOLDERS for file in (out / name).glob("[!.]*")):
+            raise
+        return plan
+
+
+def _continue_plan(out: Path, stored: Plan, plan: Plan) -> Plan:
     before, now = ({each.path for each in side.sources} for side in (stored, plan))
     if before != now:
         change, paths = ("lacks", before - now) if before - now else ("also has", now - before)

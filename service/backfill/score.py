@@ -58,7 +58,8 @@ def score_file(
             expected=f"{out}: a file ending in {', '.join(KINDS)}", got=repr(out.suffix)
         )
     if not data.is_file():
-        raise DataError(expected="an existing file", got=str(data))
+        hint = " (`carry backfill` computes those of folders)" if data.is_dir() else ""
+        raise DataError(expected=f"an existing file{hint}", got=str(data))
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out}: exists; expected a new path, or --overwrite")
     artifact = load_artifact(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.backfill.machine import LEAST_MEMORY_MIB
 from service.commands.common import run_on_store
 from service.commands.load import load_streams
 
@@ -35,7 +36,9 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Number of processes; default: as cores and memory allow."),
 ]
-MemoryMib = Annotated[int, typer.Option(min=1, help="Memory of all processes together, about.")]
+MemoryMib = Annotated[
+    int, typer.Option(min=LEAST_MEMORY_MIB, help="Memory of all processes together, about.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
 EngineName = Literal["processes", "ray"]
 Policy = Literal["continue", "halt"]

@@ -35,7 +35,9 @@ def load_streams(
     repeated: what was loaded before is recognised.
     """
     from service.backfill.load import load_states
+    from service.backfill.plan import read_plan
 
+    read_plan(out)  # a wrong folder starts no store
     with show_progress("loading") as show:
 
         async def load(store: Store) -> LoadProgress:

@@ -27,7 +27,7 @@ from service.backfill import run as backfills
 from service.backfill.engines import Processes, TaskError
 from service.backfill.plan import BackfillError, Job, rows_in_memory
 from service.backfill.record import BucketRecord, read_record
-from service.backfill.run import BackfillOptions, plan_backfill, run_backfill
+from service.backfill.run import BackfillOptions, plan_backfill, resume_plan, run_backfill
 from service.core.values import StreamState
 from service.store.backup import BackupReader
 from tests.support.backfill import (
@@ -325,6 +325,33 @@ def test_starting_anew_can_be_interrupted_and_repeated(
             with pytest.raises(KeyboardInterrupt):
                 run(job, overwrite=True)
     assert run(job, overwrite=True)["events"] == EVENTS
+
+
+def test_a_plan_by_which_nothing_was_done_can_be_corrected(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    mistyped = job_of(artifact, history, tmp_path / "out", stream="devise")
+    with pytest.raises(TaskError, match="'devise'"):
+        run(mistyped)
+    job = job_of(artifact, history, tmp_path / "out")
+    assert resume_plan(job.out, job.plan) == job.plan
+    assert run(job)["events"] == EVENTS
+    with pytest.raises(BackfillError, match="of another backfill"):
+        run(mistyped)
+
+
+def test_an_output_folder_that_is_a_file_is_rejected(
+    artifact: Artifact, history: list[Path]
+) -> None:
+    job = job_of(artifact, history[:1], history[1])
+    with pytest.raises(BackfillError, match="as OUT, the last argument, got a file"):
+        resume_plan(job.out, job.plan)
+
+
+def test_events_have_one_order(artifact: Artifact, history: list[Path]) -> None:
+    options = BackfillOptions(stream="stream", order_by="x", file_order=True)
+    with pytest.raises(BackfillError, match="either --order-by or --file-order"):
+        plan_backfill(artifact, [str(path) for path in history], options)
 
 
 def test_one_run_at_a_time_works_in_a_folder(
