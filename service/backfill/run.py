@@ -59,7 +59,7 @@ REPORT, PLOT, LOCK = "report.json", "throughput.png", ".lock"
 
 @dataclass(frozen=True, slots=True)
 class BackfillOptions:
-    """What a user asks for; as of `Plan`."""
+    """The options of a run, as of `Plan`."""
 
     stream: str | None = None
     order_by: str | None = None
@@ -79,9 +79,11 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
     Raises:
         BackfillError, ModelsError: artifact, history or options are rejected.
     """
-    stream = check_artifact(artifact, options.stream)
+    stream = find_stream_column(artifact, options.stream)
     schema = schema_of(artifact.spec)
     order = options.order_by
+    if order is not None and options.file_order:
+        raise BackfillError("expected --order-by or --file-order, got both")
     if order is None and not options.file_order and schema.timestamp is not None:
         order = schema.timestamp.name
     if order is not None and options.file_order:
@@ -119,8 +121,8 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
     )
 
 
-def check_artifact(artifact: Artifact, stream: str | None) -> str:
-    """Reject a model whose history cannot be computed; returns the stream's column."""
+def find_stream_column(artifact: Artifact, stream: str | None) -> str:
+    """Find the column of stream names, and reject a model whose events cannot be computed."""
     spec = artifact.spec
     schema_of(spec)
     if spec.chunking != "invisible" or spec.blocks is not None:
@@ -186,8 +188,8 @@ def _remove_units(out: Path) -> None:
 def _remove_temporary_files(out: Path) -> None:
     """Remove what processes had not finished when they were killed."""
     for name in FOLDERS:
-        for left in (out / name).glob(f".*{TEMPORARY}"):
-            left.unlink()
+        for file in (out / name).glob(f".*{TEMPORARY}"):
+            file.unlink()
 
 
 def resume_plan(out: Path, plan: Plan) -> Plan:

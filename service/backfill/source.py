@@ -162,7 +162,7 @@ def _local_source(path: Path) -> Source:
         status = path.stat()
         kind = _kind_of(str(path))
         if not stat.S_ISREG(status.st_mode):
-            raise BackfillError(f"{name}: expected a file")
+            raise BackfillError(f"{name}: expected a file, got a special one such as a pipe")
         with path.open("rb") as file:
             sample = file.read(_SAMPLE_BYTES)
     except OSError as error:
