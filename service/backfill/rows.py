@@ -130,7 +130,9 @@ class RowReader:
             )
         named = column.cast(pl.String).alias("stream").to_frame()
         names = named["stream"].unique().drop_nulls().to_list()
-        valid = [name for name in names if is_stream_name(name)]
+        # the streams of `carry score` are in no store, and may have any name
+        is_valid = bool if self._plan.on_error == "fail" else is_stream_name
+        valid = [name for name in names if is_valid(name)]
         crc32, prefix, plan = zlib.crc32, self._prefix, self._plan
         buckets = [plan.bucket_of(crc32(name.encode(), prefix) % plan.partitions) for name in valid]
         known = (

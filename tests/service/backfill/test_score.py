@@ -131,6 +131,20 @@ def test_a_run_that_is_interrupted_is_resumed(
         score_file(small.path, data, cut, stream="stream")
 
 
+def test_streams_may_have_names_that_a_store_does_not_accept(
+    small: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "events.csv", tmp_path / "out.parquet"
+    frame.write_csv(data)
+    score_file(small.path, data, out, stream="stream")
+    named = frame.with_columns("航空 " + pl.col("stream") + "." * 300)
+    named.write_csv(data)
+    score_file(small.path, data, tmp_path / "named.parquet", stream="stream")
+    found = outputs_of(tmp_path / "named.parquet")
+    assert found["stream"].to_list() == named["stream"].to_list()
+    assert_equal(found.drop("stream"), outputs_of(out).drop("stream"))
+
+
 def test_unsupported_models_and_data_are_rejected_with_the_place(
     small: Artifact, frame: pl.DataFrame, tmp_path: Path
 ) -> None:
