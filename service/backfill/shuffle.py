@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 import polars as pl
 
 from models.spec.model import schema_of
-from service.backfill.plan import COMPLETE, Job, Plan, replacing
+from service.backfill.plan import COMPLETE, BackfillError, Job, Plan, replacing
 from service.backfill.rows import RowReader, Unit
 from service.backfill.source import TEXT, check_unchanged, read_batches
 
@@ -81,8 +81,7 @@ def write_units(job: Job, task: ShuffleTask) -> None:
         BackfillError: the source was changed.
         OSError: a file cannot be written.
     """
-    complete = job.unit(task.first_unit).with_suffix(f".{COMPLETE}")
-    if complete.exists():
+    if _is_complete(job, task):
         return
     source, unit_rows = job.plan.sources[task.source], job.plan.unit_rows
     check_unchanged(source)
@@ -96,12 +95,29 @@ def write_units(job: Job, task: ShuffleTask) -> None:
         first=first,
         rows=None if source.kind in TEXT else task.rows,
     )
+    units = 0
     for number, batch in enumerate(batches, start=task.first_unit):
         if not job.unit(number).exists():
             write_unit(job, number, reader.read(batch))
+        units += 1
     check_unchanged(source)
-    with replacing(complete) as path:
-        path.touch()
+    with replacing(_mark(job, task)) as path:
+        path.write_text(str(units))
+
+
+def _mark(job: Job, task: ShuffleTask) -> Path:
+    """The file with the number of a task's units, once they are written."""
+    return job.unit(task.first_unit).with_suffix(f".{COMPLETE}")
+
+
+def _is_complete(job: Job, task: ShuffleTask) -> bool:
+    """Whether all units of a task are there."""
+    try:
+        units = int(_mark(job, task).read_text())
+    except FileNotFoundError:
+        return False
+    first = task.first_unit
+    return all(job.unit(number).exists() for number in range(first, first + units))
 
 
 def write_unit(job: Job, number: int, unit: Unit) -> None:
@@ -121,7 +137,13 @@ def count_rows(job: Job) -> dict[int, int]:
     if not units:
         return {}
     rows = pl.scan_parquet(units, glob=False).select("bucket")
-    return dict(rows.group_by("bucket").len().collect(engine="streaming").rows())
+    try:
+        return dict(rows.group_by("bucket").len().collect(engine="streaming").rows())
+    except pl.exceptions.PolarsError as error:
+        raise BackfillError(
+            f"{units[0].parent}: a unit cannot be read: {error}; delete the folder, and the same "
+            "command writes it again"
+        ) from error
 
 
 def read_bucket(job: Job, bucket: int) -> Iterator[pl.DataFrame]:

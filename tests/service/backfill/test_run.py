@@ -306,6 +306,20 @@ def test_units_that_are_half_removed_are_written_again(
     assert files_of(job.out) == expected
 
 
+def test_a_unit_that_is_damaged_or_lost_costs_no_events(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    job = job_of(artifact, history, tmp_path / "out", unit_rows=50)
+    with pytest.raises(KeyboardInterrupt):
+        run_backfill(job, Recording(job, stop_after=len(history)))
+    unit = job.unit(1)
+    unit.write_bytes(unit.read_bytes()[:100])
+    with pytest.raises(BackfillError, match="out/shuffle: a unit cannot be read"):
+        run(job)
+    unit.unlink()
+    assert run(job)["events"] == EVENTS
+
+
 def test_starting_anew_can_be_interrupted_and_repeated(
     artifact: Artifact, history: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
