@@ -86,8 +86,6 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
         raise BackfillError("expected --order-by or --file-order, got both")
     if order is None and not options.file_order and schema.timestamp is not None:
         order = schema.timestamp.name
-    if order is not None and options.file_order:
-        raise BackfillError("expected either --order-by or --file-order, got both")
     if order is None and not options.file_order:
         raise BackfillError(
             f"model {artifact.spec.name!r} has no timestamp: expected --order-by with the column "
