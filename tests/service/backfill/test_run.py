@@ -389,12 +389,6 @@ def test_models_that_depend_on_cuts_are_rejected(artifact: Artifact, tmp_path: P
         plan_backfill(artifact, [], BackfillOptions())
 
 
-def test_two_orders_are_rejected(artifact: Artifact, history: list[Path]) -> None:
-    options = BackfillOptions(stream="stream", order_by="at", file_order=True)
-    with pytest.raises(BackfillError, match="--order-by or --file-order, got both"):
-        plan_backfill(artifact, [str(file) for file in history], options)
-
-
 def test_outputs_that_are_not_finite_are_rejected_with_their_place(
     artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
 ) -> None:
