@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +35,9 @@ from tests.support.backfill import (
     small_artifact,
     time_column,
 )
-from tests.support.command import carry
-from tests.support.forks import COMMAND, Fork
 from tests.support.models import random_weights, small_spec
-from tests.support.servers import until
 
 EVENTS = 400
-STARTING = """
-import signal, sys, time
-from pathlib import Path
-
-if "--multiprocessing-fork" in sys.orig_argv:
-    blocked = sorted(each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-    Path(__file__).with_name("blocked").write_text(" ".join(["blocked:", *blocked]))
-    time.sleep(3600)
-"""
-"""A `sitecustomize` by which the processes of a backfill start forever."""
 
 
 @pytest.fixture(scope="module")
@@ -437,43 +421,6 @@ def test_the_largest_bucket_is_computed_first(artifact: Artifact, tmp_path: Path
     assert sizes[0] >= EVENTS // 2
 
 
-def test_the_command_reports_what_it_did(
-    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
-) -> None:
-    field = next(each.name for each in schema_of(artifact.spec).fields if each.kind == "numeric")
-    row = pl.int_range(pl.len()) == 7
-    values = pl.col(field).cast(pl.String)
-    frame.with_columns(pl.when(row).then(pl.lit("much")).otherwise(values).alias(field)).write_csv(
-        tmp_path / "a.csv"
-    )
-    files = [artifact.path, tmp_path / "a.csv", tmp_path / "out"]
-    result = carry("backfill", *files, "--stream", "stream", "--workers", "1")
-    assert result.exit_code == 0, result.stderr
-    printed = result.stdout.decode()
-    assert f"{EVENTS - 1} events of 9 streams" in printed
-    assert f"rejected 1: {field}: " in printed
-    assert "a.csv, row 8" in printed
-    assert (tmp_path / "out" / "throughput.png").read_bytes().startswith(b"\x89PNG")
-    again = carry("backfill", *files, "--stream", "stream")
-    assert again.exit_code == 0, again.stderr
-    files[1].write_text("stream\n")
-    changed = carry("backfill", *files, "--stream", "stream")
-    assert changed.exit_code == 1
-    assert "a.csv: was changed since its rows were read" in changed.stderr
-
-
-def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
-    artifact: Artifact, history: list[Path], tmp_path: Path
-) -> None:
-    words = [artifact.path, *history, tmp_path / "out", "--stream", "stream", "--workers", "3"]
-    result = carry("backfill", *words, "--dry-run")
-    assert result.exit_code == 0, result.stderr
-    first, *_ = lines = result.stdout.decode().splitlines()
-    assert re.fullmatch(r"would compute about \d+ events in 1 buckets, by 3 processes", first)
-    assert [line.partition(" ")[0] for line in lines[1:]] == ["about", "disk:", "memory:"]
-    assert not (tmp_path / "out").exists()
-
-
 def test_events_of_many_values_are_computed_in_smaller_pieces(artifact: Artifact) -> None:
     spec = artifact.spec
     unit_rows, piece_rows = rows_in_memory(spec)
@@ -483,30 +430,3 @@ def test_events_of_many_values_are_computed_in_smaller_pieces(artifact: Artifact
     wide = spec.model_copy(update={"events": events})
     assert rows_in_memory(wide)[0] < unit_rows / 6
     assert rows_in_memory(wide)[1] < piece_rows / 4
-
-
-def test_signals_end_the_command_cleanly(
-    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
-) -> None:
-    """A terminal sends one to all processes; one that is starting prints nothing about it."""
-    frame.write_csv(tmp_path / "b.csv")
-    words = [*map(str, (artifact.path, tmp_path / "b.csv", tmp_path / "out")), "--stream", "stream"]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        folder = tmp_path / number.name
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(STARTING)
-        blocked = folder / "blocked"
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
-        with (folder / "printed").open("wb") as log:
-            command = [COMMAND, "backfill", *words, "--workers", "1"]
-            fork = Fork(command, environment, [log, log, log])
-        try:
-            until(blocked.exists, "a process that starts")
-            assert until(blocked.read_text) == "blocked: SIGINT SIGTERM"
-            os.killpg(fork.pid, number)
-            assert fork.wait(60) == 128 + number
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(fork.pid, signal.SIGKILL)
-        printed = (folder / "printed").read_text()
-        assert printed == "interrupted: the same command goes on\n"
