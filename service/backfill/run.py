@@ -82,6 +82,8 @@ def plan_backfill(artifact: Artifact, history: Sequence[str], options: BackfillO
     stream = find_stream_column(artifact, options.stream)
     schema = schema_of(artifact.spec)
     order = options.order_by
+    if order is not None and options.file_order:
+        raise BackfillError("expected --order-by or --file-order, got both")
     if order is None and not options.file_order and schema.timestamp is not None:
         order = schema.timestamp.name
     if order is None and not options.file_order:

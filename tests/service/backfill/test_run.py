@@ -346,6 +346,12 @@ def test_an_output_folder_that_is_a_file_is_rejected(
         resume_plan(job.out, job.plan)
 
 
+def test_events_have_one_order(artifact: Artifact, history: list[Path]) -> None:
+    options = BackfillOptions(stream="stream", order_by="x", file_order=True)
+    with pytest.raises(BackfillError, match="--order-by or --file-order, got both"):
+        plan_backfill(artifact, [str(path) for path in history], options)
+
+
 def test_one_run_at_a_time_works_in_a_folder(
     artifact: Artifact, history: list[Path], tmp_path: Path
 ) -> None:
