@@ -7,7 +7,6 @@ import asyncio
 import csv
 import json
 import os
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ from tests.faults.handover.check import (
 from tests.faults.handover.traffic import Clients, Producer, outputs_of
 from tests.faults.stores import WORKERS
 from tests.faults.topics.processes import ConsumerProcess, ServerStore
-from tests.support.forks import COMMAND
+from tests.support.forks import COMMAND, Fork
 from tests.support.proxy import Proxy
 
 SENDERS: Final = 32
@@ -187,14 +186,13 @@ class HandoverRun:
 
     def _run(self, *words: str) -> None:
         """Run a command to its end."""
-        done = subprocess.run(
-            [COMMAND, *words],
-            env=self.deployment.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        log = self.deployment.folder / "commands.log"
+        assert self._start(log, *words).wait() == 0, f"{words}: {log.read_text()[-4000:]}"
+
+    def _start(self, log: Path, *words: str) -> Fork:
+        """Start a command, whose output is added to a file."""
+        with log.open("ab") as output:
+            return Fork([COMMAND, *words], self.deployment.environment, [output] * 3)
 
     # The load
 
@@ -212,12 +210,7 @@ class HandoverRun:
     def _kill_load(self, sample: Sequence[str], rate: str) -> None:
         """Load slowly, and kill the loader once it has loaded a stream of the sample."""
         before = self._count_stored(sample)
-        process = subprocess.Popen(
-            [COMMAND, *self._load_words, "--rate", rate],
-            env=self.deployment.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = self._start(Path(os.devnull), *self._load_words, "--rate", rate)
         while process.poll() is None:
             if self._count_stored(sample) > before:
                 process.kill()

@@ -20,7 +20,7 @@ from redis.retry import Retry
 
 from tests.faults.stores import ERRORS, NO_REWRITE
 from tests.support.cluster import Cluster, ClusterNode
-from tests.support.forks import COMMAND
+from tests.support.forks import COMMAND, Fork
 from tests.support.servers import RealServer, until
 
 SERVES_S: Final = 60.0
@@ -39,20 +39,14 @@ class ConsumerProcess:
         self._command = [COMMAND, "consume", *words]
         inherited = {key: value for key, value in os.environ.items() if key[:6] != "CARRY_"}
         self._environment = {**inherited, **settings}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Fork | None = None
         self.is_wanted = True
 
     def supervise(self) -> None:
         """Start the process if it has ended and is wanted."""
         if self.is_wanted and (self._process is None or self._process.poll() is not None):
             with self._log.open("ab") as output:
-                self._process = subprocess.Popen(
-                    self._command,
-                    stdout=output,
-                    stderr=output,
-                    env=self._environment,
-                    start_new_session=True,
-                )
+                self._process = Fork(self._command, self._environment, [output] * 3)
 
     def pid(self) -> int | None:
         """The process, if one was started."""
@@ -72,7 +66,7 @@ class ConsumerProcess:
     def terminate(self) -> bool:
         """Terminate it; whether it ended in time."""
         if (process := self._process) is not None:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
             try:
                 process.wait(STOP_S)
             except subprocess.TimeoutExpired:
