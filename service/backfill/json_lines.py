@@ -44,12 +44,12 @@ def _decode(lines: pl.Series, dtype: pl.Struct) -> pl.Series:
 
 
 def _by_expectation(rows: int, reasons: dict[int, tuple[str, str]]) -> list[InvalidRows]:
-    found = []
+    invalid = []
     for expected in sorted({expected for expected, _ in reasons.values()}):
         wrong: BoolArray = np.zeros(rows, np.bool_)
         wrong[[row for row, reason in reasons.items() if reason[0] == expected]] = True
-        found.append(InvalidRows("", wrong, expected, lambda row: reasons[row][1]))
-    return found
+        invalid.append(InvalidRows("", wrong, expected, lambda row: reasons[row][1]))
+    return invalid
 
 
 def _reject_line(line: str, names: Sequence[str]) -> tuple[str, str] | None:

@@ -65,14 +65,14 @@ class VersionLoader(Loader):
     async def _explain(self, key: StreamKey, state: StreamState) -> None:
         """Record why a state was not written."""
         head = state.head
-        found = await self._store.histories.read(key, state.fingerprint)
-        stored = decode_value(key, found.record)
+        history = await self._store.histories.read(key, state.fingerprint)
+        stored = decode_value(key, history.record)
         if isinstance(stored, CarryError):
             raise stored
         if stored is None or isinstance(stored, Tombstone):
             self._keep(key.stream, GONE, head.position, None)
             return
-        own = found.version_state and StateHeader.decode(found.version_state).position
+        own = history.version_state and StateHeader.decode(history.version_state).position
         reason = OUT_OF_REACH
         if stored.head.epoch != head.epoch:
             reason = STARTED_OVER
@@ -80,7 +80,7 @@ class VersionLoader(Loader):
             # this version computes the stream already, or has a state that is as far
             self._progress.loaded_before += 1
             return
-        elif not found.is_valid:
+        elif not history.is_valid:
             reason = NO_HISTORY
         self._keep(key.stream, reason, head.position, stored.head)
 

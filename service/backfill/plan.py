@@ -223,8 +223,8 @@ def replacing(file: Path) -> Iterator[Path]:
             raise
         code = error.errno if isinstance(error, OSError) else None
         # polars has the number in the message of an error of its own
-        if code is None and (found := _OS_ERROR.search(str(error))):
-            code = int(found[1])
+        if code is None and (match := _OS_ERROR.search(str(error))):
+            code = int(match[1])
         if code not in _NOT_WRITTEN:
             raise
         raise OSError(code, os.strerror(code), str(file)) from error

@@ -17,7 +17,7 @@ class BucketRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bucket: its number.
         streams, events: computed.
         out_of_order: events that are earlier than one before them, since the last reset.
-        duplicates: found, whether they were left out or not.
+        duplicates: number of them, whether they were left out or not.
         halted_streams: that end before a rejected event.
         moved_streams: with events of several partitions of a topic.
         outputs_bytes, states_bytes: sizes of its files.

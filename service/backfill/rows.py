@@ -140,10 +140,10 @@ class RowReader:
             .sort("bucket", "stream")
             .with_row_index("rank")
         )
-        found = named.join(known, on="stream", how="left", maintain_order="left")
-        wrong = found["bucket"].is_null()
+        placed = named.join(known, on="stream", how="left", maintain_order="left")
+        wrong = placed["bucket"].is_null()
         if wrong.any():
-            names_got = found["stream"]
+            names_got = placed["stream"]
             invalid.append(
                 InvalidRows(
                     column.name,
@@ -152,7 +152,7 @@ class RowReader:
                     lambda row: "none" if names_got[row] is None else repr(names_got[row]),
                 )
             )
-        return found
+        return placed
 
     def _order(
         self, canonical: pl.DataFrame, frame: pl.DataFrame, invalid: list[InvalidRows]

@@ -146,7 +146,7 @@ def open_folder(out: Path, plan: Plan, *, overwrite: bool) -> Iterator[None]:
         BackfillError: it has other content, or another run works in it.
     """
     if out.exists() and not (out / PLAN).exists() and any(set(os.listdir(out)) - {LOCK}):
-        raise BackfillError(f"{out}: expected a new folder, or one of a backfill")
+        raise BackfillError(f"{out}: expected a new folder, or one of a backfill, got other files")
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("w") as lock:
         try:

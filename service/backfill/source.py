@@ -87,15 +87,15 @@ def find_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
         BackfillError: there is none, or one that is no table of events.
         DataError: a Parquet file or a table cannot be read.
     """
-    found = [source for argument in arguments for source in _expand_argument(argument)]
+    sources = [source for argument in arguments for source in _expand_argument(argument)]
     names: dict[str, str] = {}
-    for source in found:
+    for source in sources:
         real = source.path if _is_url(source.path) else os.path.realpath(source.path)
         if real in names:
             other = names[real]
             raise BackfillError(f"{source.path}: expected each file once, got it also as {other}")
         names[real] = source.path
-    return tuple(sorted(found, key=lambda source: source.path))
+    return tuple(sorted(sources, key=lambda source: source.path))
 
 
 def _expand_argument(argument: str) -> Iterator[Source]:
@@ -321,8 +321,8 @@ def read_batches(
 def _partition_values(path: str) -> dict[str, str | None]:
     """Values of the columns that are written into a path, as Hive does."""
     folders = (path.partition("?")[0] if _is_url(path) else path).split("/")[:-1]
-    found = map(_partition, folders)
-    pairs = {match[1]: unquote(match[2]) for match in found if match}
+    matches = map(_partition, folders)
+    pairs = {match[1]: unquote(match[2]) for match in matches if match}
     return {name: None if value == _NO_PARTITION else value for name, value in pairs.items()}
 
 

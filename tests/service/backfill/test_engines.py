@@ -1,4 +1,4 @@
-"""Engines: every task gives its result once, whatever becomes of the processes."""
+"""Engines: every task gives its result once, also if processes are lost."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def test_the_record_has_the_checksums_of_the_files(
         assert hashlib.blake2b(file.read_bytes(), digest_size=32).hexdigest() == checksum
 
 
-def test_another_plan_is_rejected_unless_it_is_to_start_anew(
+def test_another_plan_is_rejected_unless_it_is_overwritten(
     artifact: Artifact, history: list[Path], tmp_path: Path
 ) -> None:
     job = job_of(artifact, history, tmp_path / "out")
@@ -304,7 +304,7 @@ def test_a_unit_that_is_damaged_or_lost_costs_no_events(
     assert run(job)["events"] == EVENTS
 
 
-def test_starting_anew_can_be_interrupted_and_repeated(
+def test_overwriting_can_be_interrupted_and_repeated(
     artifact: Artifact, history: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(artifact, history, tmp_path / "out")
