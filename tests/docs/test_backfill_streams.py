@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import polars as pl
@@ -16,6 +15,7 @@ import pytest
 
 from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
+from models.spec.spec_file import read_spec
 from tests.support.consumers import ConsumerProcess
 from tests.support.models import random_weights
 from tests.support.needs import needs_tools
@@ -25,21 +25,10 @@ from tests.support.service import running
 
 PAGE = "docs/how-to/backfill-streams.md"
 STORE_URL = "redis://localhost:6379"
-FILES = {"python": "pumps.py", "yaml": "consumer.yaml"}
+FILES = ("pumps.py", "pumps.yaml", "consumer.yaml")
 PUMPS, LOADED = 20, 2160
-SPEC: dict[str, Any] = {
-    "name": "pumps",
-    "events": {
-        "fields": [
-            {"kind": "timestamp", "name": "at", "gap_mean": 8.0, "gap_std": 1.0},
-            {"kind": "numeric", "name": "pressure", "mean": 5.0, "std": 0.6},
-        ]
-    },
-    "layers": [{"kind": "lstm", "units": 4}, {"kind": "lstm", "units": 4}],
-    "heads": [{"kind": "forecast", "name": "next", "targets": ["pressure"]}],
-    "history": {"events": 64},
-    "training": {"stream": "pump", "validate_from": "2025-02-01", "test_from": "2025-03-01"},
-}
+FITTED = {"at": {"gap_mean": 8.0, "gap_std": 1.0}, "pressure": {"mean": 5.0, "std": 0.6}}
+"""Numbers that training fits to the data."""
 
 
 @pytest.fixture
@@ -51,16 +40,19 @@ def store() -> Iterator[RealServer]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The page's files, and the first version of its model."""
-    for language, text in blocks(PAGE):
-        if language in FILES:
-            (tmp_path / FILES[language]).write_text(text)
+    contents = [text for language, text in blocks(PAGE) if language in ("python", "yaml")]
+    for name, text in zip(FILES, contents, strict=True):
+        (tmp_path / name).write_text(text)
     write_version(tmp_path, "first", 1)
     return tmp_path
 
 
 def write_version(folder: Path, name: str, seed: int) -> None:
-    """Write a version of the page's model."""
-    spec = parse_spec(SPEC)
+    """Write a version of the page's model, which is not trained."""
+    content = read_spec(folder / "pumps.yaml").model_dump(mode="json")
+    for field in content["events"]["fields"]:
+        field |= FITTED[field["name"]]
+    spec = parse_spec(content)
     write_artifact(folder / "models" / "pumps" / name, spec, random_weights(spec, seed))
 
 
@@ -114,7 +106,7 @@ def test_commands_of_the_page_run_as_written(
             event = json.dumps({name: row[name] for name in ("at", "pressure")})
             client.xadd("readings", {"stream": row["pump"], "event": event}, id=row["entry"])
         words = consume.replace(STORE_URL, store.url).split()[2:]
-        words = [str(folder / word) if word in FILES.values() else word for word in words]
+        words = [str(folder / word) if word in FILES else word for word in words]
         options = ("--models", str(folder / "models"))
         consumer = ConsumerProcess(folder / "consumer.log", *words, *options)
         try:
