@@ -13,6 +13,7 @@ import typer
 from service.backfill.machine import LEAST_MEMORY_MIB
 from service.commands.common import run_on_store
 from service.commands.load import load_streams
+from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from service.backfill.engines import Engine
@@ -160,6 +161,11 @@ def backfill(
     if not quiet:
         for line in report_lines(report):
             typer.echo(line)
+    if report["rejected"] and not report["events"]:
+        raise OperatorError(
+            f"{out}: every event was rejected; correct HISTORY or the options, and start over "
+            "with --overwrite"
+        )
     if into is not None:
         with interruptible():
             load_streams(job.out, redis_url=into)

@@ -79,6 +79,20 @@ def test_the_command_reports_what_it_did(
     assert "a.csv: was changed since its rows were read" in changed.stderr
 
 
+def test_a_history_without_a_readable_event_is_an_error(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    frame.with_columns(stream=pl.lit("")).write_csv(tmp_path / "a.csv")
+    words = [artifact.path, tmp_path / "a.csv", tmp_path / "out", "--stream", "stream"]
+    for _ in range(2):
+        result = carry("backfill", *words, "--workers", "1")
+        assert result.exit_code == 1
+        assert f"rejected {EVENTS}: stream: " in result.stdout.decode()
+        assert "every event was rejected" in result.stderr
+    frame.write_csv(tmp_path / "a.csv")
+    assert carry("backfill", *words, "--workers", "1", "--overwrite").exit_code == 0
+
+
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     artifact: Artifact, history: list[Path], tmp_path: Path
 ) -> None:
