@@ -330,8 +330,12 @@ class RayCluster:
 
     def __init__(self, job: Job, address: str | None = None, cpus: int | None = None):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        make_record = logging.getLogRecordFactory()
         import ray
 
+        # Ray's adds a field to every record of the process, and its levels are set here
+        logging.setLogRecordFactory(make_record)
+        logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray = ray
         address = address or os.environ.get("RAY_ADDRESS")
         if address:
@@ -353,7 +357,7 @@ class RayCluster:
             ray.init(
                 address,
                 log_to_driver=False,
-                logging_level=logging.ERROR,
+                configure_logging=False,
                 runtime_env={"env_vars": ONE_THREAD},
                 **local,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import chdir, closing
 
@@ -74,6 +75,14 @@ def test_a_backfill_has_the_same_bytes_on_every_engine(engine: Engine, own: Job,
     assert run_backfill(own, engine)["events"] == 300
     assert files_of(own.out) == files_of(here.out)
     assert len(files_of(own.out)) == 8
+
+
+@pytest.mark.usefixtures("engine")
+def test_an_engine_leaves_the_log_of_its_process_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("service.backfill").warning("odd")
+    [record] = caplog.records
+    usual = logging.LogRecord("a", logging.INFO, "a.py", 1, "odd", None, None)
+    assert vars(record).keys() - vars(usual).keys() <= {"message"}
 
 
 def test_lost_processes_cost_their_tasks_only(engine: Engine) -> None:
