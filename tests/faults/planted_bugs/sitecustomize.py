@@ -149,13 +149,13 @@ def overwrite_living() -> None:
     """The loader overwrites streams that live, also those that it has loaded before."""
     from service.backfill import load
 
-    create = load.StreamLoader.__init__
+    create, is_loaded = load.StreamLoader.__init__, load._is_loaded
 
     def create_overwriting(self: Any, *arguments: Any, **options: Any) -> None:
         create(self, *arguments, **{**options, "overwrite": True})
 
     load.StreamLoader.__init__ = create_overwriting
-    load._continues = lambda stored, head: False
+    load._is_loaded = lambda stored, head: is_loaded(stored, head) and stored == head
 
 
 HANDOVER_CODE: dict[str, Callable[[], None]] = {
