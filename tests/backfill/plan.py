@@ -67,12 +67,12 @@ class Rates:
         load_streams_s: streams that one process loads into the store.
     """
 
-    shuffle_events_s: float = 1.15e6
-    compute_events_s: float = 3.0e5
-    alone_events_s: float = 2.5e5
-    open_ms: float = 1.2
+    shuffle_events_s: float = 1.7e6
+    compute_events_s: float = 3.4e5
+    alone_events_s: float = 2.6e5
+    open_ms: float = 1.0
     source_bytes: float = 12.4
-    shuffle_bytes: float = 26.0
+    shuffle_bytes: float = 26.9
     output_bytes: float = 16.8
     state_bytes: float = 1166.0
     load_streams_s: float = 2e4
