@@ -31,7 +31,7 @@ from models.spec.model import schema_of
 from models.spec.state import FloatArray, IntArray, State
 from service.backfill.heads import HeadCutter, load_heads
 from service.backfill.plan import Job, replacing
-from service.backfill.record import BucketRecord, file_checksum
+from service.backfill.record import BucketRecord, file_checksum, read_record
 from service.backfill.rows import field_column, read_columns
 from service.backfill.selection import HALTED, RowSelector
 from service.backfill.shuffle import read_bucket
@@ -50,12 +50,15 @@ _RUNNERS: dict[str, Runner] = {}
 
 
 def compute_bucket(job: Job, bucket: int) -> BucketRecord:
-    """Write the outputs, the states and the record of a bucket.
+    """Write the outputs, the states and the record of a bucket, unless it is finished.
 
     Raises:
         DataError: a stream cannot be computed.
         OSError: a file cannot be written.
     """
+    # the process of the first attempt may have been lost with its result
+    if (finished := read_record(job, bucket)) is not None:
+        return finished
     started_s = time.monotonic()
     with replacing(job.states(bucket)) as states, replacing(job.outputs(bucket)) as outputs:
         with states.open("wb") as file:

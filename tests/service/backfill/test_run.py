@@ -21,6 +21,7 @@ from models.offline.runner import OrderedEvents, open_runner
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import parse_spec, schema_of
 from service.backfill import run as backfills
+from service.backfill.bucket import compute_bucket
 from service.backfill.engines import Processes, TaskError
 from service.backfill.plan import BackfillError, Job, rows_in_memory
 from service.backfill.record import BucketRecord, read_record
@@ -436,3 +437,14 @@ def test_events_of_many_values_are_computed_in_smaller_pieces(artifact: Artifact
     wide = spec.model_copy(update={"events": events})
     assert rows_in_memory(wide)[0] < unit_rows / 6
     assert rows_in_memory(wide)[1] < piece_rows / 4
+
+
+def test_a_bucket_that_is_finished_is_not_computed_again(
+    artifact: Artifact, history: list[Path], tmp_path: Path
+) -> None:
+    """As by an engine that lost the process that computed it, with its result."""
+    job = job_of(artifact, history, tmp_path / "out", buckets=2)
+    run(job)
+    before = job.outputs(1).stat().st_ino
+    assert compute_bucket(job, 1) == read_record(job, 1)
+    assert job.outputs(1).stat().st_ino == before
