@@ -23,6 +23,9 @@ from tests.support.models import random_weights, small_spec
 
 START_MS = 1_370_000_000_000
 
+EVENTS = 400
+"""Of the history of a test."""
+
 
 class Recording(ThisProcess):
     """Runs tasks in this process, and notes them.

@@ -9,19 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
-import pytest
 
 from models.artifact.artifact import Artifact
 from models.spec.model import schema_of
 from tests.support.backfill import (
-    random_events,
-    small_artifact,
+    EVENTS,
 )
 from tests.support.command import carry
 from tests.support.forks import COMMAND, Fork
 from tests.support.servers import until
 
-EVENTS = 400
 STARTING = """
 import signal, sys, time
 from pathlib import Path
@@ -32,26 +29,6 @@ if "--multiprocessing-fork" in sys.orig_argv:
     time.sleep(3600)
 """
 """A `sitecustomize` by which the processes of a backfill start forever."""
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return small_artifact(tmp_path_factory.mktemp("models") / "small")
-
-
-@pytest.fixture(scope="module")
-def frame(artifact: Artifact) -> pl.DataFrame:
-    return random_events(schema_of(artifact.spec), EVENTS, streams=9)
-
-
-@pytest.fixture(scope="module")
-def history(frame: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The events in two files, neither of them in order."""
-    folder = tmp_path_factory.mktemp("history")
-    shuffled = frame.sample(fraction=1.0, shuffle=True, seed=3)
-    shuffled.head(150).write_parquet(folder / "a.parquet")
-    shuffled.tail(-150).write_csv(folder / "b.csv")
-    return [folder / "a.parquet", folder / "b.csv"]
 
 
 def test_the_command_reports_what_it_did(

@@ -29,36 +29,14 @@ from service.backfill.run import BackfillOptions, plan_backfill, resume_plan, ru
 from service.core.values import StreamState
 from service.store.backup import BackupReader
 from tests.support.backfill import (
+    EVENTS,
     Recording,
     files_of,
     job_of,
     random_events,
-    small_artifact,
     time_column,
 )
 from tests.support.models import random_weights, small_spec
-
-EVENTS = 400
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return small_artifact(tmp_path_factory.mktemp("models") / "small")
-
-
-@pytest.fixture(scope="module")
-def frame(artifact: Artifact) -> pl.DataFrame:
-    return random_events(schema_of(artifact.spec), EVENTS, streams=9)
-
-
-@pytest.fixture(scope="module")
-def history(frame: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The events in two files, neither of them in order."""
-    folder = tmp_path_factory.mktemp("history")
-    shuffled = frame.sample(fraction=1.0, shuffle=True, seed=3)
-    shuffled.head(150).write_parquet(folder / "a.parquet")
-    shuffled.tail(-150).write_csv(folder / "b.csv")
-    return [folder / "a.parquet", folder / "b.csv"]
 
 
 def run(job: Job, **options: Any) -> dict[str, Any]:

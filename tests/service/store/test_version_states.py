@@ -82,14 +82,14 @@ async def test_a_version_state_of_an_earlier_epoch_is_not_written(
     value: StreamState | None = None
     expected, write = b"", store.histories.commit_versions
     for _ in range(2):
-        begun = streams.begin(position=9)
-        state = encode_state(begun)
+        created = streams.begin(position=9)
+        state = encode_state(created)
         result = await store.histories.write(key("a"), expected, state, HistoryCopy())
         assert result == Committed()
-        await keep(store, Commit(key("a"), begun.head, after := streams.after(begun), None))
-        expected, value = pack_head(after.head), value or as_version(begun, b"v" * 16)
+        await keep(store, Commit(key("a"), created.head, after := streams.after(created), None))
+        expected, value = pack_head(after.head), value or as_version(created, b"v" * 16)
     assert await write([key("a")], [encode_state(value)]) == [False]
-    assert await write([key("a")], [encode_state(as_version(begun, b"v" * 16))]) == [True]
+    assert await write([key("a")], [encode_state(as_version(created, b"v" * 16))]) == [True]
 
 
 async def test_snapshots_of_a_version_with_a_similar_fingerprint_are_not_read(
