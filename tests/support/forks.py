@@ -18,6 +18,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -35,7 +37,7 @@ REQUEST_BYTES = 1 << 20
 
 
 class Fork:
-    """A process of the command, with the attributes of a `Popen`."""
+    """A process of the command, with the attributes of a `Popen`, for several threads."""
 
     def __init__(
         self,
@@ -46,7 +48,10 @@ class Fork:
     ):
         """Start `command`, of which the first word is `COMMAND`, with stdin, stdout and stderr."""
         self.returncode: int | None = None
+        self._lock = threading.Lock()
         self._status, status = os.pipe()
+        # closed last: while a thread waits, its number must not become that of another file
+        weakref.finalize(self, os.close, self._status)
         request = json.dumps({"command": command, "environment": {**environment}, "folder": folder})
         files = [each if isinstance(each, int) else each.fileno() for each in streams]
         socket.send_fds(fork_server(), [request.encode()], [*files, status])
@@ -55,18 +60,16 @@ class Fork:
 
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""
-        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
-            self.wait()
+        with self._lock:
+            if self.returncode is None and self._is_readable(0):
+                self.returncode = self._read()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the exit status."""
-        if self.returncode is None:
-            if not select.select([self._status], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired("carry", timeout or 0)
-            self.returncode = self._read()
-            os.close(self._status)
-        return self.returncode
+        if self._is_readable(timeout) and (status := self.poll()) is not None:
+            return status
+        raise subprocess.TimeoutExpired("carry", timeout or 0)
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has exited."""
@@ -76,6 +79,10 @@ class Fork:
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
+
+    def _is_readable(self, timeout: float | None) -> bool:
+        """Whether the status, or the end of the pipe behind it, comes in time."""
+        return bool(select.select([self._status], [], [], timeout)[0])
 
     def _read(self) -> int:
         return int.from_bytes(os.read(self._status, 4), signed=True)

@@ -1,0 +1,49 @@
+"""Processes of tests, which several threads wait for."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import forks
+from tests.support.forks import COMMAND, Fork
+
+
+def start(*words: str) -> Fork:
+    with Path(os.devnull).open("r+b") as null:
+        return Fork([COMMAND, *words], os.environ, [null] * 3)
+
+
+def test_status_is_read_by_another_thread_which_starts_the_next_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = start("--help")
+    others: list[Fork] = []
+    wait_for = select.select
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        wait_for(*arguments[:3], None)
+        assert process.poll() == 0
+        others.append(start("no-such-command"))
+        return wait_for(*arguments)
+
+    monkeypatch.setattr(forks.select, "select", overtaken)
+    assert process.wait() == 0
+    assert others[0].wait() == 2
+
+
+def test_process_that_runs_exceeds_its_time() -> None:
+    read, write = os.pipe()
+    with open(read, "rb") as data, open(write, "wb"), Path(os.devnull).open("r+b") as null:
+        process = Fork([COMMAND, "produce", "-"], os.environ, [data, null, null])
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0)
+        process.kill()
+        assert process.wait() == -9
+        assert process.poll() == -9
