@@ -12,16 +12,17 @@ different kinds are combined by the harmonic mean of their tail probabilities, w
 dependent ones (Wilson, 2019).
 
 An alarm opens after `min_events` consecutive events whose tail probability is at most the
-threshold. It closes after `hold_events` consecutive events above the lower threshold, which is
-`hysteresis` times as probable: so it does not flicker, and one cause opens it once. The hold time
-alone suffices for most streams; the default of `hysteresis` is 1, one threshold.
+threshold. It closes after `hold_events` consecutive usual events: those whose probability is above
+`close_above`, or else above `hysteresis` times the threshold. So it does not flicker, and one cause
+opens it once. An alarm with `close_above` has a record: how long it has been open, how unusual its
+most unusual event was, and what was unusual in it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +85,8 @@ def fit_tail(values: Floats, exceeded: float) -> Tail:
 
 
 NONE, OPENED, CONTINUING, CLOSED = range(4)
+MAX_COUNT: Final = 1 << 24
+"""Largest number of events that float32 counts."""
 
 
 class AlarmState:
@@ -95,7 +98,7 @@ class AlarmState:
     Attributes:
         is_open: whether there is an alarm.
         unusual: consecutive events beyond the threshold, up to the latest.
-        usual: consecutive events of an open alarm above the lower threshold, up to the latest.
+        usual: consecutive usual events of an open alarm, up to the latest.
     """
 
     __slots__ = ("is_open", "unusual", "usual")
@@ -124,7 +127,7 @@ def follow_alarm(
     state.usual = min(state.usual, spec.hold_events - 1)
     end, at = len(probability), 0
     beyond = np.flatnonzero(probability <= threshold).tolist()
-    unusual = np.flatnonzero(probability <= min(threshold * spec.hysteresis, 1.0)).tolist()
+    unusual = np.flatnonzero(probability <= spec.usual_above(threshold)).tolist()
     while at < end:
         if state.is_open:
             following = _first_from(unusual, at, end)
@@ -148,6 +151,46 @@ def follow_alarm(
             state.is_open, state.unusual, codes[at] = True, 0, OPENED
         at += 1
     return codes
+
+
+class AlarmRecord(NamedTuple):
+    """The events of an alarm.
+
+    Attributes:
+        events: int [n], their places in the chunk.
+        since: int [n], events from the one that opened it to each.
+        peaks: float32 [n], the most nats of it up to each.
+        at_peak: the place of the most unusual event, None if it is of an earlier chunk.
+    """
+
+    events: NDArray[np.int64]
+    since: NDArray[np.int64]
+    peaks: NDArray[np.float32]
+    at_peak: int | None
+
+
+def record_alarm(codes: NDArray[np.int64], nats: Floats, since: float, peak: float) -> AlarmRecord:
+    """What T events add to the record of an alarm.
+
+    Args:
+        codes: [T], as `follow_alarm` gives them, some of them not `NONE`.
+        nats: [T].
+        since, peak: of the alarm that earlier events opened.
+    """
+    events = np.flatnonzero(codes)
+    # as it is stored, wherever a chunk ends
+    own = nats[events].astype(np.float32)
+    counts, peaks = np.empty(len(events), np.int64), np.empty(len(events), np.float32)
+    at_peak: int | None = None
+    count, largest = int(min(max(since, 0), MAX_COUNT)), np.float32(peak)
+    for at, event in enumerate(events.tolist()):
+        count = min(count + 1, MAX_COUNT)
+        if codes[event] == OPENED:
+            count, largest = 0, np.float32(-1.0)
+        if own[at] > largest:
+            largest, at_peak = own[at], event
+        counts[at], peaks[at] = count, largest
+    return AlarmRecord(events, counts, peaks, at_peak)
 
 
 def _first_from(indexes: list[int], at: int, end: int) -> int:

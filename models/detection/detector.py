@@ -4,27 +4,31 @@ Each event's statistics (`models.detection.statistics`) have tail probabilities 
 (`models.detection.alarms`), which are combined into one (`models.detection.probability`). It is
 comparable between streams: of a thousand usual events, one has a probability below 0.001. Alarms
 open below a threshold of it, which each chunk may choose: as a rate of false alarms in its state,
-which the pipeline writes there.
+which the pipeline writes there. The state also has a record of the latest alarm, for which
+`models.detection.causes` has words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import AlarmState, follow_alarm
-from models.detection.forecasts import DESCRIBED
-from models.detection.probability import PooledScorer, StreamScorer
+from models.detection.alarms import AlarmRecord, AlarmState, follow_alarm, record_alarm
+from models.detection.causes import SMALL_Z
+from models.detection.forecasts import DESCRIBED, LARGEST, in_field_units
+from models.detection.probability import PooledScorer, Scores, StreamScorer
 from models.detection.statistics import Channels, Deviations
 from models.errors import SpecError
-from models.spec.detection import ALARM_RATE
+from models.events.schema import NumericField
+from models.spec.detection import ALARM_RATE, OF_THE_ALARM
 from models.spec.layout import (
     anomaly_size,
+    detection_columns,
     detection_of,
-    detection_state,
     network_outputs,
     network_state,
     output_spec,
@@ -47,7 +51,7 @@ class Detector:
     """
 
     def __init__(self, spec: ModelSpec):
-        detection, head, _ = detection_of(spec)
+        detection, head, events = detection_of(spec)
         fit = detection.fit
         if fit is None:
             raise SpecError(f"model {spec.name!r}: expected a fitted `detection`")
@@ -60,9 +64,12 @@ class Detector:
             self._scorer = PooledScorer(self._channels, fit.tails, fit.combined)
         self._alarm, self._fit = detection.alarm, fit
         self._threshold = fit.threshold(detection.alarm.false_alarms_per_day)
-        parts = detection_state(spec).slices
-        self._alarm_at = parts[f"{head.name}.alarm"]
-        self._rate_at = parts[f"{head.name}.{ALARM_RATE}"].start
+        self._parts = detection_columns(spec)
+        self._alarm_at, self._rate_at = self._parts["alarm"], self._parts[ALARM_RATE].start
+        self._fields = [events.field(name) for name in head.targets]
+        self._numeric = [f.name for f in self._fields if isinstance(f, NumericField)]
+        self._of_channel = detection.channels_of(head.targets, events)
+        self._targets = head.targets
         network, public = network_outputs(spec), output_spec(spec)
         start, size = network.slices[head.name].stop, anomaly_size(spec, head)
         attention = len(network.attention)
@@ -115,15 +122,13 @@ class Detector:
         self, deviations: Deviations, lengths: NDArray[Any], state: FloatRows
     ) -> tuple[dict[str, Floats], FloatRows]:
         """The outputs [size, B, T], and the state after them."""
-        z, _, _, events = deviations
-        nats, weights, after = self._scorer.score(deviations, lengths)
-        probability = np.exp(-nats)
-        outputs: dict[str, Floats] = {
-            "probability": probability[np.newaxis],
-            "alarm": self._follow_alarms(probability, lengths, state, after),
-        }
+        scores = self._scorer.score(deviations, lengths)
+        events = deviations.events
+        outputs: dict[str, Floats] = {"probability": np.exp(-scores.nats)[np.newaxis]}
+        weights = cache(scores.weights)
+        outputs |= self._follow_alarms(deviations, scores, weights, lengths, state)
         if "deviation" in self._outputs:
-            outputs["deviation"] = z
+            outputs["deviation"] = deviations.z
         if "share" in self._outputs:
             by_channel = weights()
             outputs["share"] = by_channel / by_channel.sum(axis=0)
@@ -131,24 +136,74 @@ class Detector:
             self._described, events.values, events.present, events.parameters
         )
         outputs.update((name, values) for name, values in described.items())
-        return outputs, after
+        return outputs, scores.state
 
     def _follow_alarms(
-        self, probability: Floats, lengths: NDArray[Any], state: FloatRows, after: FloatRows
-    ) -> Floats:
-        """The alarms [1, B, T], which are updated in the state after the events."""
+        self,
+        deviations: Deviations,
+        scores: Scores,
+        weights: Callable[[], Floats],
+        lengths: NDArray[Any],
+        state: FloatRows,
+    ) -> dict[str, Floats]:
+        """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
+        after, probability = scores.state, np.exp(-scores.nats)
         thresholds = np.full(len(state), self._threshold)
-        for index in np.flatnonzero(state[:, self._rate_at]):
-            thresholds[index] = self._fit.threshold(float(state[index, self._rate_at]))
-        alarms = np.zeros((1, *probability.shape))
+        for row in np.flatnonzero(state[:, self._rate_at]).tolist():
+            thresholds[row] = self._fit.threshold(float(state[row, self._rate_at]))
+        names = ("alarm", *(name for name in OF_THE_ALARM if name in self._outputs))
+        outputs = {name: np.zeros((1, *probability.shape)) for name in names}
         active = state[:, self._alarm_at.start] != 0
         active |= (probability <= thresholds[:, np.newaxis]).any(axis=1)
-        for index in np.flatnonzero(active):
-            length, own = lengths[index], AlarmState(state[index, self._alarm_at])
-            codes = follow_alarm(self._alarm, probability[index, :length], thresholds[index], own)
-            alarms[0, index, :length] = codes
-            after[index, self._alarm_at] = own.values()
-        return alarms
+        for row in np.flatnonzero(active).tolist():
+            length, own = lengths[row], AlarmState(state[row, self._alarm_at])
+            codes = follow_alarm(self._alarm, probability[row, :length], thresholds[row], own)
+            outputs["alarm"][0, row, :length] = codes
+            after[row, self._alarm_at] = own.values()
+            if self._alarm.close_above is None or not codes.any():
+                continue
+            record = self._record(codes, scores.nats[row, :length], after[row])
+            if record.at_peak is not None:
+                channel = int(np.argmax(weights()[:, row, record.at_peak]))
+                excess = self._excess(deviations, scores.levels, channel, row, record.at_peak)
+                after[row, self._parts["alarm_cause"]] = channel, excess
+            by_threshold = record.peaks / -np.log(thresholds[row])
+            for name, values in (("severity", by_threshold), ("since", record.since)):
+                if name in outputs:
+                    outputs[name][0, row, record.events] = values
+        return outputs
+
+    def _record(
+        self, codes: NDArray[np.int64], nats: Floats, after: NDArray[np.float32]
+    ) -> AlarmRecord:
+        """Update the record of the latest alarm in the state of one stream."""
+        since, peaks = self._parts["alarm_events"], self._parts["alarm_nats"]
+        record = record_alarm(codes, nats, float(after[since][0]), float(after[peaks][0]))
+        after[since] = record.since[-1]
+        after[peaks] = record.peaks[-1], nats[record.events[-1]]
+        return record
+
+    def _excess(
+        self, deviations: Deviations, levels: Floats | None, channel: int, row: int, at: int
+    ) -> float:
+        """How far the value of a channel was off at an event, in the field's unit; 0 if it was
+        unusual over the last events rather than at this one, or has no order."""
+        target, kind = self._of_channel[channel].target, self._of_channel[channel].kind
+        place, events = self._targets.index(target), deviations.events
+        field = self._fields[place]
+        if not isinstance(field, NumericField):
+            return 0.0
+        value = events.values[place, row, at]
+        if kind == "level" and levels is not None:
+            error = levels[self._numeric.index(target), row, at]
+        elif abs(deviations.z[channel, row, at]) < SMALL_Z:
+            return 0.0
+        elif kind == "forecast":
+            error = value - self._channels.forecasts.mean(place, events.parameters)[row, at]
+        else:
+            error = deviations.errors[channel, row, at]
+        excess = in_field_units(field, value) - in_field_units(field, value - error)
+        return float(np.clip(excess, -LARGEST, LARGEST))
 
 
 class DetectingStep:

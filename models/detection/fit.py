@@ -184,8 +184,10 @@ def _statistics_of(channels: Channels) -> Callable[[Chunks], tuple[Floats, Float
 
 
 def _long(channels: Channels, means: LongMeans, chunks: Chunks) -> tuple[Floats, FloatRows]:
-    _, _, state, events = channels.follow(*chunks)
-    return means.follow(events, channels.nats(events), chunks[1], state)
+    followed = channels.follow(*chunks)
+    events = followed.events
+    statistics, _, state = means.follow(events, channels.nats(events), chunks[1], followed.state)
+    return statistics, state
 
 
 def _scored(channels: Channels, scorer: StreamScorer, chunks: Chunks) -> tuple[Floats, FloatRows]:

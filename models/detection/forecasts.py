@@ -29,7 +29,8 @@ DESCRIBED: Final = frozenset[OutputName]({"mean", "spread", "residual", "z", "pi
 _HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
 _SMALLEST_DEVIATION: Final = 1e-6
 """Of a boolean target, where its probability is 0 or 1 in float64."""
-_LARGEST: Final = float(np.finfo(np.float32).max)
+LARGEST: Final = float(np.finfo(np.float32).max)
+"""Largest size of an output, so that it is finite as float32."""
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
 
@@ -55,6 +56,10 @@ class Forecasts:
         names = ordered_targets(head.targets, events)
         self._ordered = [each for each in self._targets if each.field.name in names]
         self._is_numeric = all(isinstance(each.field, NumericField) for each in self._targets)
+
+    def mean(self, target: int, parameters: Floats) -> Floats:
+        """The encoded mean [B, T] of a numeric target, by its place, of parameters [P, B, T]."""
+        return np.asarray(parameters[self._targets[target].parameters.start])
 
     def deviations(self, values: Floats, parameters: Floats) -> Floats:
         """How far each event is from its forecast, in predicted deviations; of categorical and
@@ -128,7 +133,7 @@ class Forecasts:
             described["nats"] = list(self.nats(values, present, parameters))
         # as float32, none may become infinite
         return {
-            name: np.clip(np.stack(columns), -_LARGEST, _LARGEST)
+            name: np.clip(np.stack(columns), -LARGEST, LARGEST)
             for name, columns in described.items()
         }
 
@@ -146,11 +151,13 @@ def _describe(
     if isinstance(field, NumericField):
         mu, inverse = parameters[0], _inverse_deviation(parameters[1])
         sigma, z = 1.0 / inverse, _clip((value - mu) * inverse)
-        mean = _in_units(field, mu)
+        mean = in_field_units(field, mu)
         if "spread" in names:
-            columns["spread"] = (_in_units(field, mu + sigma) - _in_units(field, mu - sigma)) / 2
+            columns["spread"] = (
+                in_field_units(field, mu + sigma) - in_field_units(field, mu - sigma)
+            ) / 2
         if "residual" in names:
-            columns["residual"] = np.where(is_present, _in_units(field, value) - mean, 0.0)
+            columns["residual"] = np.where(is_present, in_field_units(field, value) - mean, 0.0)
         if "pit" in names:
             columns["pit"] = 0.5 * np.asarray(_erfc(-z / math.sqrt(2)), np.float64)
     else:
@@ -165,7 +172,7 @@ def _describe(
     return {name: column for name, column in columns.items() if name in names}
 
 
-def _in_units(field: NumericField, values: Floats) -> Floats:
+def in_field_units(field: NumericField, values: Floats) -> Floats:
     """Encoded values in the field's unit; with `normalisation` they stay in the stream's own
     deviations, which vary from event to event."""
     return values if field.normalisation is not None else unstandardise(field, values)

@@ -75,9 +75,10 @@ class LongMeans:
 
     def follow(
         self, events: Events, nats: Floats, lengths: NDArray[Any], state: FloatRows
-    ) -> tuple[Floats, FloatRows]:
-        """The statistics [levels + 1 + scales, B, T] of the next events of each stream, 0 where an
-        event has none, and the state after them.
+    ) -> tuple[Floats, Floats, FloatRows]:
+        """The statistics [levels + 1 + scales, B, T] of the next events of each stream, how far
+        each level [levels, B, T] is from its mean, both 0 where an event has none, and the state
+        after them.
 
         Args:
             nats: [D, B, T], of each target, 0 where it is missing.
@@ -89,13 +90,14 @@ class LongMeans:
         np.minimum(nats, NATS_LIMIT).sum(axis=0, out=values[-1])
         present = self.present(events)
         statistics = np.empty((len(values) + len(JOINT_SCALES), *values.shape[1:]))
+        errors = np.empty((self._levels, *values.shape[1:]))
         for at in range(0, values.shape[-1], MAX_STEPS):
             part = slice(at, at + MAX_STEPS)
             kept = np.clip(lengths - at, 0, values[..., part].shape[-1])
-            statistics[..., part], state = self._follow(
+            statistics[..., part], errors[..., part], state = self._follow(
                 values[..., part], present[..., part], kept, state
             )
-        return statistics, state
+        return statistics, errors, state
 
     def present(self, events: Events) -> Bools:
         """Whether [levels + 1, B, T] each event has the level of each numeric target, and any."""
@@ -104,7 +106,7 @@ class LongMeans:
 
     def _follow(
         self, values: Floats, present: Bools, lengths: NDArray[Any], state: FloatRows
-    ) -> tuple[Floats, FloatRows]:
+    ) -> tuple[Floats, Floats, FloatRows]:
         steps = values.shape[-1]
         parts = StateParts(state, lengths, steps, self._parts)
         decay = decay_matrix(self._memory_events, steps)
@@ -127,7 +129,7 @@ class LongMeans:
         spread = roots[..., :-1] + self._prior * self._roots
         spread /= trusted * ROOT_OF_NORMAL
         np.square(spread, out=spread)
-        z = np.divide(errors, np.maximum(spread, self._minimum, out=spread), out=errors)
+        z = errors / np.maximum(spread, self._minimum, out=spread)
         level, joint = z[:-1], z[-1:]
         level *= own[:-1] / trusted[:-1]
         statistics = np.empty((len(z) + len(JOINT_SCALES), *z.shape[1:]))
@@ -140,7 +142,7 @@ class LongMeans:
         raised += SHIFT
         np.maximum(raised, 0.0, out=raised)
         raised *= present[-1:]
-        return statistics, parts.after
+        return statistics, errors[:-1], parts.after
 
 
 def _limit(values: Floats, least: float, most: float, out: Floats) -> None:

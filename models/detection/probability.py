@@ -32,12 +32,13 @@ LEAST_NATS: Final = 1e-9
 
 
 class Scores(NamedTuple):
-    """The nats [B, T] of events, what computes the weights [C, B, T] of the channels in them, and
-    the state after them."""
+    """The nats [B, T] of events, what computes the weights [C, B, T] of the channels in them, the
+    state after them, and with long means how far each level is from its own [N, B, T]."""
 
     nats: Floats
     weights: Callable[[], Floats]
     state: FloatRows
+    levels: Floats | None = None
 
 
 class PooledScorer:
@@ -56,7 +57,7 @@ class PooledScorer:
     def score(self, deviations: Deviations, lengths: NDArray[Any]) -> Scores:
         """Score events, given their deviations."""
         del lengths
-        _, statistics, state, _ = deviations
+        statistics, state = deviations.statistics, deviations.state
         inverse = np.exp(self._tails.nats(statistics.reshape(len(statistics), -1)))
         nats = self._combined.nats(combine(inverse)[np.newaxis])
         weights = partial(self._channels.by_channel, inverse.reshape(statistics.shape))
@@ -109,17 +110,17 @@ class StreamScorer:
 
     def score(self, deviations: Deviations, lengths: NDArray[Any]) -> Scores:
         """Score events, given their deviations."""
-        _, statistics, state, events = deviations
+        statistics, state, events = deviations[2:]
         shape = statistics.shape[1:]
         inverse = np.exp(self._tails.nats(statistics.reshape(len(statistics), -1)))
         nats = self._channels.nats(events)
-        long, state = self._long.follow(events, nats, lengths, state)
+        long, levels, state = self._long.follow(events, nats, lengths, state)
         values = np.concatenate([long, self._by_target.combine(inverse).reshape(-1, *shape)])
         pooled = self._pooled.nats(values.reshape(len(values), -1)).reshape(values.shape)
         own, state = self._own.follow(pooled, self._present(events), lengths, state)
         combined = np.maximum((own - self._less).max(axis=0), 0.0)
         weights = partial(self._weights, own, nats, inverse.reshape(statistics.shape))
-        return Scores(combined, weights, state)
+        return Scores(combined, weights, state, levels)
 
     def _present(self, events: Events) -> Bools:
         """Whether each event has the quantity of each tail, [tails, B, T]."""

@@ -214,6 +214,7 @@ class Deviations(NamedTuple):
 
     Attributes:
         z: [C, B, T], by channel; 0 where the event has none.
+        errors: [C, B, T], encoded, how far each value is from the stream's mean; 0 likewise.
         statistics: [K, B, T]: |z| of every channel, then for each scale the square of every
             channel, then for each scale its inverse of the channels that may be too quiet; 0 where
             the event has none.
@@ -222,6 +223,7 @@ class Deviations(NamedTuple):
     """
 
     z: Floats
+    errors: Floats
     statistics: Floats
     state: FloatRows
     events: Events
@@ -284,13 +286,14 @@ class Channels:
         max_steps = min(self._season_events or MAX_STEPS, MAX_STEPS)
         if steps <= max_steps:
             return Deviations(*self._follow(events, lengths, state), events)
-        computed: list[tuple[Floats, Floats]] = []
+        computed: list[tuple[Floats, ...]] = []
         for at in range(0, steps, max_steps):
             part = events.part(slice(at, at + max_steps))
-            z, statistics, state = self._follow(part, np.clip(lengths - at, 0, max_steps), state)
-            computed.append((z, statistics))
-        z, statistics = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
-        return Deviations(z, statistics, state, events)
+            *parts, state = self._follow(part, np.clip(lengths - at, 0, max_steps), state)
+            computed.append(tuple(parts))
+        whole = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
+        z, errors, statistics = whole
+        return Deviations(z, errors, statistics, state, events)
 
     def nats(self, events: Events) -> Floats:
         """-log p of each target [D, B, T] by its forecast, 0 where the event has none."""
@@ -328,8 +331,8 @@ class Channels:
 
     def _follow(
         self, events: Events, lengths: NDArray[Any], state: FloatRows
-    ) -> tuple[Floats, Floats, FloatRows]:
-        """Deviations, statistics and the state after at most a season's events."""
+    ) -> tuple[Floats, Floats, Floats, FloatRows]:
+        """Deviations, errors, statistics and the state after at most a season's events."""
         steps = events.values.shape[-1]
         parts = StateParts(state, lengths, steps, self._parts)
         decay = decay_matrix(self._memory_events, steps)
@@ -358,7 +361,7 @@ class Channels:
         spread /= self._by_channel(known * ROOT_OF_NORMAL)
         np.square(spread, out=spread)
         np.maximum(spread, self._minimum, out=spread)
-        z = np.divide(errors, spread, out=errors)
+        z = errors / spread
         usual = roots[..., :-1] / self._by_channel(np.maximum(own, SMALLEST) * ROOT_OF_NORMAL)
         np.square(np.divide(np.square(usual, out=usual), spread, out=usual), out=usual)
         np.minimum(usual, ENERGY_LIMIT, out=usual)
@@ -388,7 +391,7 @@ class Channels:
             single *= has
             square *= has
             inverse *= has[self._quiet]
-        return z, statistics, parts.after
+        return z, errors, statistics, parts.after
 
     def _parts_of(
         self, statistics: NDArray[Any]

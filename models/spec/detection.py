@@ -57,7 +57,11 @@ OutputName = Literal[
     "z",
     "pit",
     "nats",
+    "severity",
+    "since",
 ]
+OF_THE_ALARM: Final = ("severity", "since")
+"""Outputs that are one number, of an alarm with `close_above`."""
 AlarmRate = Annotated[float, Field(gt=0, le=MAX_ALARM_RATE)]
 
 
@@ -80,16 +84,32 @@ class AlarmSpec(Frozen):
         false_alarms_per_day: the expected number of false alarms of one stream in a day, from which
             the threshold follows. A deployment or a request may set another one.
         min_events: consecutive events beyond the threshold that open an alarm.
-        hold_events: consecutive events below the lower threshold that close it: alarms that follow
-            each other within as many events are one.
-        hysteresis: the factor between the probabilities of the threshold and the lower threshold;
-            1 is one threshold.
+        hold_events: consecutive usual events that close it: alarms that follow each other within
+            as many events are one.
+        close_above: events with a larger tail probability are usual again, if it is also above the
+            threshold. An alarm with it has a severity and a cause, in the state. None is
+            `hysteresis`.
+        hysteresis: the factor by which events have to be more probable than the threshold to be
+            usual again; 1 is one threshold.
     """
 
     false_alarms_per_day: AlarmRate = 0.05
     min_events: Annotated[int, Field(ge=1, le=4096)] = 1
     hold_events: Annotated[int, Field(ge=1, le=65536)] = 24
+    close_above: Annotated[float, Field(gt=0, lt=1)] | None = None
     hysteresis: Annotated[float, Field(ge=1, le=1000)] = 1.0
+
+    @model_validator(mode="after")
+    def _check_closing(self) -> AlarmSpec:
+        if self.close_above is not None and self.hysteresis != 1.0:
+            raise ValueError("expected `close_above` or `hysteresis`, got both")
+        return self
+
+    def usual_above(self, threshold: float) -> float:
+        """The tail probability above which events close an alarm of a threshold."""
+        if self.close_above is not None:
+            return max(threshold, self.close_above)
+        return min(threshold * self.hysteresis, 1.0)
 
 
 class Tail(Frozen):
@@ -214,6 +234,12 @@ class DetectionSpec(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _check_alarm(self) -> DetectionSpec:
+        if self.alarm.close_above is None and (named := set(self.outputs) & set(OF_THE_ALARM)):
+            raise ValueError(f"outputs: expected `alarm.close_above` with {sorted(named)}")
+        return self
+
+    @model_validator(mode="after")
     def _check_tails(self) -> DetectionSpec:
         if self.fit is not None:
             is_pooled = self.tail_memory_events is None
@@ -247,6 +273,8 @@ class DetectionSpec(Frozen):
                 return tuple(each.label for each in self.channels_of(targets, events))
             case "nats":
                 return targets
+            case "severity" | "since":
+                return (name,)
             case _:
                 return ordered_targets(targets, events)
 
@@ -272,6 +300,8 @@ def detection_parts(
         "alarm": (1,),
         ALARM_RATE: (1,),
     }
+    if spec.alarm.close_above is not None:
+        shapes |= {"alarm_events": (1,), "alarm_nats": (2,), "alarm_cause": (2,)}
     if spec.season_events is not None:
         shapes["season"] = (numeric, spec.season_events)
     if spec.tail_memory_events is not None:

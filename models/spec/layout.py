@@ -28,7 +28,7 @@ from models.events.statistics import statistic_parts
 from models.spec.blocks import block_parts
 from models.spec.chunking import chunk_constant_layers
 from models.spec.decoder import LAST, add_decoder_prefix
-from models.spec.detection import DetectionSpec, detection_parts
+from models.spec.detection import OF_THE_ALARM, DetectionSpec, detection_parts
 from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,
@@ -216,8 +216,9 @@ def output_spec(spec: ModelSpec) -> OutputSpec:
     outputs = [output for output in found.outputs if output.name != _parameters_of(head)]
     outputs += [Output(f"{head.name}.probability", ()), Output(f"{head.name}.alarm", ())]
     for name in detection.outputs:
-        labels = detection.labels(name, head.targets, events)
-        outputs.append(Output(f"{head.name}.{name}", (len(labels),), labels))
+        labels = () if name in OF_THE_ALARM else detection.labels(name, head.targets, events)
+        shape = (len(labels),) if labels else ()
+        outputs.append(Output(f"{head.name}.{name}", shape, labels))
     return OutputSpec(tuple(outputs), found.attention)
 
 

@@ -1,4 +1,4 @@
-"""Training options that a specification leaves open, derived from the data.
+"""Options that a specification leaves open: of training, derived from the data, and of detection.
 
 Windows and batches become smaller until an epoch has enough updates of the weights, and epochs more
 until a training has. Moments of the split are those by which shares of the events are past. What
@@ -17,6 +17,7 @@ from models.errors import DataError
 from models.events.calendar import DAY_MS
 from models.events.schema import EventSchema
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
+from models.spec.detection import AlarmSpec
 from models.spec.model import ModelSpec, schema_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 from models.training.data import (
@@ -42,6 +43,7 @@ MIN_PATIENCE = 3
 LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0
 WEEK_DAYS = 7
+HOLD_EVENTS, CLOSE_ABOVE = 6, 0.05
 
 
 def resolve_training(
@@ -69,6 +71,24 @@ def resolve_training(
     derived |= _sizes(spec, settled, _lengths_before(streams, before), longest)
     resolved = ResolvedTraining.model_validate({**training.model_dump(), **derived})
     return spec.model_copy(update={"training": resolved.model_dump()}), derived
+
+
+def resolve_detection(spec: ModelSpec) -> ModelSpec:
+    """The spec with the options of detection that it leaves open.
+
+    Artifacts have all options. The defaults of `AlarmSpec` stay what they were for older ones.
+    """
+    if spec.detection is None:
+        return spec
+    alarm = spec.detection.alarm
+    named = alarm.model_fields_set
+    options: dict[str, Any] = {} if "hold_events" in named else {"hold_events": HOLD_EVENTS}
+    if not named & {"close_above", "hysteresis"}:
+        options["close_above"] = CLOSE_ABOVE
+    resolved = AlarmSpec.model_validate({**alarm.model_dump(), **options})
+    return spec.model_copy(
+        update={"detection": spec.detection.model_copy(update={"alarm": resolved})}
+    )
 
 
 def _split(

@@ -8,7 +8,7 @@ that the service replies. From top to bottom:
 - the tail probability of detection with the threshold of alarms, or the nats of an anomaly head;
 - the probabilities of classification heads and of labels.
 
-Alarms are shaded, with the channel that was most unusual when they opened; labels are a bar below.
+Alarms are shaded, with what was most unusual when they opened; labels are a bar below.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
+from models.detection.causes import Causes
 from models.detection.vus import runs
 from models.errors import DataError
 from models.events.schema import NumericField
@@ -322,19 +323,19 @@ def _draw_score(
     axes.set_yscale("log")
     axes.set_ylim(2.0, SMALLEST_PROBABILITY)
     axes.set_ylabel("tail probability")
-    labels = {each.name: each.labels for each in output_spec(spec).outputs}
-    names = labels.get(f"{head.name}.share")
-    if names is None:
+    if f"{head.name}.share" not in outputs:
         return
-    share = outputs[f"{head.name}.share"][shown]
+    causes, share = Causes(spec), outputs[f"{head.name}.share"][shown]
+    deviation = outputs.get(f"{head.name}.deviation")
+    deviation = None if deviation is None else deviation[shown]
     opened = outputs[f"{head.name}.alarm"][shown] == ALARM_STATES.index("opened")
     line, before = 0, times[0] - np.ptp(times)
     for at in np.flatnonzero(opened):
         # names of alarms that opened shortly after another would overlap
-        line = (line + 1) % 3 if times[at] - before < np.ptp(times) / 8 else 0
+        line = (line + 1) % 4 if times[at] - before < np.ptp(times) / 4 else 0
         before = times[at]
         axes.annotate(
-            names[int(np.argmax(share[at]))],
+            causes.of_event(share[at], None if deviation is None else deviation[at]).words,
             (times[at], SMALLEST_PROBABILITY),
             xytext=(2, -8 - 8 * line),
             textcoords="offset points",

@@ -35,7 +35,7 @@ from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining
 from models.training.checkpoint import read_checkpoint, write_checkpoint
 from models.training.data import Labels, fitted_spec, labels_of, split_of, streams_of, training_of
-from models.training.defaults import calendar_warning, resolve_training
+from models.training.defaults import calendar_warning, resolve_detection, resolve_training
 from models.training.detection import check_detection, fitted_detection
 from models.training.ensemble import check_members, merge_members
 from models.training.loop import Loop
@@ -191,7 +191,7 @@ def train(
     """
     progress = Progress(Console(quiet=quiet))
     streams = streams_of(spec, frame, source)
-    spec, derived = resolve_training(spec, streams, source)
+    spec, derived = resolve_training(resolve_detection(spec), streams, source)
     training, split = training_of(spec), split_of(spec)
     if derived:
         chosen = ", ".join(f"{name} {value}" for name, value in derived.items())

@@ -39,6 +39,7 @@ class DetectionOracle:
             name: deque(maxlen=self.detection.season_events or 1) for name in self.head.targets
         }
         self.is_open, self.unusual, self.usual = False, 0, 0
+        self.since, self.peak, self.latest, self.cause = 0, 0.0, 0.0, (0.0, 0.0)
         self.tails: StreamTailsOracle | None = None
         if self.detection.tail_memory_events is not None:
             fields = [self.events.field(name) for name in self.head.targets]
@@ -51,7 +52,7 @@ class DetectionOracle:
         odd: set[str] = set()
         scales, every = len(self.detection.scales), range(len(self.channels))
         quiet = [c for c in every if self.channels[c].kind == "change"] or list(every)
-        zs, inverses = [], np.ones((1 + 2 * scales, len(self.channels)))
+        zs, errors, inverses = [], [], np.ones((1 + 2 * scales, len(self.channels)))
         for c, channel in enumerate(self.channels):
             own, square = self.weight[channel.target], self.fit.squares[c]
             usual = ROOT * math.sqrt(self.fit.spreads[c])
@@ -66,6 +67,7 @@ class DetectionOracle:
             alone = (self.roots[c] / own / ROOT) ** 2 if own else 0.0
             expected = square * min((alone / max(spread, least)) ** 2, 25.0)
             zs.append(z)
+            errors.append(error)
             found = [abs(z)]
             for scale in self.detection.scales:
                 slow = math.exp(-1 / scale)
@@ -111,13 +113,56 @@ class DetectionOracle:
         else:
             nats = dict(zip(self.head.targets, described["nats"], strict=True))
             probability, shares = self._by_stream(row, present, nats, inverses, quiet)
+        alarm = self._alarm(probability, rate)
+        record = {}
+        if self.detection.alarm.close_above is not None:
+            if alarm:
+                self._record(alarm, probability, shares, row, parameters, zs, errors)
+            nats = -math.log(self._threshold(rate or self.detection.alarm.false_alarms_per_day))
+            record["severity"] = self.peak / nats if alarm else 0.0
+            record["since"] = self.since if alarm else 0
         return {
             "probability": probability,
-            "alarm": self._alarm(probability, rate),
+            "alarm": alarm,
+            **record,
             "deviation": np.array(zs),
             "share": shares / shares.sum(),
             **described,
         }
+
+    def _record(
+        self,
+        alarm: int,
+        probability: float,
+        shares: Floats,
+        row: Floats,
+        parameters: Floats,
+        zs: list[float],
+        errors: list[float],
+    ) -> None:
+        """The events since the alarm opened, its peak, and the cause there."""
+        self.latest = -math.log(probability)
+        self.since, self.peak = (0, -1.0) if alarm == 1 else (self.since + 1, self.peak)
+        if self.latest <= self.peak:
+            return
+        self.peak, c = self.latest, int(np.argmax(shares))
+        channel, excess, start = self.channels[c], 0.0, 0
+        for name in self.head.targets:
+            field = self.events.field(name)
+            if name == channel.target:
+                break
+            start += {"numeric": 2, "boolean": 1}.get(field.kind) or field.codes
+        if field.kind == "numeric":
+            where = {column.name: i for i, column in enumerate(self._columns())}
+            value, reference = float(row[where[name]]), None
+            if channel.kind == "level" and self.tails is not None:
+                reference = value - self.tails.errors[name]
+            elif abs(zs[c]) >= 2.0:
+                is_forecast = channel.kind == "forecast"
+                reference = float(parameters[start]) if is_forecast else value - errors[c]
+            if reference is not None:
+                excess = self._unit(field, value) - self._unit(field, reference)
+        self.cause = (float(c), excess)
 
     def _by_stream(
         self,
@@ -250,7 +295,10 @@ class DetectionOracle:
         alarm = self.detection.alarm
         threshold = self._threshold(rate or alarm.false_alarms_per_day)
         if self.is_open:
-            self.usual = self.usual + 1 if probability > threshold * alarm.hysteresis else 0
+            limit = threshold * alarm.hysteresis
+            if alarm.close_above is not None:
+                limit = max(threshold, alarm.close_above)
+            self.usual = self.usual + 1 if probability > limit else 0
             if self.usual == alarm.hold_events:
                 self.is_open, self.usual = False, 0
                 return 3

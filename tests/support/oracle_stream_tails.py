@@ -39,6 +39,7 @@ class StreamTailsOracle:
         self.counts = [[0.0] * len(TAIL_LEVELS) for _ in self.fit.tails]
         self.pending = [[0] * len(TAIL_LEVELS) for _ in self.fit.tails]
         self.events = 0
+        self.errors: dict[str, float] = {}
 
     def step(
         self,
@@ -82,7 +83,7 @@ class StreamTailsOracle:
     def _z(self, at: int, value: float | None, is_joint: bool) -> float:
         long, usual = self.long[at], self.fit.spreads[at]
         known = long.weight + (self.prior if is_joint else 0.0)
-        z, root = 0.0, 0.0
+        z, root, error = 0.0, 0.0, 0.0
         if value is not None:
             root = ROOT * math.sqrt(usual)
             if known > 0:
@@ -97,6 +98,8 @@ class StreamTailsOracle:
         long.weight = decay * long.weight + (value is not None)
         long.total = decay * long.total + (value or 0.0)
         long.roots = decay * long.roots + root
+        if not is_joint:
+            self.errors[self.numeric[at]] = error
         return z
 
     def _own(self, at: int, value: float | None) -> float:

@@ -8,9 +8,11 @@ import polars as pl
 import pytest
 
 from models.errors import DataError
+from models.spec.detection import AlarmSpec
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import streams_of, training_of
-from models.training.defaults import calendar_warning, resolve_training
+from models.training.defaults import calendar_warning, resolve_detection, resolve_training
+from tests.models.detection.test_detector import spec_of as detecting_spec
 from tests.support.training import HOUR_MS
 
 SIZES = ("window_steps", "segment_windows", "batch_streams", "learning_rate", "epochs", "patience")
@@ -107,3 +109,15 @@ def test_less_than_a_week_of_timestamps_causes_a_warning() -> None:
 def test_events_of_a_single_moment_have_no_split() -> None:
     with pytest.raises(DataError, match=r"data: events at several times.*`validate_from`"):
         derived(frame_of(10, 1), spec_of())
+
+
+def test_open_options_of_alarms_are_resolved_and_named_ones_kept() -> None:
+    def resolved(alarm: dict[str, float]) -> AlarmSpec:
+        detection = resolve_detection(detecting_spec(["flow"], alarm=alarm)).detection
+        assert detection is not None
+        return detection.alarm
+
+    assert resolved({}) == AlarmSpec(hold_events=6, close_above=0.05)
+    assert resolved({"hold_events": 24}) == AlarmSpec(close_above=0.05)
+    assert resolved({"hysteresis": 2.0}) == AlarmSpec(hold_events=6, hysteresis=2.0)
+    assert resolve_detection(spec_of()) == spec_of()

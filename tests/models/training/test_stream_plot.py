@@ -93,7 +93,7 @@ def test_a_plot_shows_values_forecasts_scores_and_alarms(
         ">tail probability<",
         ">threshold<",
         ">alarm<",
-        ">level.level<",
+        "level of level ",
         ">labelled<",
         ">high<",
     ):

@@ -1,0 +1,137 @@
+"""What was unusual in an event, or in an alarm, in words that a person reads.
+
+The cause is the channel with the largest share of the tail probability. How far its value was off
+is in the field's unit, or in the stream's deviations where the model sees nothing else: of a field
+with `normalisation`, or from the outputs of an event without `residual`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.events.schema import NumericField
+from models.spec.detection import ChannelKind, ordered_targets
+from models.spec.layout import detection_of, state_spec
+from models.spec.model import ModelSpec
+
+SMALL_Z: Final = 2.0
+"""A channel with a smaller deviation was unusual over its last events, not at this one."""
+_KINDS: Final[dict[ChannelKind, tuple[str, str, str]]] = {
+    "level": ("level of {}", "its usual", "its usual"),
+    "forecast": ("{}", "its forecast", "its forecast"),
+    "change": ("change of {}", "its usual", "its usual over the last events"),
+    "season": ("{}", "the season before", "the season before"),
+}
+"""By kind: what was unusual, compared with what, and the latter of the last events together."""
+
+
+class Cause(NamedTuple):
+    """What was unusual: a channel, and words such as `level of pressure 6.1 above its usual`."""
+
+    target: str
+    kind: ChannelKind
+    words: str
+
+
+class Alarm(NamedTuple):
+    """The latest alarm of a stream.
+
+    Attributes:
+        is_open: false once it has closed.
+        events: from the one that opened it to the stream's last one, or to the one that closed it.
+        severity: nats of its most unusual event, as a multiple of those of the threshold.
+        probability: tail probability of its last event.
+        cause: of its most unusual event.
+    """
+
+    is_open: bool
+    events: int
+    severity: float
+    probability: float
+    cause: Cause
+
+
+class Causes:
+    """The causes and alarms of a model with detection."""
+
+    def __init__(self, spec: ModelSpec):
+        detection, head, events = detection_of(spec)
+        self._channels = detection.channels_of(head.targets, events)
+        self._residuals = ordered_targets(head.targets, events)
+        fields = [events.field(name) for name in head.targets]
+        numeric = [field for field in fields if isinstance(field, NumericField)]
+        self._numeric = {field.name for field in numeric}
+        self._unitless = {field.name for field in numeric if field.normalisation is not None}
+        self._nats = (
+            -math.log(detection.fit.threshold(detection.alarm.false_alarms_per_day))
+            if detection.fit is not None
+            else 1.0
+        )
+        slices = state_spec(spec).slices
+        self._parts = [
+            slices.get(f"{head.name}.{name}")
+            for name in ("alarm", "alarm_events", "alarm_nats", "alarm_cause")
+        ]
+
+    def of_event(
+        self,
+        share: Sequence[float] | NDArray[Any],
+        deviation: Sequence[float] | NDArray[Any] | None = None,
+        residual: Sequence[float] | NDArray[Any] | None = None,
+        stream: str = "",
+    ) -> Cause:
+        """The cause of an event, from its outputs of these names.
+
+        Args:
+            stream: in the words before the target.
+        """
+        place = int(np.argmax(share))
+        channel = self._channels[place]
+        excess, is_deviation = 0.0, True
+        has_order = channel.target in self._numeric
+        if has_order and deviation is not None and abs(deviation[place]) >= SMALL_Z:
+            excess = float(deviation[place])
+            if channel.kind == "forecast" and residual is not None:
+                excess = float(residual[self._residuals.index(channel.target)])
+                is_deviation = channel.target in self._unitless
+        return self._cause(place, excess, is_deviation, stream)
+
+    def of_state(self, floats: NDArray[np.float32], stream: str = "") -> Alarm | None:
+        """The latest alarm of a stream, by the packed floats of its complete state.
+
+        Returns:
+            None if there was no alarm, or alarms have no record (`close_above`).
+        """
+        alarm, events, nats, cause = self._parts
+        if alarm is None or events is None or nats is None or cause is None:
+            return None
+        peak, latest = (float(value) for value in floats[nats])
+        if not peak > 0:
+            return None
+        place, excess = floats[cause]
+        place = int(min(max(place, 0), len(self._channels) - 1))
+        channel = self._channels[place]
+        return Alarm(
+            is_open=bool(floats[alarm.start] < 0),
+            events=int(floats[events.start]),
+            severity=peak / self._nats,
+            probability=math.exp(-max(latest, 0.0)),
+            cause=self._cause(place, float(excess), channel.target in self._unitless, stream),
+        )
+
+    def _cause(self, place: int, excess: float, is_deviation: bool, stream: str) -> Cause:
+        channel = self._channels[place]
+        subject, beside, unlike = _KINDS[channel.kind]
+        what = subject.format(f"{stream}.{channel.target}" if stream else channel.target)
+        if excess == 0:
+            return Cause(channel.target, channel.kind, f"{what} unlike {unlike}")
+        size = abs(excess)
+        number = f"{size:.3g}" if size < 1000 else f"{size:,.0f}"
+        unit = " deviations" if is_deviation else ""
+        side = "above" if excess > 0 else "below"
+        return Cause(channel.target, channel.kind, f"{what} {number}{unit} {side} {beside}")
