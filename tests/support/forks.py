@@ -74,7 +74,8 @@ class Fork:
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has exited."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has exited since
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -85,7 +86,9 @@ class Fork:
         return bool(select.select([self._status], [], [], timeout)[0])
 
     def _read(self) -> int:
-        return int.from_bytes(os.read(self._status, 4), signed=True)
+        number = os.read(self._status, 4)
+        assert number, "the fork server has ended"
+        return int.from_bytes(number, signed=True)
 
 
 @cache
@@ -122,7 +125,8 @@ def _serve(requests: socket.socket) -> None:
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 status = running.pop(ended[0])
-                os.write(status, os.waitstatus_to_exitcode(ended[1]).to_bytes(4, signed=True))
+                with suppress(BrokenPipeError):  # nobody waits for it
+                    os.write(status, os.waitstatus_to_exitcode(ended[1]).to_bytes(4, signed=True))
                 os.close(status)
 
     signal.signal(signal.SIGCHLD, report_exits)
