@@ -13,6 +13,7 @@ from tests.faults.client import SHORT_LIVED, Appender, Client
 from tests.faults.deployment import Deployment, RunOptions, deploy
 from tests.faults.history import History
 from tests.faults.traffic import STAGES
+from tests.faults.waits import wait
 
 _FINISH_S: Final = 60.0
 _MORE_KILLS: Final = 20
@@ -71,10 +72,7 @@ async def _drive(
         return sum(client.applied for client in clients)
 
     async def wait_for_events(count: int) -> None:
-        while True:
-            if events() >= count:
-                return
-            await asyncio.sleep(0.02)
+        await wait(lambda: events() >= count, f"{count} events", events)
 
     async def finish(*running: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
         """Wait for clients; one that does not end in time fails the run."""

@@ -147,7 +147,8 @@ class RealServer:
     def start(self, *options: str) -> None:
         """Start the process with additional options, and wait until it serves."""
         self.launch(*options)
-        until(self.answers, f"{self.kind} answering")
+        until(lambda: self.answers() or self._process.poll() is not None, f"{self.kind} answering")
+        assert self._process.poll() is None, f"{self.kind} ended with {self._process.returncode}"
 
     def client(self) -> redis.Redis:
         """A client of this server, to inspect what the store wrote."""

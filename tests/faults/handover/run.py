@@ -32,6 +32,7 @@ from tests.faults.handover.check import (
 from tests.faults.handover.traffic import Clients, Producer, outputs_of
 from tests.faults.stores import WORKERS
 from tests.faults.topics.processes import ConsumerProcess, ServerStore
+from tests.faults.waits import wait
 from tests.support.forks import COMMAND, Fork
 from tests.support.proxy import Proxy
 
@@ -48,9 +49,6 @@ SAMPLE: Final = 200
 
 SLOW_LOAD_S: Final = 100.0
 """How long a load takes that is to be killed."""
-
-IDLE_S: Final = 300.0
-"""A run fails if the consumers acknowledge nothing for this long."""
 
 KINDS: Final = ("worker killed", "consumer killed", "all consumers killed")
 LOADED_AGAIN, LOADER_KILLED = "loaded again", "loader killed"
@@ -119,6 +117,7 @@ class HandoverRun:
             *(self._has_room, options.seed),
         )
         self._most_appended = self._lag = self._most_lag = 0
+        self._supervisor: asyncio.Task[None] | None = None
 
     async def drive(self) -> None:
         """Record a history, backfill and load it while events go on; then consume, and check."""
@@ -133,12 +132,12 @@ class HandoverRun:
             await asyncio.to_thread(producer.append_to, first)
             self._most_appended = producer.appended + self.options.events
             producer.start()
-            await wait(lambda: not clients.unanswered["w"])
+            await self._wait(lambda: not clients.unanswered["w"], "clients' first chunks", clients)
             await asyncio.to_thread(self._backfill)
             await self._load_with_kills()
             await self._consume(clients)
             # every stream goes on from its history
-            await wait(lambda: not clients.unanswered["h"])
+            await self._wait(lambda: not clients.unanswered["h"], "clients of a history", clients)
             await asyncio.to_thread(producer.stop)
             await asyncio.to_thread(producer.append_to, self._of_topics)
         finally:
@@ -154,6 +153,14 @@ class HandoverRun:
         )
         await asyncio.to_thread(self._check, clients)
         self.seen["seconds"] = round(time.monotonic() - self._began_s)
+
+    async def _wait(self, is_met: Callable[[], bool], what: str, clients: Clients) -> None:
+        """Wait for a condition, while clients send and consumers are started again."""
+
+        def progress() -> tuple[int, int, int]:
+            return self._producer.appended, self._lag, clients.delivered
+
+        await wait(is_met, what, progress, *clients.tasks, self._supervisor)
 
     def _say(self, what: str) -> None:
         """Print what happens, with --verbose."""
@@ -252,12 +259,12 @@ class HandoverRun:
         plan.insert(len(plan) // 2, LOADED_AGAIN)
         for kind in plan:
             target = passed() + self.options.events // (len(plan) + 1)
-            await wait(lambda target=target: passed() >= target)
+            await self._wait(lambda target=target: passed() >= target, f"{target} events", clients)
             self._say(kind)
             await self._inject(kind, clients)
             self.seen[kind] += 1
         target = passed() + self.options.events // (len(plan) + 1)
-        await wait(lambda: passed() >= target)
+        await self._wait(lambda: passed() >= target, f"{target} events", clients)
 
     async def _inject(self, kind: str, clients: Clients) -> None:
         """Inject one fault."""
@@ -274,8 +281,11 @@ class HandoverRun:
             case _:
                 # streams have gone on from the states that were loaded
                 count = sum(name[0] == "h" for name in self.history)
-                await wait(lambda: clients.unanswered["h"] < count)
-                await asyncio.to_thread(self._wait_for_outputs)
+                await self._wait(
+                    lambda: clients.unanswered["h"] < count and self._has_outputs(),
+                    "outputs of streams that were loaded",
+                    clients,
+                )
                 await self._load()
 
     async def _kill_worker(self) -> None:
@@ -288,14 +298,13 @@ class HandoverRun:
         worker.kill()
         worker.restart()
 
-    def _wait_for_outputs(self) -> None:
-        """Wait until consumers have computed an event of a stream that was loaded."""
-        while not any(
+    def _has_outputs(self) -> bool:
+        """Whether consumers have computed an event of a stream that was loaded."""
+        return any(
             fields[b"stream"].decode() in self.history
             for topic in self._topics.sinks
             for _, fields in self._client.xrange(topic, count=SAMPLE)
-        ):
-            time.sleep(0.1)
+        )
 
     def _start_consumers(self) -> None:
         folder, options = self.deployment.folder, self.options
@@ -341,14 +350,12 @@ class HandoverRun:
 
     async def _wait_until_consumed(self) -> None:
         """Wait until every entry is acknowledged."""
-        lowest, changed_s = self._lag, time.monotonic()
-        while lag := await asyncio.to_thread(self._read_lag):
-            if lag < lowest:
-                lowest, changed_s = lag, time.monotonic()
-            elif time.monotonic() > changed_s + IDLE_S:
-                self.findings.append(f"stalled: {lag} entries are not acknowledged")
-                return
-            await asyncio.sleep(0.05)
+        try:
+            await wait(
+                lambda: self._read_lag() == 0, "all entries", lambda: self._lag, self._supervisor
+            )
+        except AssertionError as stalled:
+            self.findings.append(f"stalled: {stalled}")
 
     async def _stop_consumers(self) -> None:
         """Terminate all consumers for good."""
@@ -374,14 +381,6 @@ class HandoverRun:
         for name, lines in logs:
             raised = [line for line in lines if '"exception":' in line]
             self.findings += [f"{name} logged {line}" for line in raised[:3]]
-
-
-async def wait(is_met: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    while True:
-        if is_met():
-            return
-        await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

@@ -32,6 +32,7 @@ DUPLICATES: Final = 0.1
 """Share of the chunks that are sent to two workers at once."""
 
 TIMEOUT_S: Final = 30.0
+FINISH_S: Final = 120.0
 
 
 class Producer(threading.Thread):
@@ -129,6 +130,7 @@ class Clients:
     Attributes:
         delivered: events that were acknowledged.
         unanswered: streams without any, by kind.
+        tasks: of the clients.
         findings: answers that no stream may get.
     """
 
@@ -148,12 +150,16 @@ class Clients:
         self._workers = [AsyncCarry(url, encoding="json") for url in urls]
         self._stopped = asyncio.Event()
         randoms = np.random.default_rng(seed).spawn(min(count, len(self.streams)))
-        self._tasks = [asyncio.create_task(self._send_all(random)) for random in randoms]
+        self.tasks = [asyncio.create_task(self._send_all(random)) for random in randoms]
 
     async def stop(self) -> None:
         """Let every client end its chunk."""
         self._stopped.set()
-        await asyncio.gather(*self._tasks)
+        ended, late = await asyncio.wait(self.tasks, timeout=FINISH_S)
+        self.findings += [f"a client did not end its chunk in {FINISH_S} s" for _ in late]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*ended)
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
     def ends(self) -> Iterator[tuple[str, int]]:

@@ -21,6 +21,7 @@ from tests.faults.history import NO_HEAD, Chunk, History
 from tests.faults.traffic import STAGES
 from tests.faults.transports import Conditions, WorkerClient
 from tests.faults.versions.check import Stream, check
+from tests.faults.waits import wait
 
 VERSIONS: Final = {"z": 1, "a": 2, "b": 3, "c": 5}
 """Folders of the versions and their gains; a process without aliases starts with the last name."""
@@ -201,10 +202,11 @@ class VersionRun:
             await injector.inject(fault)
             number += 1
             self._faults += 1
-            await _wait(
+            await self._wait(
                 lambda target=target: (
                     (self.delivered >= target and self._faults < MOST_FAULTS) or changed.is_set()
-                )
+                ),
+                "chunks before the next fault",
             )
 
     async def _change_versions(self) -> None:
@@ -238,22 +240,26 @@ class VersionRun:
     async def _deliver_more(self, count: int) -> None:
         """Wait for more chunks."""
         target = self.delivered + count
-        await _wait(lambda: self.delivered >= target)
+        await self._wait(lambda: self.delivered >= target, f"{target} chunks")
+
+    async def _wait(self, is_met: Callable[[], bool], what: str) -> None:
+        await wait(is_met, what, lambda: self.delivered)
 
     async def _change_champion(self, champions: list[str]) -> None:
         """Wait until the last of these answers in every worker; then until each quiet stream got a
         chunk from it."""
-        for worker in self.deployment.clients.values():
-            await self._wait_for_champion(worker, champions[-1])
+        for name, worker in self.deployment.clients.items():
+            await self._wait_for_champion(name, worker, champions[-1])
         self.champions, self.changes = champions, self.changes + 1
         self._queue.extendleft(self.resting)
         self.resting.clear()
-        await _wait(lambda: len(self.resting) == len(self._quiet))
+        await self._wait(lambda: len(self.resting) == len(self._quiet), "quiet streams")
 
-    async def _wait_for_champion(self, worker: WorkerClient, version: str) -> None:
+    async def _wait_for_champion(self, name: str, worker: WorkerClient, version: str) -> None:
         """Wait until a version answers in a worker."""
-        answering = None
+        answering, deadline_s = None, time.monotonic() + FINISH_S
         while answering != version:
+            assert time.monotonic() < deadline_s, f"{name} has {answering}, not {version}"
             await asyncio.sleep(0.02)
             try:
                 model = await worker.request("GET", f"/v1/models/{network.MODEL}")
@@ -291,14 +297,6 @@ class VersionRun:
 
     def _now_s(self) -> float:
         return time.monotonic() - self.history.began_s
-
-
-async def _wait(is_met: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    while True:
-        if is_met():
-            return
-        await asyncio.sleep(0.02)
 
 
 async def run(options: RunOptions, plan: Plan = PLAN) -> tuple[History, list[Finding]]:
