@@ -38,6 +38,7 @@ LATE_WRITES_S: Final = 30.0
 """With `everysec` a server postpones writes to its file while a sync is in progress, for up to two
 seconds, and for longer if a busy machine suspends it: a SIGKILL may take them."""
 EXPIRY_S: Final = 5.0
+LONGEST_EXPIRY_S: Final = 120.0  # it is tried again while the store is unavailable
 PROMOTED_AFTER_S: Final = 0.6  # how long a primary is stopped until its replica is promoted
 ERRORS: Final = (redis.RedisError, OSError, ValueError, KeyError, TypeError, psutil.Error)
 """While a server is down, or its record is incomplete."""
@@ -76,15 +77,18 @@ class Store:
     def expire(self, stream: str) -> None:
         """Let a stream's keys expire now; returns when they have expired."""
         pair = KeySpace("carry", 1024).pair(StreamKey(MODEL, stream))
-        while True:
+
+        def has_expired() -> bool:
             try:
                 for key in pair:
                     self.ask("PEXPIRE", key, 1)
                 until(lambda: not self.ask("EXISTS", *pair), "the expiry", EXPIRY_S)
-                return
             except (*ERRORS, AssertionError):
                 # unavailable, or a failover has lost it
-                time.sleep(0.05)
+                return False
+            return True
+
+        until(has_expired, f"the expiry of {stream}", LONGEST_EXPIRY_S, 0.05)
 
     def kill(self, pick: int, _: float) -> Loss | None:
         """Kill a server; a primary comes back before its replica would be promoted."""
@@ -175,10 +179,13 @@ class SingleStore(Store):
     def prepare_rollback(self, _: int) -> float:
         """Copy the append-only file; the moment before which nothing can be lost. The server keeps
         writing: the copy is a prefix of the file, as a crash would leave it."""
-        while True:
+
+        def written_s() -> float:
             asked_s = time.monotonic()
-            if self.ask("INFO", "persistence")["aof_buffer_length"] == 0:
-                break
+            is_written = self.ask("INFO", "persistence")["aof_buffer_length"] == 0
+            return asked_s if is_written else 0.0
+
+        asked_s: float = until(written_s, "a written file", poll_s=0)
         shutil.copytree(self._file, self._copy)
         return asked_s
 
