@@ -16,6 +16,8 @@ from carry_client import NoAnswer, Problem, read_response
 from tests.load.streams import DEFAULTS, Limits, Streams
 
 SPAWNED_PER_S = 100
+ASKED_EVERY_S = 1.0
+"""How often Locust asks for the number of users."""
 RARELY_RETRIED: Limits = {**DEFAULTS, "max_retry_share": 0.001}
 SERVER_STAGES = ("queue", "load", "infer", "commit")
 HEADERS = {
@@ -180,19 +182,24 @@ class InTurn(LoadTestShape):
     # scenarios that have not ended, the first of them running
     waiting: ClassVar[list[type[ScenarioUser]]]
     duration_s: ClassVar[float]
-    _began_s: float | None = None
+    # of the running scenario: how long it has run, and when Locust asked last
+    _spent_s: float = 0.0
+    _asked_s: float | None = None
 
     def tick(self) -> tuple[int, float] | tuple[int, float, list[type[ScenarioUser]]] | None:
         """The users of the present stage; Locust asks once a second."""
         now_s, users, scenario = self.get_run_time(), self.get_current_user_count(), self.waiting[0]
-        if self._began_s is None:
+        if self._asked_s is None:
             if users > 0:
                 # Locust starts users of another class, but stops none for them
                 return 0, SPAWNED_PER_S
-            self._began_s = now_s
-        share = (now_s - self._began_s) / self.duration_s
+            self._spent_s, self._asked_s = 0.0, now_s
+        # the time in which a busy machine suspends the load does not count
+        self._spent_s += min(now_s - self._asked_s, ASKED_EVERY_S)
+        self._asked_s = now_s
+        share = self._spent_s / self.duration_s
         if share < 1:
             return scenario.users_at(share), SPAWNED_PER_S, [scenario]
-        self._began_s = None
+        self._asked_s = None
         del self.waiting[0]
         return (0, SPAWNED_PER_S) if self.waiting else None
