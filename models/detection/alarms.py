@@ -28,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.spec.detection import AlarmSpec, Tail
+from models.spec.layout import detection_of, detection_state, state_spec
+from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
 
@@ -89,28 +91,49 @@ MAX_COUNT: Final = 1 << 24
 """Largest number of events that float32 counts."""
 
 
+MUTED_EVENTS: Final = 64
+"""Events after an acknowledgement in which no alarm opens: what the stream does now is learned."""
+_MUTED: Final = 1 << 20
+
+
 class AlarmState:
     """The state of one stream's alarm.
 
     Stored as one number, the first of `values`: the consecutive unusual events if there is no
-    alarm; otherwise -1 - the consecutive usual ones.
+    alarm; -1 - the consecutive usual ones if there is one; or `_MUTED` + the muted ones.
 
     Attributes:
         is_open: whether there is an alarm.
+        muted: next events that open none.
         unusual: consecutive events beyond the threshold, up to the latest.
         usual: consecutive usual events of an open alarm, up to the latest.
     """
 
-    __slots__ = ("is_open", "unusual", "usual")
+    __slots__ = ("is_open", "muted", "unusual", "usual")
 
     def __init__(self, values: NDArray[Any]):
         stored = int(values[0])
         self.is_open = stored < 0
-        self.unusual, self.usual = max(stored, 0), max(-1 - stored, 0)
+        # a restored state may have any number
+        self.muted = min(max(stored - _MUTED, 0), MUTED_EVENTS)
+        self.unusual, self.usual = 0 if self.muted else max(stored, 0), max(-1 - stored, 0)
 
     def values(self) -> tuple[float]:
         """The state as one number."""
-        return (float(-1 - self.usual if self.is_open else self.unusual),)
+        if self.is_open:
+            return (float(-1 - self.usual),)
+        return (float(_MUTED + self.muted if self.muted else self.unusual),)
+
+
+def acknowledge_alarm(spec: ModelSpec, floats: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The packed floats of a state after its alarm was acknowledged: detection begins anew, as in a
+    new stream, and opens no alarm over `MUTED_EVENTS`; all else is as it was."""
+    after, slices = floats.copy(), state_spec(spec).slices
+    for part in detection_state(spec).parts:
+        after[slices[part.name]] = 0.0
+    _, head, _ = detection_of(spec)
+    after[slices[f"{head.name}.alarm"]] = _MUTED + MUTED_EVENTS
+    return after
 
 
 def follow_alarm(
@@ -125,7 +148,8 @@ def follow_alarm(
     codes = np.zeros(len(probability), np.int64)
     # a restored state may have any number
     state.usual = min(state.usual, spec.hold_events - 1)
-    end, at = len(probability), 0
+    end, at = len(probability), min(state.muted, len(probability))
+    state.muted -= at
     beyond = np.flatnonzero(probability <= threshold).tolist()
     unusual = np.flatnonzero(probability <= spec.usual_above(threshold)).tolist()
     while at < end:
