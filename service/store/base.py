@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -31,6 +31,7 @@ from service.core.values import (
 from service.store.capabilities import (
     OutputChannel,
     RateLeases,
+    StoredAlarms,
     StoredKeys,
     StoredModels,
     StoreMonitor,
@@ -46,6 +47,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
+AlarmChange = str
+"""What a commit changes in the index of open alarms: empty for nothing, `CLOSED` if the alarm has
+ended, the time in epoch milliseconds if one opened, or `CONTINUING` and the time of the commit if
+an earlier one is open, which is added if it is missing."""
+
+CLOSED: Final = "-"
+CONTINUING: Final = "+"
+
+
 class CommitColumns(msgspec.Struct, frozen=True):
     """Compare-and-sets of streams, as columns of the bytes that the store compares and writes.
 
@@ -55,6 +65,7 @@ class CommitColumns(msgspec.Struct, frozen=True):
         states: encoded, to write.
         replies: encoded, stored for retries of the last chunk; an empty one deletes the stored one.
         histories: of the streams; None if none is kept.
+        alarms: changes of the index of open alarms (`AlarmChange`); None if there are none.
     """
 
     keys: Sequence[StreamKey]
@@ -62,6 +73,7 @@ class CommitColumns(msgspec.Struct, frozen=True):
     states: Sequence[bytes]
     replies: Sequence[bytes]
     histories: HistoryColumns | None = None
+    alarms: Sequence[AlarmChange] | None = None
 
     def select(self, at: Sequence[int]) -> CommitColumns:
         """The items at these indexes."""
@@ -71,6 +83,7 @@ class CommitColumns(msgspec.Struct, frozen=True):
             [self.states[index] for index in at],
             [self.replies[index] for index in at],
             self.histories and self.histories.select(at),
+            self.alarms and [self.alarms[index] for index in at],
         )
 
 
@@ -200,6 +213,7 @@ class Store(StateStore, Protocol):
     monitor: StoreMonitor
     topics: Topics
     histories: Histories
+    alarms: StoredAlarms
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int

@@ -129,6 +129,41 @@ class StreamUsage(Protocol):
         """Remove the registrations whose streams do not exist."""
 
 
+class IndexedAlarm(NamedTuple):
+    """A stream that the index of open alarms names.
+
+    Attributes:
+        opened_ms: when the commit of the chunk that opened the alarm was made, in epoch
+            milliseconds; or the first one that continued it, for a restored or forked stream.
+    """
+
+    key: StreamKey
+    opened_ms: int
+
+
+class StoredAlarms(Protocol):
+    """The index of the streams that have an open alarm.
+
+    A commit writes it in the same step as the state. It may name streams without an alarm, which
+    were deleted, expired, or replaced in another way than by a chunk: so a reader compares it with
+    the states. It names every stream with an alarm, after its first chunk since it was restored,
+    forked, rewound or loaded.
+    """
+
+    async def page(
+        self, model: str, before_ms: int | None, limit: int, deadline_s: float = math.inf
+    ) -> list[IndexedAlarm]:
+        """Read the newest `limit` entries of a model before a time, newest first; more if entries
+        have the time of the last one."""
+
+    async def drop(self, alarms: Mapping[IndexedAlarm, bytes]) -> None:
+        """Remove entries whose streams have no alarm, unless the state has changed.
+
+        Args:
+            alarms: with the stored bytes in which there is none; empty if nothing is stored.
+        """
+
+
 class LeaseRequest(NamedTuple):
     """The tokens that a process spent, and its request for another lease.
 

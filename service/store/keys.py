@@ -5,6 +5,8 @@
     {namespace}{pNNNN}:h:{model}:{stream}     the recent events of its history, a list
     {namespace}{pNNNN}:v:{model}:{stream}     its snapshots and its states for other versions of the
                                               model, a hash (`lua/history.lua`)
+    {namespace}{pNNNN}:a:{model}              the index of the partition's open alarms of a model, a
+                                              sorted set of streams (`lua/compare_and_set.lua`)
     {namespace}{pNNNN}:probe:{name}           trial commit of the readiness check, TTL of 1 ms
     {namespace}:meta                          format and number of partitions of the store
     {namespace}:token-key                     the key that signs state tokens, 32 random bytes
@@ -111,6 +113,10 @@ class KeySpace:
         """The keys of the stream's state, of its last reply, and the two of its history."""
         prefix = _partition_prefix(self.namespace, self.partition(key))
         return [f"{prefix}:{kind}:{key.model}:{key.stream}" for kind in "srhv"]
+
+    def alarm_index(self, partition: int, model: str) -> str:
+        """The key of the index of a partition's open alarms of a model."""
+        return f"{self.partition_prefix(partition)}:a:{model}"
 
     def partition_prefix(self, partition: int) -> str:
         """The prefix of all keys of a partition, with the hash tag."""

@@ -185,6 +185,7 @@ class ChunkCommit(NamedTuple):
 
     Attributes:
         history: of this one stream; None if none is kept.
+        alarm: as of `CommitColumns`; empty for no change.
     """
 
     key: StreamKey
@@ -192,6 +193,7 @@ class ChunkCommit(NamedTuple):
     state: bytes
     reply: bytes
     history: HistoryColumns | None = None
+    alarm: str = ""
 
 
 class TopicItem(NamedTuple):

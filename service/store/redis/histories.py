@@ -17,6 +17,7 @@ from service.core.values import StreamKey
 from service.store.base import CommitColumns, CommitResult
 from service.store.codec import COMPARED, EPOCH, WRITER, read_packed_head, unpack_head
 from service.store.history import Histories, HistoryColumns, HistoryCopy, StoredHistory
+from service.store.redis.alarm_index import AlarmIndex
 from service.store.redis.commands import (
     CACHED_NAMES,
     CALL,
@@ -38,18 +39,21 @@ class RedisHistories(Histories):
     """The histories of a store.
 
     Args:
+        alarm_index: packs what commits change in the index of open alarms.
         group_by_slot: returns the slots of streams' keys, each with the indexes of its streams.
         results: returns the results of the commits of a script.
     """
 
-    def __init__(self, router: Router, group_by_slot: Groups, results: Results):
+    def __init__(
+        self, router: Router, alarm_index: AlarmIndex, group_by_slot: Groups, results: Results
+    ):
         self._router = router
+        self._alarm_index = alarm_index
         self._keys = router.settings.keys
         self._group_by_slot = group_by_slot
         self._results = results
         settings = router.settings
-        self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
-        self._packed_ttls = pack_arguments(*self._ttls)
+        self._ttls = alarm_index.ttls(0)
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._max_reply_bytes = settings.reply_max_bytes
         self._commit_script = Script.load("commit_with_history")
@@ -62,11 +66,14 @@ class RedisHistories(Histories):
     ) -> PendingCommand:
         """The call of the script that commits streams of one slot with their histories."""
         keys, script, packed_names = commits.keys, self._commit_script, self._packed_names
-        numkeys = b"%d" % (4 * len(keys))
+        index, alarms = self._alarm_index, commits.alarms
+        changed, ttls, indexes, changes = index.pack(keys, alarms) if alarms else index.unchanged
+        numkeys = b"%d" % (4 * len(keys) + changed)
         packed = [
-            CALL % (7 + 8 * len(keys), script.by_hash, len(numkeys), numkeys),
+            CALL % (7 + 8 * len(keys) + 4 * changed, script.by_hash, len(numkeys), numkeys),
             *[packed_names[key] for key in keys],
-            self._packed_ttls,
+            indexes,
+            ttls,
             pack_arguments(histories.events, histories.snapshots),
         ]
         for expected, state, reply, entry in zip(
@@ -74,6 +81,7 @@ class RedisHistories(Histories):
         ):
             reply = reply if len(reply) <= self._max_reply_bytes else b""
             packed.append(pack_arguments(expected[COMPARED], state, reply, entry))
+        packed.append(changes)
         future = asyncio.get_running_loop().create_future()
         return PendingCommand(b"".join(packed), future, script, keys, slot)
 

@@ -62,6 +62,7 @@ from service.store.codec import (
 )
 from service.store.layout import CodecError, StateHeader
 from service.store.redis.address import check_address, check_tls_files
+from service.store.redis.alarm_index import AlarmIndex, RedisAlarms
 from service.store.redis.capabilities import (
     RedisRateLeases,
     RedisStoredKeys,
@@ -74,7 +75,6 @@ from service.store.redis.commands import (
     CALL,
     PendingCommand,
     Script,
-    pack_arguments,
 )
 from service.store.redis.histories import RedisHistories
 from service.store.redis.monitor import RedisMonitor
@@ -156,9 +156,7 @@ class RedisStore(Store):
             self._slots = [self._router.slot(prefix) for prefix in prefixes]
         self._awaits_durability = settings.durability is not Durability.MEMORY
         self._commit_script = Script.load("commit")
-        self._ttls = pack_arguments(
-            round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
-        )
+        self._alarm_index = AlarmIndex(settings)
         self._max_reply_bytes = settings.reply_max_bytes
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._packed_lengths = Memo(_pack_lengths, CACHED_NAMES)
@@ -171,7 +169,10 @@ class RedisStore(Store):
         self.models = RedisStoredModels(self._router)
         self.monitor = RedisMonitor(self._router, self._commit_script)
         self.topics = RedisTopics(self._router)
-        self.histories = RedisHistories(self._router, self._group_by_slot, self._commit_results)
+        self.alarms = RedisAlarms(self._router)
+        self.histories = RedisHistories(
+            self._router, self._alarm_index, self._group_by_slot, self._commit_results
+        )
 
     async def start(self) -> None:
         await self._router.start()
@@ -275,19 +276,23 @@ class RedisStore(Store):
         keys, expected, states, replies = (
             commits.keys, commits.expected, commits.states, commits.replies
         )  # fmt: skip
-        packed_names, numkeys = self._packed_names, b"%d" % (2 * len(keys))
+        index, alarms = self._alarm_index, commits.alarms
+        changed, ttls, indexes, changes = index.pack(keys, alarms) if alarms else index.unchanged
+        packed_names, numkeys = self._packed_names, b"%d" % (2 * len(keys) + changed)
         script, max_bytes = self._commit_script, self._max_reply_bytes
         lengths = self._packed_lengths
         packed = [
-            CALL % (5 + 5 * len(keys), script.by_hash, len(numkeys), numkeys),
+            CALL % (5 + 5 * len(keys) + 4 * changed, script.by_hash, len(numkeys), numkeys),
             *[packed_names[key][1] for key in keys],
-            self._ttls,
+            indexes,
+            ttls,
         ]
         for head, state, reply in zip(expected, states, replies, strict=True):
             head, reply = head[COMPARED], reply if len(reply) <= max_bytes else b""
             # joined once: formatting them would copy states and replies twice
             of_head, of_state, of_reply = lengths[len(head), len(state), len(reply)]
             packed += (of_head, head, of_state, state, of_reply, reply, b"\r\n")
+        packed.append(changes)
         future = asyncio.get_running_loop().create_future()
         return PendingCommand(b"".join(packed), future, script, keys, slot)
 

@@ -19,6 +19,7 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.base import COMMITTED
 from service.store.codec import COMPARED, pack_head
+from service.store.redis.alarm_index import AlarmIndex
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import (
     WRITTEN,
@@ -77,7 +78,7 @@ class RedisTopics(Topics):
         self.space = settings.keys
         self._members = f"{settings.namespace}:consumers:"
         self._registrations = self.space.topics
-        self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
+        self._alarm_index = AlarmIndex(settings)
         self._max_reply_bytes = settings.reply_max_bytes
         self._watch = TopicWatch(router)
         self._reads: dict[int, list[_Read]] = {}
@@ -220,11 +221,18 @@ class RedisTopics(Topics):
         deadline_s: float = math.inf,
     ) -> Sequence[ItemResult] | Unclear:
         names = [keys.topic, keys.lease, keys.halted, keys.outputs, keys.dead_letters]
+        indexes, changes = list[str](), list[str]()
+        for item in items:
+            if item.chunk is not None and item.chunk.alarm:
+                self._alarm_index.add(item.chunk.key, item.chunk.alarm, indexes, changes)
         arguments: list[Argument] = [
-            *self._ttls, keys.group, CONSUMER, fence, number, keys.kept, int(keys.deletes)
-        ]  # fmt: skip
+            *self._alarm_index.ttls(len(indexes)),
+            *(keys.group, CONSUMER, fence, number, keys.kept, int(keys.deletes)),
+        ]
         for item in items:
             self._add_item(item, names, arguments)
+        names += indexes
+        arguments += changes
         outcome = await self._call(self._commit_script, names, arguments, deadline_s)
         if isinstance(outcome, ReplyLost):
             return Unclear.REPLY_LOST
@@ -244,7 +252,7 @@ class RedisTopics(Topics):
         elif item.chunk is None:
             arguments.append(0)
         else:
-            key, expected, state, reply, history = item.chunk
+            key, expected, state, reply, history, _ = item.chunk
             reply = reply if len(reply) <= self._max_reply_bytes else b""
             if history is None:
                 names += self.space.pair(key)

@@ -100,6 +100,7 @@ class FaultyStore:
         self.rates = store.rates
         self.models = store.models
         self.histories = FaultyPart(store.histories, self._fail)
+        self.alarms = FaultyPart(store.alarms, self._fail)
         self.topics = FaultyPart(store.topics, self._fail)
 
     async def start(self) -> None:
