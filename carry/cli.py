@@ -33,7 +33,7 @@ from service.commands.models import models_app  # noqa: E402
 from service.commands.produce import produce  # noqa: E402
 from service.commands.replay.command import replay  # noqa: E402
 from service.commands.serve import check, serve  # noqa: E402
-from service.commands.streams import streams_app  # noqa: E402
+from service.commands.streams import list_alarms, streams_app  # noqa: E402
 from service.core.errors import CarryError, OperatorError  # noqa: E402
 
 EXTRAS = {
@@ -105,6 +105,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 app.command("capacity")(capacity)
 app.add_typer(streams_app, name="streams")
+app.command("alarms")(list_alarms)
 
 
 @app.command("version")

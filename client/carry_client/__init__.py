@@ -16,6 +16,7 @@ from carry_client.errors import (
 )
 from carry_client.producer import Producer
 from carry_client.replies import (
+    Alarm,
     Forecast,
     KeptChunk,
     Prediction,
@@ -44,6 +45,7 @@ from carry_client.wire import encode_body, model_path, read_response, stream_pat
 
 __all__ = [
     "POSITION_CODES",
+    "Alarm",
     "AsyncCarry",
     "AsyncModel",
     "AsyncSource",

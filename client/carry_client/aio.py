@@ -19,6 +19,7 @@ from carry_client.heads import Save, open_save
 from carry_client.many_streams import send_many
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import (
+    Alarm,
     Prediction,
     Reply,
     ServedModel,
@@ -221,6 +222,15 @@ class AsyncModel:
             Problem
         """
         async for each in self._driver.iterate(self._core.streams(prefix)):
+            yield each
+
+    async def alarms(self, prefix: str = "") -> AsyncIterator[Alarm]:
+        """Open alarms of the streams that begin with `prefix`, newest first, page by page.
+
+        Raises:
+            Problem
+        """
+        async for each in self._driver.iterate(self._core.alarms(prefix)):
             yield each
 
     async def delete_streams(self, prefix: str) -> int:

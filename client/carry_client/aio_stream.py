@@ -229,6 +229,23 @@ class AsyncStream:
         """
         return await self._driver.run(self._core.rewind(position))
 
+    async def acknowledge(self, position: int | None = None) -> bool:
+        """Close the open alarm of the stream, and take what it does now as normal.
+
+        Clients that send chunks do not notice.
+
+        Args:
+            position: only if the stream is at this position.
+
+        Returns:
+            Whether an alarm was open; False also if an earlier attempt, whose reply was lost,
+            closed it.
+
+        Raises:
+            PositionAhead, PositionBehind, StreamNotFound, Problem
+        """
+        return await self._driver.run(self._core.acknowledge(position))
+
     async def delete(self) -> bool:
         """Delete the stream, its state and its stored reply; returns whether it existed.
 

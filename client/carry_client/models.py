@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from carry_client.calls import Call, Emit, Session
 from carry_client.description import ModelDescription, read_description
-from carry_client.replies import Prediction, ServedModel, read_outputs, unreadable
+from carry_client.replies import Prediction, ServedModel, read_alarm, read_outputs, unreadable
 from carry_client.steps import Steps, body_member, to_steps
 from carry_client.types import Events
 from carry_client.wire import model_path
@@ -128,6 +128,17 @@ class ModelCore:
             cursor = document["cursor"]
             if cursor is None:
                 return
+
+    def alarms(self, prefix: str) -> Call[None]:
+        """List the model's open alarms, newest first; emits each."""
+        params = {"prefix": prefix}
+        while True:
+            document = yield from self.session.request("GET", f"{self.path}/alarms", params=params)
+            for alarm in document["alarms"]:
+                yield Emit(read_alarm(alarm))
+            if document["cursor"] is None:
+                return
+            params["cursor"] = document["cursor"]
 
     def delete_streams(self, prefix: str) -> Call[int]:
         """Delete all streams of a prefix, in requests of bounded size; how many were deleted."""

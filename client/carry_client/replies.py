@@ -241,6 +241,34 @@ class StreamHistory:
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """The open alarm of a stream. What may be None is so if the model keeps no record of alarms.
+
+    Attributes:
+        version: of the model, which wrote the state.
+        opened_ms: when the chunk that opened it was stored, epoch milliseconds.
+        opened: index of the event that opened it.
+        events: events of the stream after that one.
+        severity: nats of its most unusual event, as a multiple of those of the threshold.
+        probability: of the stream's last event.
+        target, channel: what was unusual in its most unusual event.
+        cause: the same in words.
+    """
+
+    stream: str
+    head: Head
+    version: str
+    opened_ms: int
+    opened: int | None
+    events: int | None
+    severity: float | None
+    probability: float | None
+    target: str | None
+    channel: str | None
+    cause: str | None
+
+
+@dataclass(frozen=True)
 class ServedModel:
     """A model in the list of served models.
 
@@ -378,6 +406,15 @@ def read_history(document: Any) -> StreamHistory:
             chunks=tuple(map(_read_kept_chunk, document["chunks"])),
             next=None if document["next"] is None else int(document["next"]),
         )
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable(error, document) from error
+
+
+def read_alarm(document: Any) -> Alarm:
+    """An open alarm out of its document; Problem if it cannot be read."""
+    try:
+        known = {name: document[name] for name in Alarm.__dataclass_fields__ if name != "head"}
+        return Alarm(head=_head(document), **known)
     except (KeyError, TypeError, ValueError) as error:
         raise unreadable(error, document) from error
 

@@ -477,6 +477,13 @@ class StreamCore:
             self._start_at(rewound)
             return rewound
 
+    def acknowledge(self, position: int | None) -> Call[bool]:
+        """Close the open alarm; an If-Match with the head of before stays valid."""
+        body = {} if position is None else {"position": position}
+        path = f"{self.path}/acknowledge"
+        document = yield from self.session.request("POST", path, body)
+        return bool(document["closed"])
+
     def delete(self) -> Call[bool]:
         """Delete the stream; whether it existed."""
         attempts = Attempts(self.session)

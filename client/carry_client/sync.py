@@ -18,6 +18,7 @@ from carry_client.heads import Save, open_save
 from carry_client.many_streams import send_many
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import (
+    Alarm,
     Prediction,
     Reply,
     ServedModel,
@@ -222,6 +223,14 @@ class Model:
             Problem
         """
         yield from self._driver.iterate(self._core.streams(prefix))
+
+    def alarms(self, prefix: str = "") -> Iterator[Alarm]:
+        """Open alarms of the streams that begin with `prefix`, newest first, page by page.
+
+        Raises:
+            Problem
+        """
+        yield from self._driver.iterate(self._core.alarms(prefix))
 
     def delete_streams(self, prefix: str) -> int:
         """Delete the streams that begin with `prefix`, all of them for `""`; returns how many.

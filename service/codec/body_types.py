@@ -272,6 +272,14 @@ class RewindBody(Body):
     ]
 
 
+class AcknowledgeBody(Body):
+    """The position at which the alarm is acknowledged; by default any."""
+
+    position: (
+        Annotated[NonNegativeInt, Meta(description="Of the stream.", examples=[48])] | None
+    ) = None
+
+
 class VersionBody(Body):
     """The version to load."""
 

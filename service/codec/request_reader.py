@@ -16,6 +16,7 @@ from models.artifact.artifact import Artifact
 from models.events.columns import EventColumns
 from models.events.reader import EventReader
 from service.codec.body_types import (
+    AcknowledgeBody,
     AliasBody,
     ChunkBody,
     ForecastBody,
@@ -366,6 +367,14 @@ class RequestReader:
             MalformedBody, InvalidInput
         """
         return decode(media, body, RewindBody)
+
+    def acknowledgement(self, body: bytes, media: Media) -> AcknowledgeBody:
+        """The position at which an alarm is acknowledged.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return decode(media, body, AcknowledgeBody)
 
     def version(self, body: bytes, media: Media) -> VersionBody:
         """The version to load.

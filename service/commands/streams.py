@@ -1,4 +1,5 @@
-"""`carry streams list|show|history|rewind|delete|reset`: manages streams of a running service.
+"""`carry streams list|show|history|rewind|acknowledge|delete|reset`: manages streams of a running
+service; `carry alarms` lists the open alarms of its models.
 
 These commands are a client of the HTTP API: they hold no state and connect to no store. `load`, in
 a module of its own, writes into a store.
@@ -10,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +31,8 @@ PAGE_STREAMS = 1000
 """Streams that are submitted together: it bounds the memory of their requests."""
 
 streams_app = typer.Typer(
-    help="List, show, rewind, delete and reset streams of a running service; load new ones.",
+    help="List, show, rewind, acknowledge, delete and reset streams of a running service; load new "
+    "ones.",
     no_args_is_help=True,
 )
 streams_app.command("load")(load_streams)
@@ -111,6 +114,39 @@ def rewind_stream(
             typer.confirm(question, abort=True)
         head = handle.rewind(position)
         typer.echo(f"rewound {stream} to position {head.position}, epoch {head.epoch}")
+
+
+@streams_app.command("acknowledge")
+def acknowledge_alarm(
+    model: Model,
+    stream: StreamArgument,
+    position: Annotated[
+        int | None, typer.Option(min=0, help="Only if the stream is at this position.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Close the open alarm of a stream, and take what it does now as normal."""
+    with open_service(url) as client:
+        was_open = client.model(model).stream(stream).acknowledge(position)
+        typer.echo(f"{'acknowledged' if was_open else 'no open alarm of'} {stream}")
+
+
+def list_alarms(
+    model: Model,
+    prefix: Annotated[str, typer.Option(help="Only streams whose names begin with this.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 for all.")] = 0,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Print the open alarms of a model, one per line, the newest first."""
+    with open_service(url) as client:
+        for alarm in islice(client.model(model).alarms(prefix), limit or None):
+            opened = datetime.fromtimestamp(alarm.opened_ms / 1000, UTC).isoformat(" ", "seconds")
+            facts = [alarm.stream, opened]
+            if alarm.opened is not None:
+                facts.append(f"event {alarm.opened}, {alarm.events} since")
+                facts.append(f"severity {alarm.severity:.1f}")
+                facts.append(str(alarm.cause))
+            typer.echo("\t".join(facts))
 
 
 @streams_app.command("delete")

@@ -22,6 +22,10 @@ and are not part of it.) In a chunk with `false_alarms_per_day` the byte `A` and
 LE precede all of these. The canonical bytes are float32 LE, row by row, or those of
 `models.events.columns.canonical_bytes`; the nonce is 16 random bytes for a chunk without a position
 and empty otherwise, so that two equal appends never share a tag.
+
+An acknowledgement of an alarm has the kind `K`, no events and no position of its own: it leads to
+another tag at the same position. So a cached state of before is never continued, and an If-Match
+with the tag before names the state after it too: a producer does not notice.
 """
 
 from __future__ import annotations
@@ -29,8 +33,10 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 import numpy as np
 
@@ -55,14 +61,19 @@ from service.core.values import (
     Chunk,
     Feed,
     LastFields,
+    Precondition,
     Steps,
     StoredReply,
     StreamHead,
     StreamKey,
     StreamState,
+    Tombstone,
 )
 
 NONCE_BYTES = 16
+ACKNOWLEDGEMENT: Final = hashlib.sha256(b"K" + bytes(8)).digest()
+"""The digest of an acknowledgement of an alarm."""
+
 _F4 = np.dtype("<f4")
 
 
@@ -129,6 +140,25 @@ def next_tag(tag: bytes, start: int, digest: bytes) -> bytes:
     return hashlib.sha256(tag + start.to_bytes(8, "little") + digest).digest()[:TAG_BYTES]
 
 
+def acknowledged_head(head: StreamHead) -> StreamHead:
+    """The stream head after an acknowledgement of its alarm."""
+    tag = next_tag(head.tag, head.position, ACKNOWLEDGEMENT)
+    return StreamHead(head.epoch, tag, head.position)
+
+
+def names_state(precondition: Precondition, head: StreamHead | None) -> bool:
+    """Whether an If-Match names the state of a stream, or that before its acknowledgement."""
+    if head is None or precondition.holds(head):
+        return head is not None
+    for etag in precondition.etags:
+        with suppress(ValueError):
+            tag = bytes.fromhex(etag.rpartition("-")[2])
+            before = StreamHead(head.epoch, tag, head.position)
+            if before.etag == etag and acknowledged_head(before) == head:
+                return True
+    return False
+
+
 def stream_facts(stream: str, head: StreamHead | None) -> dict[str, object]:
     """The current epoch, position and tag of a stream, which every rejection reports."""
     if head is None:
@@ -160,7 +190,7 @@ def evaluate_chunk(
     _check_epoch(chunk, head)
     if stored is not None and _is_last(chunk, stored):
         return Replay(stored)
-    check_precondition(chunk, head)
+    check_precondition(stream, chunk.precondition, head)
     facts = stream_facts(stream, head)
     if closed:
         raise StreamFinal(f"stream {stream!r} was ended by a final chunk", **facts)
@@ -188,7 +218,7 @@ def _evaluate_start(chunk: Chunk, stored: StreamState | None) -> Process | Repla
         return Replay(stored)
     head = stored.head if stored else None
     _check_epoch(chunk, head)
-    check_precondition(chunk, head)
+    check_precondition(chunk.key.stream, chunk.precondition, head)
     return Process(None)
 
 
@@ -303,10 +333,21 @@ def _is_last(chunk: Chunk, stored: StreamState) -> bool:
     )
 
 
-def check_precondition(chunk: Chunk, head: StreamHead | None) -> None:
-    """Raise StateChanged if the chunk's If-Match does not match the stream."""
-    if chunk.precondition is not None and not chunk.precondition.holds(head):
-        raise state_changed(chunk.key.stream, head)
+def check_precondition(
+    stream: str, precondition: Precondition | None, head: StreamHead | None
+) -> None:
+    """Raise StateChanged if an If-Match does not name the state of the stream."""
+    if precondition is not None and not names_state(precondition, head):
+        raise state_changed(stream, head)
+
+
+def check_stored(
+    key: StreamKey, stored: StreamState | Tombstone | None, precondition: Precondition | None
+) -> StreamHead | None:
+    """The head of what is stored of a stream, None if there is no stream; `check_precondition`."""
+    head = stored.head if isinstance(stored, StreamState) else None
+    check_precondition(key.stream, precondition, head)
+    return head
 
 
 def state_changed(stream: str, head: StreamHead | None) -> StateChanged:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from models.detection.alarms import OPENED
 from models.spec.history import HistorySpec
 from service.core.delivery import Resolution, last_chunk, resolve_conflict, stream_facts
 from service.core.errors import (
@@ -40,12 +41,21 @@ from service.pipeline.inference import Inference
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.recorder import Recorder
 from service.pipeline.rewarm import Rewarming
-from service.pipeline.served_model import ServedModel
+from service.pipeline.served_model import AlarmPlaces, ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.pipeline.shadow import Shadow
 from service.pipeline.shards import Shards
 from service.pipeline.state_cache import StateCache
-from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
+from service.store.base import (
+    CLOSED,
+    COMMITTED,
+    CONTINUING,
+    AlarmChange,
+    CommitColumns,
+    CommitResult,
+    Conflicted,
+    StateStore,
+)
 from service.store.codec import (
     EncodedStream,
     encode_replies,
@@ -307,15 +317,15 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     def _encode(self, computed: ComputedBatch) -> CommitColumns:
         """The bytes that the store compares and writes for each job."""
         jobs, packed = computed.jobs, list(map(pack_head, computed.heads))
-        route = self._versions.route
-        history = route.champion.history
+        route, updated_ms = self._versions.route, self._now_ms()
+        history, places = route.champion.history, computed.served.alarm
         states = encode_states(
             [job.payload.steps.feed for job in jobs],
             packed,
             [last_chunk(job.payload, job.base.head if job.base else None) for job in jobs],
             computed.states,
             fingerprint=computed.served.fingerprint,
-            updated_ms=self._now_ms(),
+            updated_ms=updated_ms,
         )
         for at, job in enumerate(jobs):
             if job.base is not None and job.base.since is not None:
@@ -326,6 +336,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             states,
             encode_replies(packed, computed.outputs),
             self._histories(computed, history) if history or route.challenger else None,
+            None if places is None else _alarm_changes(computed, places, states, updated_ms),
         )
 
     def _histories(self, computed: ComputedBatch, history: HistorySpec | None) -> HistoryColumns:
@@ -453,6 +464,26 @@ def _reject_unknown_codes(served: ServedModel, jobs: list[ChunkJob]) -> list[Chu
         except CarryError as error:
             job.resolve(error)
     return accepted
+
+
+def _alarm_changes(
+    computed: ComputedBatch, places: AlarmPlaces, states: Sequence[bytes], updated_ms: int
+) -> list[AlarmChange] | None:
+    """The changes of the index of open alarms; None if no stream has or had one."""
+    at, column = places
+    before = [job.base is not None and job.base.value[at] > 127 for job in computed.jobs]
+    after = [state[at] > 127 for state in states]
+    if True not in after and True not in before:
+        return None
+    changes: list[AlarmChange] = []
+    for was_open, is_open, outputs in zip(before, after, computed.outputs, strict=True):
+        if not is_open:
+            changes.append(CLOSED if was_open else "")
+        elif (outputs[:, column] == OPENED).any():
+            changes.append(str(updated_ms))
+        else:
+            changes.append(f"{CONTINUING}{updated_ms}")
+    return changes
 
 
 def _mark_inexact(served: ServedModel, job: ChunkJob, base: EncodedStream, state: bytes) -> bytes:

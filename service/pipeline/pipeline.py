@@ -24,12 +24,7 @@ from msgspec.structs import replace
 from models.decoding.forecasts import Forecast
 from service.access.caller import PREDICT, Caller, Verb
 from service.core.delivery import check_position
-from service.core.errors import (
-    CarryError,
-    DeadlineExceeded,
-    InvalidInput,
-    Overloaded,
-)
+from service.core.errors import CarryError, DeadlineExceeded, InvalidInput, Overloaded
 from service.core.tracing import Tracer
 from service.core.values import (
     Check,
@@ -46,6 +41,7 @@ from service.engine.compute import Compute
 from service.engine.fair_queue import BatchLimits, Job, JobSpec
 from service.engine.policy import shared_error
 from service.engine.thread_priority import LoopPriority
+from service.pipeline.alarms import Alarms
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_order import apply_in_order
 from service.pipeline.model_aliases import ModelAliases, VersionLoader
@@ -97,6 +93,7 @@ class Pipeline:
     Attributes:
         versions: the versions of the served models by name.
         streams: stream administration.
+        alarms: open alarms.
         topics: the topics of consumers.
         aliases: loads further versions, and says which of them answer.
         cache: the states of recent streams.
@@ -143,6 +140,9 @@ class Pipeline:
             self._compute,
             now_ms=now_ms,
             audit=audit,
+        )
+        self.alarms = Alarms(
+            self.streams, self._versions, store, self.cache, now_ms=now_ms, audit=audit
         )
         self.topics = TopicViews(store.topics)
         self.aliases = ModelAliases(

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import FutureCovariates, encode_covariates
+from models.detection.alarms import acknowledge_alarm
+from models.detection.causes import Alarm, Causes
 from models.errors import DataError, StateError
 from models.events.encode import Clock, encode, encode_many, event_times
 from models.events.values import check_rows
@@ -69,6 +71,18 @@ class Segment(NamedTuple):
     final: bool = True
 
 
+class AlarmPlaces(NamedTuple):
+    """Where the alarms of a model are.
+
+    Attributes:
+        sign_at: the byte of an encoded state that is at least 128 if an alarm is open.
+        column: of the outputs.
+    """
+
+    sign_at: int
+    column: int
+
+
 class ServedModel:
     """A model that is ready to serve once its runtimes are warm.
 
@@ -86,6 +100,7 @@ class ServedModel:
             modified.
         runtime_state: the layout of the parts that the runtime reads and writes.
         blocks: the parts of the state that hold waiting rows; None for a model without blocks.
+        alarm: where alarms are; None for a model without detection.
         history: what the store keeps of a stream besides its state; None for nothing.
         history_codec: encodes and decodes the entries of a history.
         is_warm: whether its runtimes are warm.
@@ -124,9 +139,18 @@ class ServedModel:
             self.state_bytes *= 1 + history.snapshots
             self.state_bytes += self.history_codec.estimate_bytes(history.events)
         detection = spec.detection
+        self.alarm: AlarmPlaces | None = None
+        self._alarm_at: int | None = None
         self._alarm_rate_at: int | None = None
+        self._causes: Causes | None = None
         if detection is not None:
-            self._alarm_rate_at = layout.slices[f"{detection.head}.{ALARM_RATE}"].start
+            head = detection.head
+            self._causes = Causes(spec)
+            self._alarm_at = layout.slices[f"{head}.alarm"].start
+            self._alarm_rate_at = layout.slices[f"{head}.{ALARM_RATE}"].start
+            # the byte with the sign of a float32
+            sign_at = HEADER_BYTES + 8 * layout.int_size + 4 * self._alarm_at + 3
+            self.alarm = AlarmPlaces(sign_at, self.outputs.slices[f"{head}.alarm"].start)
 
     def warm(self) -> None:
         """Warm the runtimes up; once, before use."""
@@ -192,6 +216,18 @@ class ServedModel:
         floats = states.floats.copy()
         floats[:, at] = rates
         return State(floats, states.ints)
+
+    def has_open_alarm(self, state: State) -> bool:
+        """Whether a stream with this state has an open alarm."""
+        return self._alarm_at is not None and bool(state.floats[self._alarm_at] < 0)
+
+    def read_alarm(self, state: State) -> Alarm | None:
+        """What a state says of the stream's latest alarm; None if the model keeps no record."""
+        return None if self._causes is None else self._causes.of_state(state.floats)
+
+    def acknowledge_alarm(self, state: State) -> State:
+        """The state after an acknowledgement of its alarm."""
+        return State(acknowledge_alarm(self.spec, state.floats), state.ints)
 
     def _state_before(self, steps: Steps, state: State) -> State:
         if self._alarm_rate_at is None:

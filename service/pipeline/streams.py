@@ -17,7 +17,13 @@ from structlog.contextvars import bound_contextvars
 from models.spec.state import State
 from service.access.caller import DESCRIBE, Caller, Verb
 from service.access.limits import StreamQuota
-from service.core.delivery import start_epoch, state_changed, stream_exists, stream_not_found
+from service.core.delivery import (
+    check_stored,
+    start_epoch,
+    state_changed,
+    stream_exists,
+    stream_not_found,
+)
 from service.core.errors import CarryError, Conflict, StateDamaged
 from service.core.values import (
     FIRST_TAG,
@@ -127,7 +133,7 @@ class StreamAdministration:
         """Read a stream for a use case that has checked its caller; raises what `read` does."""
         self._versions(key.model)
         stored = await self._load(key, deadline_s)
-        _check_precondition(key, stored, precondition)
+        check_stored(key, stored, precondition)
         if not isinstance(stored, StreamState):
             raise stream_not_found(key)
         return stored
@@ -176,7 +182,7 @@ class StreamAdministration:
         continued = await rewarming.load_own_state(served, versions, key, record, deadline_s)
         if continued is None:
             raise stream_not_found(key)
-        _check_precondition(key, continued, precondition)
+        check_stored(key, continued, precondition)
         return continued
 
     async def page(
@@ -199,7 +205,7 @@ class StreamAdministration:
             self._versions(key.model)
             expected: StreamHead | None = None
             if precondition is not None:
-                expected = _check_precondition(key, await self._load(key), precondition)
+                expected = check_stored(key, await self._load(key), precondition)
             self._cache.drop(key)
             async with _releasing(caller.quota, [key]) as deleted:
                 result = await self._store.delete(key, expected)
@@ -248,7 +254,7 @@ class StreamAdministration:
                         keys = page.keys[first : first + DELETE_BATCH_STREAMS]
                         for result in await self._delete_many(keys, caller.quota):
                             if isinstance(result, CarryError):
-                                facts = _outcome(result)
+                                facts = outcome_facts(result)
                                 raise result
                             deleted += isinstance(result, Committed)
                     cursor = page.cursor
@@ -362,7 +368,7 @@ class StreamAdministration:
                 raise result
             if isinstance(result, Committed):
                 return new
-        raise _conflict(key)
+        raise conflict_error(key)
 
     async def histories(
         self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
@@ -412,7 +418,7 @@ class StreamAdministration:
                         # an output of a new epoch follows only with the next chunk
                         self._store.outputs.publish(key, 0, b"")
                         return new
-            raise _conflict(key)
+            raise conflict_error(key)
 
     async def _load_histories(
         self, key: StreamKey, position: int | None, precondition: Precondition | None
@@ -421,14 +427,14 @@ class StreamAdministration:
         histories = await read_histories(self._store.histories, key, versions, position)
         streams: list[StreamState | None] = [history.stream for history in histories]
         for stream in streams or [None]:
-            _check_precondition(key, stream, precondition)
+            check_stored(key, stream, precondition)
             if stream is None:
                 raise stream_not_found(key)
         return histories
 
     def _record(self, change: str, key: StreamKey, result: CommitResult, **facts: int) -> None:
         """Report a change that was made, or may have been made."""
-        outcome = _outcome(result)
+        outcome = outcome_facts(result)
         if outcome or isinstance(result, Committed):
             self._audit(change, model=key.model, stream=key.stream, **facts, **outcome)
 
@@ -457,7 +463,7 @@ class StreamAdministration:
         if isinstance(stored, StreamState) and precondition is None:
             raise stream_exists(key.stream, stored.head)
         if not was_damaged:
-            _check_precondition(key, stored, precondition)
+            check_stored(key, stored, precondition)
         return stored
 
     async def _load(
@@ -470,7 +476,8 @@ class StreamAdministration:
         return stored
 
 
-def _conflict(key: StreamKey) -> Conflict:
+def conflict_error(key: StreamKey) -> Conflict:
+    """The error for a stream that other writers kept changing."""
     return Conflict(
         f"other writers changed stream {key.stream!r} {CREATE_ATTEMPTS} times in a row",
         stream=key.stream,
@@ -483,17 +490,8 @@ def _releasing(
     return nullcontext([]) if quota is None else quota.releasing(keys)
 
 
-def _outcome(result: CommitResult) -> dict[str, str]:
+def outcome_facts(result: CommitResult) -> dict[str, str]:
     """The code of an error after which the change may have been made; nothing otherwise."""
     if isinstance(result, CarryError) and result.needs_position:
         return {"outcome": result.code}
     return {}
-
-
-def _check_precondition(
-    key: StreamKey, stored: StreamState | Tombstone | None, precondition: Precondition | None
-) -> StreamHead | None:
-    head = stored.head if isinstance(stored, StreamState) else None
-    if precondition is not None and not precondition.holds(head):
-        raise state_changed(key.stream, head)
-    return head

@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute
 
 from models.events.parse import event_json_schema, example_event
 from service.codec.body_types import (
+    AcknowledgeBody,
     AliasBody,
     ForkBody,
     RewindBody,
@@ -86,7 +87,9 @@ def openapi_document(
         ref_template=f"{SCHEMAS}{{model}}",
     )
     components: dict[str, Any] = replies["$defs"]
-    components |= _schemas([AliasBody, ForkBody, RewindBody, StateBody, VersionBody], "")
+    components |= _schemas(
+        [AcknowledgeBody, AliasBody, ForkBody, RewindBody, StateBody, VersionBody], ""
+    )
     for name in sorted(models):
         components |= _model_schemas(api, models[name])
     for body in ("Chunk", "Many", "Predict", "Forecast"):

@@ -15,7 +15,7 @@ from service.pipeline.recorder import ShadowReport
 from service.transports.v1 import reply_types
 from service.transports.v1.call import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter
-from service.transports.v1.routes import chunks, health, models, streams, topics, versions
+from service.transports.v1.routes import alarms, chunks, health, models, streams, topics, versions
 
 _MODEL: Final = "/v1/models/{model}"
 _STREAMS: Final = f"{_MODEL}/streams"
@@ -199,6 +199,26 @@ ROUTES: Final = (
         headers=_ETAG,
         parameters=(IF_MATCH,),
         body="RewindBody",
+    ),
+    Route(
+        "POST",
+        f"{_STREAM}/acknowledge",
+        alarms.post_acknowledge,
+        verbs=(Verb.WRITE_STATE,),
+        replies={200: "Acknowledged, now or before."},
+        reply=alarms.Acknowledged,
+        headers=_ETAG,
+        parameters=(IF_MATCH,),
+        body="AcknowledgeBody",
+    ),
+    Route(
+        "GET",
+        f"{_MODEL}/alarms",
+        alarms.get_alarms,
+        verbs=(Verb.LIST,),
+        replies={200: "One page."},
+        reply=alarms.AlarmList,
+        parameters=(parameter("query", "prefix", _PREFIX, _TEXT), *_PAGE),
     ),
     Route(
         "GET",

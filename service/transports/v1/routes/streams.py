@@ -48,7 +48,7 @@ async def get_stream(call: Call) -> Response:
     """
     streams = call.api.pipeline.streams
     record = await streams.read(call.caller, call.key, precondition=call.precondition)
-    return call.reply(_info(call, call.key, record), headers=[etag(record.head)])
+    return call.reply(stream_info(call, call.key, record), headers=[etag(record.head)])
 
 
 async def delete_stream(call: Call) -> Response:
@@ -156,7 +156,7 @@ async def post_rewind(call: Call) -> Response:
     record = await call.api.pipeline.streams.rewind(
         call.caller, call.key, body.position, call.precondition
     )
-    return call.reply(_info(call, call.key, record), headers=[etag(record.head)])
+    return call.reply(stream_info(call, call.key, record), headers=[etag(record.head)])
 
 
 async def post_forecast(call: Call) -> Response:
@@ -238,7 +238,8 @@ def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
     return document
 
 
-def _info(call: Call, key: StreamKey, record: StreamState) -> StreamInfo:
+def stream_info(call: Call, key: StreamKey, record: StreamState) -> StreamInfo:
+    """The current state of a stream, without its values."""
     age_ms = max(0, call.api.now_ms() - record.updated_ms)
     return {
         **_stream_record(key, record),
@@ -265,7 +266,7 @@ def _kept_chunk(chunk: HistoryEntry) -> KeptChunk:
 
 def _created_or_overwritten(call: Call, key: StreamKey, record: StreamState) -> Response:
     """The reply to a restore or a fork: without a precondition it can only have created."""
-    document, headers = _info(call, key, record), [etag(record.head)]
+    document, headers = stream_info(call, key, record), [etag(record.head)]
     if call.precondition is not None:
         return call.reply(document, 200, headers)
     location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"

@@ -1,0 +1,231 @@
+"""Open alarms of models with detection: list and acknowledge them.
+
+Whether a stream has an open alarm is in its state and nowhere else. The store's index of open
+alarms says which streams to read; each is listed by what its state says, and an entry whose state
+has no alarm is removed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from structlog.contextvars import bound_contextvars
+
+from models.detection.causes import Alarm
+from service.access.caller import Caller, Verb
+from service.core.delivery import acknowledged_head, check_position
+from service.core.errors import CarryError, InvalidInput
+from service.core.values import Precondition, StreamHead, StreamKey, StreamState
+from service.pipeline.model_versions import ModelVersions
+from service.pipeline.recorder import Audit
+from service.pipeline.served_model import ServedModel
+from service.pipeline.state_cache import StateCache
+from service.pipeline.streams import (
+    CREATE_ATTEMPTS,
+    StreamAdministration,
+    conflict_error,
+    outcome_facts,
+)
+from service.store.base import CLOSED, CommitColumns, CommitResult, Committed, Store, decode_value
+from service.store.capabilities import IndexedAlarm
+from service.store.codec import encode_state, pack_head, read_packed_head
+from service.store.history import HistoryCopy
+from service.store.layout import CodecError
+
+MAX_READS: Final = 20
+"""Reads of the index for one page, in search of names with its prefix."""
+
+is_cursor = re.compile(r"[0-9]{1,15}").fullmatch
+
+
+class OpenAlarm(NamedTuple):
+    """The open alarm of a stream.
+
+    Attributes:
+        head: of the stream.
+        opened_ms: when the store first had it, in epoch milliseconds.
+        record: what its state says of the alarm; None if the model keeps no record.
+        served: the version that wrote the state.
+    """
+
+    key: StreamKey
+    head: StreamHead
+    opened_ms: int
+    record: Alarm | None
+    served: ServedModel
+
+    @property
+    def opened_at(self) -> int | None:
+        """The index of the event that opened it; None without a record."""
+        return None if self.record is None else self.head.position - 1 - self.record.events
+
+
+class AlarmPage(NamedTuple):
+    """A page of open alarms, newest first; the cursor is None on the last."""
+
+    alarms: Sequence[OpenAlarm]
+    cursor: str | None
+
+
+class Alarms:
+    """The open alarms of several models in one store.
+
+    Args:
+        streams: reads streams.
+        versions: returns the versions of a model; raises ModelNotFound.
+        cache: the state cache of the chunk batches.
+        now_ms: wall clock in epoch milliseconds.
+        audit: records what was acknowledged.
+
+    Besides the documented errors, each method may raise Forbidden, LimitExceeded, ModelNotFound and
+    the store's errors.
+    """
+
+    def __init__(
+        self,
+        streams: StreamAdministration,
+        versions: Callable[[str], ModelVersions],
+        store: Store,
+        cache: StateCache,
+        *,
+        now_ms: Callable[[], int],
+        audit: Audit,
+    ):
+        self._streams = streams
+        self._versions = versions
+        self._store = store
+        self._cache = cache
+        self._now_ms = now_ms
+        self._audit = audit
+
+    async def page(
+        self, caller: Caller, model: str, prefix: str, cursor: str | None, limit: int
+    ) -> AlarmPage:
+        """List a page of the open alarms of a model, of streams whose names start with `prefix`.
+
+        It may be empty and still have a cursor, and has more than `limit` only if alarms opened at
+        the same time. Streams of versions that are not loaded are left out.
+
+        Raises:
+            InvalidInput: the cursor is invalid.
+        """
+        with caller.admit((Verb.LIST,), model, prefix):
+            versions = self._versions(model)
+            if cursor is not None and not is_cursor(cursor):
+                raise InvalidInput(
+                    f"cursor: expected the `cursor` of the previous page, or none, got {cursor!r}",
+                    at="cursor",
+                )
+            before_ms = None if cursor is None else int(cursor)
+            for _ in range(MAX_READS):
+                indexed = await self._store.alarms.page(model, before_ms, limit)
+                before_ms = indexed[-1].opened_ms if len(indexed) >= limit else None
+                named = [entry for entry in indexed if entry.key.stream.startswith(prefix)]
+                if named or before_ms is None:
+                    break
+            alarms = await self._read(versions, named)
+            return AlarmPage(alarms, None if before_ms is None else str(before_ms))
+
+    async def _read(
+        self, versions: ModelVersions, entries: Sequence[IndexedAlarm]
+    ) -> list[OpenAlarm]:
+        """Read the streams of entries of the index, and drop the entries of those without an
+        alarm."""
+        alarms: list[OpenAlarm] = []
+        closed: dict[IndexedAlarm, bytes] = {}
+        values = await self._store.load([entry.key for entry in entries])
+        for entry, value in zip(entries, values, strict=True):
+            stored = decode_value(entry.key, value)
+            if isinstance(stored, StreamState):
+                served = versions.loaded.get(stored.fingerprint)
+                if served is None or not served.fits(stored):
+                    continue
+                if served.has_open_alarm(stored.state):
+                    record = served.read_alarm(stored.state)
+                    alarms.append(
+                        OpenAlarm(entry.key, stored.head, entry.opened_ms, record, served)
+                    )
+                    continue
+            if not isinstance(value, CarryError):
+                closed[entry] = value or b""
+        if closed:
+            await self._store.alarms.drop(closed)
+        return alarms
+
+    async def acknowledge(
+        self,
+        caller: Caller,
+        key: StreamKey,
+        position: int | None = None,
+        precondition: Precondition | None = None,
+    ) -> tuple[StreamState, bool]:
+        """Close the open alarm of a stream, and let its detection start anew: what the stream does
+        now becomes normal. The state of the network stays, as do epoch and position.
+
+        The stream gets the tag of `acknowledged_head`, which an If-Match of before also names: so a
+        repeated request, and the next chunk of a client that does not know of this one, are not
+        rejected. Its history begins anew with this state; the events before stay for other
+        versions.
+
+        Returns:
+            The stream, and whether it had an alarm; nothing is written if it had none.
+
+        Raises:
+            StreamNotFound, StateDamaged, StateIncompatible
+            StateChanged: the precondition names another state.
+            PositionAhead, PositionBehind: the stream is at another position.
+            Conflict: the stream kept changing.
+        """
+        with (
+            caller.admit((Verb.WRITE_STATE,), key.model, key.stream),
+            bound_contextvars(**caller.audit_names()),
+        ):
+            for _ in range(CREATE_ATTEMPTS):
+                stored = await self._streams.load(key, precondition=precondition)
+                check_position(key.stream, position, stored.head)
+                served = self._versions(key.model).writer(stored.fingerprint)
+                if not served.is_compatible(stored):
+                    raise served.incompatible(key.stream, stored)
+                if not served.has_open_alarm(stored.state):
+                    return stored, False
+                new = stored._replace(
+                    head=acknowledged_head(stored.head),
+                    updated_ms=self._now_ms(),
+                    state=served.acknowledge_alarm(stored.state),
+                )
+                result = await self._write(key, served, stored, new)
+                outcome = outcome_facts(result)
+                if outcome or isinstance(result, Committed):
+                    facts = {"position": new.head.position, **outcome}
+                    self._audit("alarm_acknowledged", model=key.model, stream=key.stream, **facts)
+                if isinstance(result, CarryError):
+                    raise result
+                if isinstance(result, Committed):
+                    return new, True
+            raise conflict_error(key)
+
+    async def _write(
+        self, key: StreamKey, served: ServedModel, stored: StreamState, new: StreamState
+    ) -> CommitResult:
+        """Replace the state of a stream, if it is still the stored one."""
+        expected, state = pack_head(stored.head), encode_state(new)
+        if self._versions(key.model).route.champion.history is None:
+            self._cache.drop(key)
+            commit = CommitColumns([key], [expected], [state], [b""], alarms=[CLOSED])
+            return (await self._store.commit(commit))[0]
+        ((value, history),) = await self._store.histories.copy([key])
+        entries = history.entries if history is not None else ()
+        if value is None or read_packed_head(value) != expected:
+            entries = ()  # the write will conflict
+        try:
+            # the initial state does not lead to this one
+            if entries and served.history_codec.decode(entries[0]).starts:
+                entries = entries[1:]
+        except CodecError:
+            entries = ()
+        self._cache.drop(key)
+        return await self._store.histories.write(
+            key, expected, state, HistoryCopy(entries, [state])
+        )
