@@ -126,6 +126,7 @@ export interface ModelDetail extends ModelSummary {
   blocks: { size: number; lookahead: number } | null;
   runtimes: string[];
   forecast: { targets: string[]; max_horizon: number } | null;
+  alarms: { output: string } | null;
 }
 
 export interface StreamHead {

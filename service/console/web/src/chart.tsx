@@ -19,6 +19,8 @@ interface ChartProps {
   series: Series[];
   format: (value: number | null | undefined) => string;
   isTime?: boolean;
+  /** Ranges of x that are shaded, with their ends. */
+  spans?: [number, number][];
 }
 
 /** The colour of a custom property, for a canvas. */
@@ -31,7 +33,21 @@ function color(name: string): string {
   return value;
 }
 
-function options(props: ChartProps, labels: string[], width: number): uPlot.Options {
+function shade({ ctx, bbox, valToPos }: uPlot, spans: [number, number][], fill: string): void {
+  ctx.save();
+  ctx.fillStyle = fill;
+  for (const [first, last] of spans) {
+    const start = Math.max(bbox.left, valToPos(first - 0.5, "x", true));
+    const end = Math.min(bbox.left + bbox.width, valToPos(last + 0.5, "x", true));
+    if (end > start) ctx.fillRect(start, bbox.top, end - start, bbox.height);
+  }
+  ctx.restore();
+}
+
+function options(
+  props: ChartProps, labels: string[], width: number, spans: { current: [number, number][] },
+): uPlot.Options {
+  const fill = color("alarm");
   const axis = {
     stroke: color("quiet"),
     font: "12px system-ui, sans-serif",
@@ -42,6 +58,7 @@ function options(props: ChartProps, labels: string[], width: number): uPlot.Opti
     width,
     height: HEIGHT,
     legend: { show: false },
+    hooks: { drawClear: [(plot) => shade(plot, spans.current, fill)] },
     padding: [8, 8, 0, 0],
     cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false } },
     scales: {
@@ -77,13 +94,15 @@ export function Chart(props: ChartProps) {
   const series = props.series.slice(0, MAX_SERIES);
   const box = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | null>(null);
+  const spans = useRef<[number, number][]>([]);
+  spans.current = props.spans ?? [];
   const theme = useContext(ThemeContext);
   const names = JSON.stringify(series.map(({ label }) => label));
   const data = [x, ...series.map(({ values }) => values)] as uPlot.AlignedData;
 
   useEffect(() => {
     const element = box.current!;
-    const made = new uPlot(options(props, JSON.parse(names), element.clientWidth), data, element);
+    const made = new uPlot(options(props, JSON.parse(names), element.clientWidth, spans), data, element);
     plot.current = made;
     const observer = new ResizeObserver(() =>
       made.setSize({ width: element.clientWidth, height: HEIGHT }),

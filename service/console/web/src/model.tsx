@@ -1,5 +1,6 @@
-// One model: its versions, its streams page by page, by the prefix of their names, its metadata.
+// One model: its open alarms, its versions, its streams page by page, by the prefix of their names, its metadata.
 import { useState } from "preact/hooks";
+import { Alarms } from "./alarms";
 import {
   json, type ModelDetail, modelPath, pause, streamAddress, type StreamHead, streamPath,
 } from "./api";
@@ -133,6 +134,7 @@ export function ModelView({ model }: { model: string }) {
       <h1>{model}</h1>
       <Alert text={problem} />
       {detail && <p class="lead">{detail.description}</p>}
+      {detail && <Alarms model={model} detail={detail} />}
       <Versions model={model} />
       <Streams model={model} />
       {detail && <Metadata detail={detail} />}

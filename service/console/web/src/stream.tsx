@@ -1,5 +1,6 @@
-// One stream live: position, lag, outputs by step, norms of its state.
+// One stream live: position, lag, its alarm, outputs by step, norms of its state.
 import { useEffect, useReducer, useState } from "preact/hooks";
+import { StreamAlarm } from "./alarms";
 import { modelAddress } from "./api";
 import { Chart } from "./chart";
 import { ago, number, whole } from "./format";
@@ -53,9 +54,10 @@ export function StreamView({ model, stream }: { model: string; stream: string })
           ["Version", <span class="code">{head?.version ?? "–"}</span>],
         ]}
       />
+      {watch.detail?.alarms && <StreamAlarm model={model} stream={stream} />}
       <div class="charts">
         {[...watch.outputs].map(([name, track]) => (
-          <Chart key={name} title={name} unit="by position" format={number} {...track} />
+          <Chart key={name} title={name} unit="by position" format={number} spans={watch.alarms} {...track} />
         ))}
         {norms && <Chart title="State" unit="norm of each part" format={number} {...norms} />}
       </div>

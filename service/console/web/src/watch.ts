@@ -115,6 +115,19 @@ export class StreamWatch {
     }
   }
 
+  /** First and last position of each alarm among the outputs that are kept. */
+  get alarms(): [number, number][] {
+    const track = this.outputs.get(this.detail?.alarms?.output ?? "");
+    const spans: [number, number][] = [];
+    track?.x.forEach((position, index) => {
+      if (!track.series[0]!.values[index]) return;
+      const last = spans.at(-1);
+      if (last?.[1] === position - 1) last[1] = position;
+      else spans.push([position, position]);
+    });
+    return spans;
+  }
+
   private apply(event: string, document: any): void {
     if (event === "stream") {
       if (document.epoch !== this.epoch) this.enterEpoch();
