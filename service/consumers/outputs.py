@@ -12,6 +12,7 @@ from models.artifact.artifact import Artifact
 from models.artifact.fingerprint import version_of
 from service.codec.media import Media, dumps
 from service.codec.reply_writer import ReplyOptions, ReplyWriter
+from service.consumers.alarms import AlarmFields
 from service.consumers.where import parse_condition
 from service.core.errors import CarryError
 from service.core.values import FloatRows, StreamHead, StreamKey
@@ -46,7 +47,12 @@ class OutputWriter:
     ):
         self._warm_events = warm_events
         self._writer = ReplyWriter(artifact)
-        self._where = None if where is None else parse_condition(where, artifact.outputs)
+        detection = artifact.spec.detection
+        self._alarms = None if detection is None else AlarmFields(artifact, detection.head)
+        self._where = None
+        if where is not None:
+            alarm = None if self._alarms is None else self._alarms.output
+            self._where = parse_condition(where, artifact.outputs, alarm)
         self._media = media
         self._name = artifact.spec.name
         outputs = artifact.outputs
@@ -76,18 +82,23 @@ class OutputWriter:
             return fields
         return (*fields, "warm", f"{head.position - steps - since}/{self._warm_events}")
 
-    def entries(self, start: int, rows: FloatRows) -> list[NewEntry]:
+    def entries(self, start: int, rows: FloatRows, state: bytes) -> list[NewEntry]:
         """The entries for the outputs of a chunk, without what they share.
 
         Args:
             start: position of the event of the first output.
+            state: encoded, after the chunk.
         """
+        of_alarms = {} if self._alarms is None else self._alarms.of_chunk(rows, state)
         positions: Sequence[int] = range(start, start + len(rows))
         if self._where is not None:
             chosen = self._where(rows).nonzero()[0]
             positions, rows = (start + chosen).tolist(), rows[chosen]
         return [
-            NewEntry(Destination.OUTPUTS, ("position", position, "outputs", encoded))
+            NewEntry(
+                Destination.OUTPUTS,
+                ("position", position, *of_alarms.get(position - start, ()), "outputs", encoded),
+            )
             for position, encoded in zip(positions, self._encode(rows), strict=True)
         ]
 

@@ -194,8 +194,9 @@ class OwnedTopic(LeasedTopic):
             submitted, stored = self._submitted[key], decode_reply(reply)
             start = self._output_start(submitted.chunk, stored.head)
             history = commits.histories and commits.histories.select([at])
-            chunk = ChunkCommit(key, expected, state, reply, history)
-            outputs = self._writer.entries(start, stored.outputs)
+            alarm = commits.alarms[at] if commits.alarms else ""
+            chunk = ChunkCommit(key, expected, state, reply, history, alarm)
+            outputs = self._writer.entries(start, stored.outputs, state)
             ids = [event.id for event in submitted.events]
             steps = submitted.chunk.steps.length
             shared = self._writer.shared(key.stream, stored.head, steps, state)

@@ -26,6 +26,7 @@ from typing import Any, Final
 import httpx
 import msgspec
 
+from service.consumers.alarms import describe_alarm
 from service.consumers.events import read_document
 from service.consumers.relay import DeliveryFailed, DeliveryRejected
 from service.consumers.webhook_config import WebhookConfig, read_secret
@@ -141,19 +142,23 @@ class Webhook:
         await self._client.aclose()
 
     def _body(self, topic: str, entries: Sequence[Entry]) -> bytes:
-        """The message: type, time of the last entry, topic, and the outputs."""
+        """The message: type, time of the last entry, topic, and the outputs; with alarms also a
+        text, which chat tools show."""
         # an id that a writer chose may be any number
         last_s = min(int(entries[-1].id.partition(b"-")[0]) / 1000, MAX_TIME_S)
+        data = [self._output(entry) for entry in entries]
         message = {
             "type": TYPE,
             "timestamp": datetime.fromtimestamp(last_s, UTC).isoformat(timespec="milliseconds"),
             "topic": topic,
-            "data": [self._output(entry) for entry in entries],
+            "data": data,
         }
+        if lines := list(filter(None, map(describe_alarm, data))):
+            message["text"] = "\n".join(lines)
         return _encode(message)
 
     def _output(self, entry: Entry) -> dict[str, Any]:
-        """The fields of an entry, of which `outputs` is a document and two are integers."""
+        """The fields of an entry, of which `outputs` is a document and three are numbers."""
         fields = entry.fields or ()
         output: dict[str, Any] = {"entry": entry.id.decode()}
         try:
@@ -163,6 +168,8 @@ class Webhook:
                     output[key] = read_document(value, is_json=self._is_json)
                 elif key in ("position", "time"):
                     output[key] = int(value)
+                elif key == "severity":
+                    output[key] = float(value)
                 else:
                     output[key] = value.decode()
         except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:

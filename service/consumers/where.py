@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from models.detection.alarms import CLOSED, OPENED
 from models.spec.layout import OutputSpec
 from service.core.errors import OperatorError
 from service.core.values import FloatRows
@@ -30,18 +31,22 @@ Condition = Callable[[FloatRows], NDArray[np.bool_]]
 """Returns for each row of outputs [T, O] whether it is written."""
 
 
-def parse_condition(text: str, outputs: OutputSpec) -> Condition:
+def parse_condition(text: str, outputs: OutputSpec, alarm: str | None = None) -> Condition:
     """Parse comparisons that `and` or `or` join, such as `surprise > 4` or `alarm`.
 
-    A comparison is the name of an output, a sign and a number; a name alone means that it is not 0.
-    The name of a value in an output with several is `NAME[LABEL]`. `and` binds closer than `or`.
+    A comparison is the name of an output, a sign and a number; a name alone means that it is not 0,
+    and that of alarms that one opens or closes: an alarm that continues is no news. The name of a
+    value in an output with several is `NAME[LABEL]`. `and` binds closer than `or`.
+
+    Args:
+        alarm: the name of the output of alarms, if there is one.
 
     Raises:
         OperatorError: naming what was expected and what came.
     """
     columns = _columns(outputs)
     alternatives = [
-        [_parse_comparison(part.strip(), columns) for part in alternative.split(" and ")]
+        [_parse_comparison(part.strip(), columns, alarm) for part in alternative.split(" and ")]
         for alternative in text.split(" or ")
     ]
 
@@ -54,7 +59,7 @@ def parse_condition(text: str, outputs: OutputSpec) -> Condition:
     return holds
 
 
-def _parse_comparison(text: str, columns: dict[str, int]) -> Condition:
+def _parse_comparison(text: str, columns: dict[str, int], alarm: str | None) -> Condition:
     match = _COMPARISON.fullmatch(text)
     name = match["name"].strip() if match else text
     ends = [each for each in columns if each.rpartition(".")[2] == name]
@@ -65,6 +70,8 @@ def _parse_comparison(text: str, columns: dict[str, int]) -> Condition:
             f"where: expected comparisons of {', '.join(columns)}, such as "
             f"`{next(iter(columns))} > 1`, got {text!r}"
         )
+    if name == alarm and match["sign"] is None:
+        return lambda rows: np.isin(rows[:, columns[name]], (OPENED, CLOSED))
     column, sign = columns[name], _SIGNS[match["sign"] or "!="]
     try:
         number = float(match["number"] or 0)
