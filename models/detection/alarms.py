@@ -115,7 +115,7 @@ class AlarmState:
         stored = int(values[0])
         self.is_open = stored < 0
         # a restored state may have any number
-        self.muted = min(max(stored - _MUTED, 0), MUTED_EVENTS)
+        self.muted = stored - _MUTED if 0 < stored - _MUTED <= MUTED_EVENTS else 0
         self.unusual, self.usual = 0 if self.muted else max(stored, 0), max(-1 - stored, 0)
 
     def values(self) -> tuple[float]:

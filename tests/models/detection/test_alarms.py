@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.detection.alarms import AlarmState, count_alarms, follow_alarm
+from models.detection.alarms import (
+    MUTED_EVENTS,
+    AlarmState,
+    acknowledge_alarm,
+    count_alarms,
+    follow_alarm,
+)
 from models.detection.fit import alarm_threshold, alarm_thresholds
 from models.spec.detection import AlarmSpec, DetectionFit, Tail
+from models.spec.layout import detection_state, state_spec
+from tests.models.detection.test_detector import spec_of
 
 TAIL = Tail(threshold=1.0, exceeded=0.05, scale=1.0, shape=0.0)
 
@@ -99,6 +107,26 @@ def test_an_alarm_needs_its_minimum_of_events() -> None:
     probability = np.array([0.001, 0.5, 0.001, 0.001, 0.5])
     found = follow_alarm(alarm, probability, 0.01, AlarmState(np.zeros(3)))
     assert found.tolist() == [0, 0, 0, 1, 3]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, MUTED_EVENTS, MUTED_EVENTS + 1])
+def test_no_alarm_opens_while_an_acknowledged_stream_is_muted(cut: int) -> None:
+    model = spec_of(["flow"])
+    layout = state_spec(model)
+    floats = np.arange(1, layout.float_size + 1, dtype=np.float32)
+    acknowledged = acknowledge_alarm(model, floats)
+    alarm_at, own = layout.slices["odd.alarm"], detection_state(model).parts
+    for name, columns in layout.slices.items():
+        if name not in {part.name for part in own}:
+            np.testing.assert_array_equal(acknowledged[columns], floats[columns])
+        elif name != "odd.alarm":
+            assert not acknowledged[columns].any()
+    state, found = AlarmState(acknowledged[alarm_at]), []
+    probability = np.full(MUTED_EVENTS + 3, 0.001)
+    for part in (probability[:cut], probability[cut:]):
+        found += follow_alarm(AlarmSpec(), part, 0.01, state).tolist()
+        state = AlarmState(np.array(state.values(), np.float32))
+    assert found == [0] * MUTED_EVENTS + [1, 2, 2]
 
 
 @pytest.mark.parametrize("stored", [-3e38, -30.0, 3e38])

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
-from models.detection.alarms import CLOSED, CONTINUING, OPENED
-from tests.support.alarms import alarm_model, noise, raised
+from models.detection.alarms import CLOSED, CONTINUING, NONE, OPENED
+from service.access.caller import ANYONE
+from service.core.values import StreamKey
+from tests.support.alarms import alarm_model, noise, raised, served_by_onnx
 from tests.support.consumers import add, consuming, fields_of, relaying
+from tests.support.pipelines import worker
 from tests.support.receiver import receiving
 from tests.support.servers import RealServer, becomes, opened, real_server
 
@@ -75,6 +78,27 @@ async def test_a_condition_of_the_name_alone_chooses_openings_and_closings(
     assert (first["position"], first["alarm"], second["alarm"]) == (str(QUIET), "opened", "closed")
     assert float(second["severity"]) >= float(first["severity"]) > 1
     assert "value" in first["cause"]
+
+
+async def test_a_consumer_continues_an_acknowledged_stream_with_every_event_once(
+    server: RealServer, client: Any, sensors: Artifact
+) -> None:
+    parts = [np.concatenate([noise(QUIET), raised(RAISED)]), raised(10, seed=8)]
+    async with consuming(server.url, sensors, **CONFIG, where="alarm != 9") as consumer:
+        for total, rows in zip((QUIET + RAISED, QUIET + RAISED + 10), parts, strict=True):
+            add(client, "events", *[fields_of("pump", row) for row in rows])
+            await becomes(lambda: consumer.counts["committed"] == total, "all events")  # noqa: B023
+            if rows is parts[0]:
+                async with worker(
+                    server.url, sensors, runtime=served_by_onnx(sensors).runtime
+                ) as one:
+                    _, was_open = await one.alarms.acknowledge(ANYONE, StreamKey("sensors", "pump"))
+                    assert was_open
+    found = records(client)
+    assert [each["position"] for each in found] == [str(at) for at in range(len(found))]
+    codes = [each["outputs"][ALARM] for each in found]
+    assert codes[QUIET : QUIET + RAISED] == [OPENED, *[CONTINUING] * (RAISED - 1)]
+    assert set(codes[QUIET + RAISED :]) == {NONE}
 
 
 async def test_continuing_alarms_are_written_if_asked_for(

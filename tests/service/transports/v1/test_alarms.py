@@ -107,6 +107,7 @@ async def test_an_open_alarm_is_listed_with_what_its_state_says_until_it_closes(
     codes = await send(api, "a", noise(20, seed=6))
     while CLOSED not in codes:
         codes = await send(api, "a", noise(20, seed=len(codes)))
+    assert await api.store.alarms.page("sensors", None, 10) == []
     assert await listed(api) == []
 
 

@@ -1,0 +1,96 @@
+"""Acknowledgements that race chunks of their stream, on two workers with caches of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from models.detection.alarms import MUTED_EVENTS, NONE
+from service.access.caller import ANYONE
+from service.core.delivery import acknowledged_head
+from service.core.errors import Conflict, StateChanged
+from service.core.values import Precondition, StreamHead, StreamKey
+from service.pipeline.pipeline import Pipeline
+from tests.support.alarms import alarm_model, noise, raised, served_by_onnx
+from tests.support.pipelines import chunk_of, worker
+
+KEY = StreamKey("sensors", "s")
+QUIET, OPENING, CHUNK, CHUNKS = 60, 5, 3, 12
+
+
+async def send(pipeline: Pipeline, rows: np.ndarray, position: int) -> tuple[StreamHead, list[int]]:
+    """Send a chunk; returns the head after it, and the alarms of its events."""
+    reply = await pipeline.process(ANYONE, chunk_of("s", rows, position, model="sensors"))
+    named = pipeline.models["sensors"].outputs.by_name(reply.outputs)
+    return reply.head, named["surprise.alarm"].astype(int).tolist()
+
+
+async def follow(pipeline: Pipeline, position: int) -> list[list[int]]:
+    """Send the next chunks at another level, one after another."""
+    return [
+        (await send(pipeline, raised(CHUNK, seed=at), position + CHUNK * at))[1]
+        for at in range(CHUNKS)
+    ]
+
+
+async def acknowledge(pipeline: Pipeline) -> bool:
+    try:
+        return (await pipeline.alarms.acknowledge(ANYONE, KEY))[1]
+    except Conflict:
+        return False
+
+
+async def test_of_racing_acknowledgements_one_is_applied_and_no_event_is_lost(
+    store_url: str, tmp_path: Path
+) -> None:
+    artifact: Artifact = alarm_model(tmp_path)
+    served = served_by_onnx(artifact)
+    async with (
+        worker(store_url, artifact, runtime=served.runtime) as first,
+        worker(store_url, artifact, runtime=served_by_onnx(artifact).runtime) as second,
+    ):
+        for at in range(0, QUIET, 10):
+            await send(first, noise(10, seed=at), at)
+        await send(first, raised(OPENING), QUIET)
+        start = QUIET + OPENING
+        codes, *applied = await asyncio.gather(
+            follow(first, start), *(acknowledge(second) for _ in range(4))
+        )
+        # one that met chunks only may be left
+        applied.append(await acknowledge(second))
+        assert sum(applied) == 1
+        stored = await first.streams.load(KEY)
+        assert stored.head.position == start + CHUNK * CHUNKS
+        flat = [code for each in codes for code in each]
+        # in alarm up to one place between two chunks, then muted
+        first_muted = flat.index(NONE) if NONE in flat else len(flat)
+        assert first_muted % CHUNK == 0
+        assert set(flat[first_muted:]) <= {NONE}
+        assert len(flat) - first_muted < MUTED_EVENTS
+        await send(first, raised(1), stored.head.position)
+
+
+async def test_a_worker_with_a_cached_state_continues_the_acknowledged_one(
+    store_url: str, tmp_path: Path
+) -> None:
+    artifact = alarm_model(tmp_path)
+    async with (
+        worker(store_url, artifact, runtime=served_by_onnx(artifact).runtime) as first,
+        worker(store_url, artifact, runtime=served_by_onnx(artifact).runtime) as second,
+    ):
+        for at in range(0, QUIET, 10):
+            await send(first, noise(10, seed=at), at)
+        before, _ = await send(first, raised(OPENING), QUIET)
+        named = Precondition((before.etag,))
+        stored, was_open = await second.alarms.acknowledge(ANYONE, KEY, before.position, named)
+        assert was_open
+        assert stored.head == acknowledged_head(before)
+        _, codes = await send(first, raised(10), before.position)
+        assert set(codes) == {NONE}
+        # the one of before names the state no longer, once an event follows
+        with pytest.raises(StateChanged):
+            await second.alarms.acknowledge(ANYONE, KEY, None, named)
