@@ -12,7 +12,7 @@ from carry.own_packages import load_own_packages
 
 if TYPE_CHECKING:
     from models.artifact.artifact import Artifact, load_artifact
-    from models.commands import evaluate, train
+    from models.commands import compare, evaluate, train
     from models.errors import (
         ArtifactError,
         DataError,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ModelsError,
         SpecError,
         StateError,
+        VerdictError,
     )
     from models.importing.isolation import Limits
     from models.importing.packaging import (
@@ -47,6 +48,8 @@ __all__ = [
     "ModelsError",
     "SpecError",
     "StateError",
+    "VerdictError",
+    "compare",
     "evaluate",
     "import_keras_model",
     "import_onnx_model",
@@ -63,10 +66,10 @@ __all__ = [
 
 _MODULES = {
     "models.artifact.artifact": ("Artifact", "load_artifact"),
-    "models.commands": ("evaluate", "train"),
+    "models.commands": ("compare", "evaluate", "train"),
     "models.errors": (
         *("ArtifactError", "DataError", "GraphUnsupportedError", "ImportedModelError"),
-        *("ModelsError", "SpecError", "StateError"),
+        *("ModelsError", "SpecError", "StateError", "VerdictError"),
     ),
     "models.importing.isolation": ("Limits",),
     "models.importing.packaging": (

@@ -79,7 +79,8 @@ class Commands(TyperGroup):
                 )
             typer.echo(f"carry: {line}", err=True)
             # status 1 of a replay means that the service broke a guarantee
-            raise typer.Exit(2 if ctx.invoked_subcommand == "replay" else 1) from error
+            status = 2 if ctx.invoked_subcommand == "replay" else 1
+            raise typer.Exit(getattr(error, "exit_status", status)) from error
 
 
 app = typer.Typer(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from models.errors import ArtifactError, DataError, ImportedModelError, SpecError
+from models.errors import ArtifactError, DataError, ImportedModelError, SpecError, VerdictError
 
 if TYPE_CHECKING:
     from models.artifact.artifact import Artifact
@@ -44,6 +44,8 @@ Since = Annotated[str | None, typer.Option(help="Score or show events from this 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Longest chunk; chunk sizes are random.")]
+FailIf = Literal["worse", "not-better"]
 Axes = Literal["batch_major", "time_major", "step", "unbatched"]
 
 
@@ -66,10 +68,17 @@ def train(
     data: DataFile,
     out: OutDir,
     *,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first result: a quarter of the epochs, no trees.")
+    ] = False,
     resume: Resume = False,
     trees: Trees = True,
     trees_s: TreesTime = 60.0,
     anomalies: Anomalies = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Exit with status 3 if a verdict is not to serve the model."),
+    ] = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
 ) -> Artifact:
@@ -79,18 +88,21 @@ def train(
 
     Raises:
         SpecError: with the line of what cannot be trained, as for what cannot be read.
+        VerdictError: with `strict`, the report's verdict is not to serve the model for a head, or
+            there is no report. The artifact is written.
     """
     from models.spec.model import schema_of
     from models.spec.spec_file import add_line_number, read_spec
     from models.training.files import read_data
-    from models.training.train_frame import train_frame
+    from models.training.train_frame import check_verdicts, train_frame
 
     parsed = read_spec(spec)
     try:
-        return train_frame(
+        artifact = train_frame(
             parsed,
             read_data(data, schema_of(parsed)),
             out,
+            quick=quick,
             resume=resume,
             overwrite=overwrite,
             trees=trees,
@@ -101,13 +113,16 @@ def train(
         )
     except SpecError as error:
         raise add_line_number(spec, error) from error
+    if strict:
+        check_verdicts(out)
+    return artifact
 
 
 def evaluate(
     artifact: ArtifactDir,
     data: DataFile,
     *,
-    chunk: Annotated[int, typer.Option(min=1, help="Longest chunk; chunk sizes are random.")] = 64,
+    chunk: Chunk = 64,
     seed: Annotated[int, typer.Option(help="Random seed of the chunk sizes.")] = 0,
     since: Since = None,
     held_out: Annotated[
@@ -232,6 +247,48 @@ def evaluate(
                 replace_file(plots / f"worst-{number:02d}.svg", content)
                 advance(number, f"{number} of {len(worst)}")
     return {**scores, **measurements.entry_of(burn_in)}
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The artifact to compare with.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The artifact that is judged.")],
+    data: DataFile,
+    *,
+    since: Since = None,
+    chunk: Chunk = 64,
+    seed: Annotated[int, typer.Option(help="Random seed of chunk sizes and resampling.")] = 0,
+    fail_if: Annotated[FailIf | None, typer.Option(help="Exit with status 3 if B is that.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+) -> dict[str, Any]:
+    """Score two artifacts on the same events, with intervals of their differences.
+
+    Without `since` these are the events that both hold out.
+
+    Returns:
+        What `models.training.compare.compare_artifacts` gives.
+
+    Raises:
+        VerdictError: B is what `fail_if` says: `worse` than A for a head, or `not-better` for any.
+    """
+    from models.artifact.artifact import load_artifact
+    from models.spec.model import schema_of
+    from models.training.compare import compare_artifacts, comparison_lines
+    from models.training.files import read_data
+
+    loaded = load_artifact(a), load_artifact(b)
+    frames = [read_data(data, schema_of(each.spec)) for each in loaded]
+    compared = compare_artifacts(
+        *(loaded, (frames[0], frames[1])), since=since, chunk=chunk, seed=seed, source=str(data)
+    )
+    if as_json:
+        typer.echo(json.dumps(compared, indent=2))
+    elif not quiet:
+        typer.echo("\n".join(comparison_lines(compared)))
+    verdict = compared["verdict"]
+    if fail_if == verdict or (fail_if == "not-better" and verdict != "better"):
+        raise VerdictError(f"{b}: expected none that is {fail_if} than {a}, got {verdict}")
+    return compared
 
 
 def plot(
@@ -394,6 +451,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "init": initialise,
     "train": train,
     "evaluate": _printing_command(evaluate),
+    "compare": compare,
     "plot": plot,
     "import": import_model,
     "graph": write_graphs,

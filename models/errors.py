@@ -7,6 +7,7 @@
       StateError             state parts that do not match the model's layout
       DataError              a sequence of events or rows that the model's schema rejects
       ImportedModelError     a Keras model that cannot be imported
+      VerdictError           a model that is worse than it has to be
 
 The service wraps these at its boundary; none of them knows about HTTP.
 """
@@ -36,6 +37,12 @@ class StateError(ModelsError):
 
 class ImportedModelError(ModelsError):
     """The Keras model contains a layer that cannot be imported; the message names it."""
+
+
+class VerdictError(ModelsError):
+    """A model is worse than it has to be; `carry` exits with a status of its own."""
+
+    exit_status = 3
 
 
 class DataError(ModelsError):

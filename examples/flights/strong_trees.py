@@ -26,8 +26,7 @@ from models.spec.layout import output_spec
 from models.spec.model import schema_of
 from models.training.data import split_of, streams_of
 from models.training.evaluate import run_chunks, scored_rows
-from models.training.report import DRAWS
-from models.training.scores import DayDraws, interval
+from models.training.scores import DRAWS, DayDraws, interval
 
 SETTINGS = ((5, 31), (20, 63))
 """Events looked back on, and leaves of a tree."""

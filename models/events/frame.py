@@ -276,7 +276,7 @@ def _timestamp(
             _raise(column, without, hint, lambda row: f"{column[row]}")
         without = without.copy()
         without[without] = [_naive(text) is not None for text in column.filter(without)]
-        _reject(invalid, column, without, hint, got=lambda row: f"{column[row]}")
+        _reject(invalid, column, without, hint, got=column.__getitem__)
         column = column.set(pl.Series(without), None)
         present = present & ~without
     if field.epoch == "s" and dtype.is_numeric():

@@ -53,8 +53,10 @@ class TrainingSpec(Frozen):
         weigh: unit of equal weight in an epoch: `steps`, or `windows` regardless of their length.
         loss_weights: weight of each head in the loss; 1 by default.
         seed: seed of weights, order and dropout.
-        members: ensemble size: networks trained with consecutive seeds and merged into one that
-            averages their outputs.
+        seeds: networks that are trained, with consecutive seeds from `seed` on; as many as
+            `members` by default. More show how far results depend on chance.
+        members: of the networks trained, how many are kept, the best by validation loss; several
+            are merged into one that averages their outputs.
         decoder: training options of the decoder, if the model has one.
     """
 
@@ -79,6 +81,7 @@ class TrainingSpec(Frozen):
     weigh: Literal["steps", "windows"] = "steps"
     loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0)] = 1
+    seeds: Annotated[int, Field(ge=1, le=16)] | None = None
     members: Annotated[int, Field(ge=1, le=16)] = 1
     decoder: DecoderTraining = DecoderTraining()
 
@@ -86,6 +89,19 @@ class TrainingSpec(Frozen):
     def is_split_by_share(self) -> bool:
         """Whether each stream is split by shares of its events, not all of them by a time."""
         return self.validate_share is not None or self.test_share is not None
+
+    @property
+    def networks(self) -> int:
+        """How many networks are trained."""
+        return self.seeds or self.members
+
+    @model_validator(mode="after")
+    def _check_seeds(self) -> Self:
+        if self.networks < self.members:
+            raise ValueError(
+                f"expected seeds to be at least members, {self.members}, got {self.seeds}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_split(self) -> Self:

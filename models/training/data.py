@@ -191,6 +191,8 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
         SpecError: the events have no time.
     """
     schema, training = schema_of(spec), unresolved_training_of(spec)
+    if not isinstance(frame, pl.DataFrame):
+        raise _no_polars(frame, source)
     if frame.height == 0:
         raise DataError(expected=f"{source}: at least one row", got="none")
     order = training.order_by or (schema.timestamp.name if schema.timestamp else None)
@@ -243,6 +245,17 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
         ordered,
         filled,
         _positions(spans) if training.is_split_by_share else filled,
+    )
+
+
+def _no_polars(frame: Any, source: str) -> DataError:
+    """The error of a table of another library; an index of pandas would be lost silently."""
+    names = [name for name in getattr(getattr(frame, "index", None), "names", ()) if name]
+    reset = "frame.reset_index()" if names else "frame"
+    got = f"one of {type(frame).__module__.partition('.')[0]}"
+    return DataError(
+        expected=f"{source}: a DataFrame of Polars; convert it: polars.from_pandas({reset})",
+        got=f"{got}, whose index is {', '.join(map(repr, names))}" if names else got,
     )
 
 

@@ -39,6 +39,8 @@ MIN_WINDOWS_PER_EPOCH = 24
 UPDATES = 2000
 """Windows of a whole training: fewer leave small networks undertrained."""
 MIN_EPOCHS, MAX_EPOCHS = 20, 150
+QUICK_SHARE = 4
+"""A quick training has so many times fewer epochs, and one network."""
 MIN_PATIENCE = 3
 LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0
@@ -47,7 +49,7 @@ HOLD_EVENTS, CLOSE_ABOVE = 6, 0.05
 
 
 def resolve_training(
-    spec: ModelSpec, streams: Streams, source: str = "data"
+    spec: ModelSpec, streams: Streams, source: str = "data", *, quick: bool = False
 ) -> tuple[ModelSpec, dict[str, Any]]:
     """The spec with every training option, and the options that were derived.
 
@@ -55,6 +57,7 @@ def resolve_training(
         spec: with `events` and `training`.
         streams: the table.
         source: what errors call the table.
+        quick: fewer epochs and one network, whatever the spec says.
 
     Raises:
         DataError: all events have the same moment, and the split is to be derived.
@@ -69,6 +72,9 @@ def resolve_training(
         before = moment_ms(schema_of(spec), settled.validate_from or "", "training.validate_from")
     longest = max(stop - start for start, stop in streams.sessions)
     derived |= _sizes(spec, settled, _lengths_before(streams, before), longest)
+    if quick:
+        epochs = int(derived.get("epochs") or training.epochs or 1)
+        derived |= {"epochs": ceil(epochs / QUICK_SHARE), "members": 1, "seeds": 1}
     resolved = ResolvedTraining.model_validate({**training.model_dump(), **derived})
     return spec.model_copy(update={"training": resolved.model_dump()}), derived
 

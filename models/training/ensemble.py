@@ -36,6 +36,8 @@ from models.spec.layout import layer_widths
 from models.spec.model import ModelSpec, parse_spec, schema_of
 
 Weights = Mapping[str, NDArray[np.float32]]
+Networks = Mapping[int, tuple[ModelSpec, Weights]]
+"""The networks of one training, by seed."""
 Places = NDArray[np.int64]
 
 _WITH_KERNELS = Recurrent | Conv1dLayer | DenseLayer
@@ -129,7 +131,7 @@ def _merged_spec(spec: ModelSpec, count: int) -> ModelSpec:
     plain = spec.model_dump()
     plain["events"]["fields"] = [field.model_dump() for field in fields]
     if plain["training"] is not None:
-        plain["training"]["members"] = 1
+        plain["training"] |= {"members": 1, "seeds": None}
     return parse_spec({**plain, "layers": layers, "heads": heads})
 
 

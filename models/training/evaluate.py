@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from models.artifact.artifact import Artifact
-from models.decoding.losses import has_targets
+from models.decoding.losses import Scored, has_targets
 from models.detection.detector import Detector
 from models.errors import DataError
 from models.offline.batches import Advance, Sequences, run_rows
@@ -354,9 +354,21 @@ def head_metrics(
     from_key: int | None,
 ) -> dict[str, dict[str, float]]:
     """`Scored.means` of every head that has a target from a moment on."""
+    scored = score_heads(spec, outputs, streams, labels, from_key)
+    return {name: each.means() for name, (each, _) in scored.items()}
+
+
+def score_heads(
+    spec: ModelSpec,
+    outputs: NDArray[np.float32],
+    streams: Streams,
+    labels: Labels,
+    from_key: int | None,
+) -> dict[str, tuple[Scored, NDArray[np.int64]]]:
+    """The losses of every head that has a target from a moment on, and the rows they are of."""
     outputs_by_head = output_spec(spec).by_name(outputs)
     scales = stream_scales(spec, streams)
-    metrics: dict[str, dict[str, float]] = {}
+    found: dict[str, tuple[Scored, NDArray[np.int64]]] = {}
     for head in spec.heads:
         if not has_targets(head):
             continue
@@ -365,5 +377,5 @@ def head_metrics(
         scored = score_outputs(spec, head, output, streams.columns, labels, at, scales)
         scored = add_scaled(spec, head, scored, scales, at)
         if scored.has_losses:
-            metrics[head.name] = scored.means()
-    return metrics
+            found[head.name] = scored, at
+    return found

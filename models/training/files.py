@@ -21,9 +21,18 @@ from models.events.cells import parse_cells
 from models.events.schema import EventSchema
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
+_START_BYTES = 64
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """Byte order marks of other encodings than UTF-8."""
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_CONTENTS = (
+    (b"PAR1", ".parquet", "Parquet"),
+    (b"PK\x03\x04", ".xlsx", "a ZIP archive, as Excel writes: save the sheet as CSV"),
+    (b"\x1f\x8b", ".gz", "compressed data"),
+    (b"{", ".jsonl", "JSON Lines"),
+    (b"[", ".json", "one JSON array: write each of its objects on a line of its own"),
+)
+"""First bytes of files, the suffix for them, and what they are."""
 
 
 def read_data(path: Path, schema: EventSchema | None) -> pl.DataFrame:
@@ -58,9 +67,34 @@ def _check_kind(path: Path) -> str:
         raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
     if not path.is_file():
         raise DataError(expected="an existing file", got=str(path))
-    if path.stat().st_size == 0:
-        raise DataError(expected=f"{path}: a table with one row per event", got="an empty file")
+    with path.open("rb") as file:
+        check_content(str(path), kind, file.read(_START_BYTES))
     return kind
+
+
+def check_content(name: str, kind: str, start: bytes) -> None:
+    """Reject a file that is empty, or whose first bytes are of another kind than its suffix says.
+
+    Args:
+        name: of the file, for errors.
+        kind: its suffix, one of `READERS`.
+
+    Raises:
+        DataError: it is such a file.
+    """
+    if not start:
+        raise DataError(expected=f"{name}: a table with one row per event", got="an empty file")
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    suffix, content = next(
+        ((suffix, content) for first, suffix, content in _CONTENTS if text.startswith(first)),
+        (".csv", "text"),
+    )
+    # text in another encoding has an error of its own
+    is_encoded = kind != ".parquet" and not text[:1].isascii()
+    if suffix == kind or (suffix, kind) == (".jsonl", ".ndjson") or is_encoded:
+        return
+    named = f"; name it {suffix}" if suffix in READERS else ""
+    raise DataError(expected=f"{name}: a table in {kind[1:]} form", got=f"{content}{named}")
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

@@ -14,7 +14,8 @@ event: omit labels from the table that are known only later.
 
 A head is trained on the values of its column before `validate_from`, and its best epoch is chosen
 on those from there to `test_from`. If a table has no values in one of these ranges, or a single
-class to train on, losses are meaningless and baselines cannot be fitted.
+class to train on, losses are meaningless and baselines cannot be fitted: it is rejected. Few
+events of a class in any range are a warning.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from models.decoding.losses import Floats, has_targets, truth_of
+from models.decoding.losses import Floats, has_targets, is_binary, truth_of
 from models.errors import DataError, SpecError
 from models.events.schema import BooleanField, CategoricalField
 from models.spec.chunking import non_causal_layers
@@ -38,6 +39,8 @@ from models.spec.model import ModelSpec, schema_of
 from models.training.data import Labels, Streams, split_of, training_of
 from models.training.evaluate import scored_rows, target_rows
 
+FEW_EVENTS = 10
+"""Fewer of a class say little of it."""
 LENGTHS_PER_WINDOW = 4
 """Padded window lengths are multiples of a quarter window: few shapes, little padding."""
 
@@ -263,7 +266,7 @@ def check_targets(
     streams: Streams,
     labels: Labels,
     source: str = "data",
-) -> None:
+) -> list[str]:
     """Reject a table without usable targets for one of the heads, or for the decoder.
 
     Args:
@@ -271,19 +274,24 @@ def check_targets(
         streams, labels: the table.
         source: what errors call the table.
 
+    Returns:
+        Lines about classes of which there are too few events to learn from, to choose the epoch by,
+        or to score.
+
     Raises:
         DataError: a target has no value in one range, or a single class to train on; `field` is
             its column.
     """
     split = split_of(spec)
+    warnings: list[str] = []
     for head in (*(head for head in spec.heads if has_targets(head)), spec.decoder):
         if head is None:
             continue
-        train_rows, validation_rows = (
+        train_rows, validation_rows, test_rows = (
             scored_rows(streams, *span)
             if isinstance(head, DecoderSpec)
             else target_rows(head, streams, labels, *span)
-            for span in ((None, split.validate), (split.validate, split.test))
+            for span in ((None, split.validate), (split.validate, split.test), (split.test, None))
         )
         name = "the decoder" if isinstance(head, DecoderSpec) else f"head {head.name!r}"
         for column, has_value in _target_masks(head, streams, labels):
@@ -299,12 +307,24 @@ def check_targets(
                     )
             if isinstance(head, ClassificationHead | LabelHead):
                 classes = _classes(spec, head, streams, labels, train_rows[has_value[train_rows]])
-                if len(classes) < 2:
+                if len(set(classes.tolist())) < 2:
                     raise DataError(
                         field=column,
                         expected=f"{source}: two classes or more for {name} {split.train_range}",
                         got=f"{_class_name(spec, head, int(classes[0]))} alone",
                     )
+                for rows, range_, purpose in (
+                    (train_rows, split.train_range, "learn from"),
+                    (validation_rows, split.validation_range, "choose the epoch by"),
+                    (test_rows, split.test_range, "score"),
+                ):
+                    found = _classes(spec, head, streams, labels, rows[has_value[rows]])
+                    rare = _rare_class(spec, head, found)
+                    if rare is not None:
+                        warnings.append(
+                            f"{name}: {rare} {range_}; expected {FEW_EVENTS} or more to {purpose}"
+                        )
+    return warnings
 
 
 def _target_masks(
@@ -324,10 +344,27 @@ def _classes(
     labels: Labels,
     rows: NDArray[np.int64],
 ) -> Floats:
-    """The distinct classes of the rows."""
+    """The class of each row."""
     if isinstance(head, LabelHead):
-        return np.unique(labels[head.name][rows].astype(np.float64))
-    return np.unique(truth_of(spec, head, streams.columns, rows))
+        return labels[head.name][rows].astype(np.float64)
+    return truth_of(spec, head, streams.columns, rows)
+
+
+def _rare_class(
+    spec: ModelSpec, head: ClassificationHead | LabelHead, classes: Floats
+) -> str | None:
+    """How many events the rarer of two classes has, if they are few, or that all have one class."""
+    counts = np.bincount(classes.astype(np.int64), minlength=2)
+    if is_binary(spec, head):
+        rarest = int(np.argmin(counts))
+    elif np.count_nonzero(counts) == 1:
+        rarest = int(np.argmax(counts))
+        return f"all {len(classes):,} events are {_class_name(spec, head, rarest)}"
+    else:
+        return None
+    if len(classes) == 0 or counts[rarest] >= FEW_EVENTS:
+        return None
+    return f"{counts[rarest]} of {len(classes):,} events are {_class_name(spec, head, rarest)}"
 
 
 def _class_name(spec: ModelSpec, head: ClassificationHead | LabelHead, number: int) -> str:

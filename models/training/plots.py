@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from models.training.report import MODEL
+from models.training.scores import MODEL
 
 DPI = 90
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import polars as pl
@@ -22,9 +23,8 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.decoding.losses import Scored, has_targets
 from models.errors import DataError, SpecError
-from models.events.calendar import zone_table
 from models.spec.heads import ForecastHead, Head
-from models.spec.layout import output_spec
+from models.spec.layout import network_outputs, output_spec
 from models.spec.model import schema_of
 from models.training.alarm_report import detection_lines, detection_report
 from models.training.baselines import baselines_of
@@ -38,126 +38,35 @@ from models.training.data import (
     training_of,
     without_normalisation,
 )
+from models.training.ensemble import Networks
 from models.training.evaluate import (
     anomalous_events,
     chunk_settings,
     distinct_rows,
     events_to_score,
     run_chunks,
+    run_network,
     target_rows,
 )
 from models.training.horizon import horizon_lines, horizon_report, table_lines
 from models.training.plan import trained_network
 from models.training.scores import (
+    DRAWS,
+    MODEL,
     DayDraws,
     add_scaled,
+    compare_scored,
     deviations_of,
-    interval,
+    resampled_units,
+    score_cell,
     score_outputs,
     stream_scales,
 )
 from models.training.table import Baseline, Table
 from models.training.trees import Note, TimeBudget
+from models.training.verdicts import HIGHER_IS_BETTER, direction, verdicts
 
-MODEL = "model"
-HIGHER_IS_BETTER = frozenset({"auc", "vus_pr"})
-NAIVE = ("last value", "base rate", "random")
-"""Baselines that need no model: one that is worse than them is of no use."""
-
-
-def direction(metric: str) -> str:
-    """A metric with the direction in which it is better."""
-    return f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)"
-
-
-def verdicts(report: dict[str, Any], detecting: str | None = None) -> list[dict[str, Any]]:
-    """Baselines that the model is better and worse than, by head and by target of a decoder.
-
-    Args:
-        detecting: the head that detection reads, if there is one.
-
-    Returns:
-        Dicts with `head`, `metric` (the first of the head's), `better_than` and `worse_than`
-        (names of baselines, by their mean), `worse_than_naive` (one of `NAIVE`, or None), and
-        `is_for_detection`, whether the head's forecast serves detection. Detection that was scored
-        against labels has one too, `HEAD.alarm`, by VUS-PR.
-    """
-    found = [
-        _verdict(name, metric, {other: each[metric]["value"] for other, each in scores.items()})
-        for name, head in report["heads"].items()
-        for scores in (head["scores"],)
-        for metric in (next(iter(scores[MODEL])),)
-    ]
-    for verdict in found:
-        verdict["is_for_detection"] = verdict["head"] == detecting
-    for name, target in report.get("decoder", {}).get("targets", {}).items():
-        means = {other: _mean(steps) for other, steps in target["mae"].items()}
-        known = {other: mean for other, mean in means.items() if mean is not None}
-        if MODEL in known:
-            found.append(_verdict(f"decoder.{name}", "mae", known))
-    baselines = report.get("detection_baselines", {})
-    areas = {name: each["vus_pr"] for name, each in baselines.items()}
-    areas[MODEL] = report.get("detection", {}).get("vus_pr")
-    if baselines and areas[MODEL] is not None:
-        found.append(_verdict(f"{detecting}.alarm", "vus_pr", areas))
-    return found
-
-
-def verdict_line(verdict: dict[str, Any]) -> str:
-    """One verdict as a line."""
-    parts = []
-    if verdict["better_than"]:
-        parts.append(f"better than {_names(verdict['better_than'])}")
-    if verdict["worse_than"]:
-        parts.append(f"worse than {_names(verdict['worse_than'])}")
-    head, naive = verdict["head"], verdict["worse_than_naive"]
-    line = f"{head}: {'; '.join(parts) or 'no baseline to compare with'}"
-    line += f", by {direction(verdict['metric'])}"
-    if naive is None:
-        return line
-    if verdict["metric"] == "vus_pr":
-        return f"{line}. These alarms are worse than {naive} ones: do not serve it for detection"
-    line += f". This model is worse than the {naive}: do not serve it for "
-    if verdict.get("is_for_detection"):
-        return (
-            f"{line}forecasts of {head}. That says nothing of its alarms, which compare each event "
-            "with its stream's past in further ways: judge them by `carry evaluate --anomalies`"
-        )
-    return (
-        f"{line}{head}. Let the head read the features besides the recurrent layers "
-        "(`concatenate` both), or train on more data"
-    )
-
-
-def _verdict(head: str, metric: str, values: dict[str, float]) -> dict[str, Any]:
-    own = values[MODEL]
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    worse = [name for name, value in values.items() if sign * (own - value) > 0]
-    better = [name for name in values if name not in (MODEL, *worse)]
-    naive = next((name for name in NAIVE if name in worse), None)
-    return {
-        "head": head,
-        "metric": metric,
-        "better_than": better,
-        "worse_than": worse,
-        "worse_than_naive": naive,
-        "is_for_detection": False,
-    }
-
-
-def _mean(steps: list[float | None]) -> float | None:
-    present = [step for step in steps if step is not None]
-    return float(np.mean(present)) if present else None
-
-
-def _names(names: list[str]) -> str:
-    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
-
-
-DRAWS = 1000
 CALIBRATION_BINS = 10
-MIN_DAYS, BLOCKS = 8, 20
-"""With fewer days, so many blocks of equally many events are resampled."""
 WHOLE = "whole sequence"
 """The network of a model in blocks, without them."""
 
@@ -170,6 +79,7 @@ def make_report(
     *,
     history: tuple[dict[str, Any], ...] = (),
     warnings: tuple[str, ...] = (),
+    networks: Networks | None = None,
     trees: bool = True,
     trees_s: float | None = None,
     since: str | None = None,
@@ -188,6 +98,7 @@ def make_report(
         frame: the table it was trained on, held-out events included.
         history, warnings: the epochs of training and what is to be known of them, to be kept in
             the report.
+        networks: by seed, the spec and weights of each network of the training, to score it alone.
         trees: whether boosted trees are fitted too; they take longest.
         trees_s: seconds that they may take together; no limit by default.
         since: moment from which events are held out; `test_from` by default.
@@ -202,7 +113,8 @@ def make_report(
     Returns:
         Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with
         `value` and `interval`, `difference` of each baseline minus the model, `settings`,
-        `calibration`), `decoder` (what `horizon_report` gives, for a model that has one),
+        `calibration`, `seeds`: the scores of each of `networks`), `decoder` (what
+        `horizon_report` gives, for a model that has one),
         for a model with detection what `detection_report` gives, `burn_in` (what `measure_burn_in`
         gives of the other events), `history`, `warnings`, `verdicts`.
 
@@ -264,9 +176,11 @@ def make_report(
     if spec.blocks is not None:
         note_progress("running it over whole sequences, without blocks")
         whole_outputs = by_name(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
-    days = zone_table(schema.timezone).days(streams.moments_ms)
-    held_out_days = len({day for table in tables.values() for day in days[table.test].tolist()})
-    units = days if held_out_days >= MIN_DAYS else _blocks_of_time(streams, test_key)
+    units = resampled_units(spec, streams, (table.test for table in tables.values()), test_key)
+    alone = {}
+    for of_seed, (network, weights) in (networks or {}).items():
+        note_progress(f"running the network of seed {of_seed}")
+        alone[of_seed] = network_outputs(network).by_name(run_network(network, weights, streams))
     head_reports = {}
     remarks = list(warnings)
     budget = TimeBudget(trees_s, note_progress)
@@ -283,7 +197,10 @@ def make_report(
             continue
         note_progress(f"baselines of {head.name}")
         own = budget.part(len(heads) - at, f"trees for {head.name}")
-        baselines = baselines_of(table, head, trees=trees, budget=own)
+        with catch_warnings():
+            # scikit-learn's, of fits that no reader of the report has chosen
+            simplefilter("ignore", UserWarning)
+            baselines = baselines_of(table, head, trees=trees, budget=own)
         if trees and own.is_expired and not any("trees" in each.name for each in baselines):
             remarks.append(
                 f"{head.name} has no boosted trees beside it, which take more than their share of "
@@ -298,12 +215,21 @@ def make_report(
             replace(each, scored=add_scaled(spec, head, each.scored, scales, table.test))
             for each in baselines
         ]
-        resampled = DayDraws.make(units[table.test], draws, seed)
+        resampled = DayDraws.make(units.of_event[table.test], draws, seed)
         head_reports[head.name] = {
             "kind": head.kind,
-            **_compare(scored, baselines, resampled),
+            **compare_scored(scored, {each.name: each.scored for each in baselines}, resampled),
+            "settings": {each.name: each.settings for each in baselines},
             **_calibration(scored, getattr(head, "quantiles", ())),
         }
+        if alone:
+            own_scores = {
+                of_seed: add_scaled(spec, head, score(each[head.name]), scales, table.test)
+                for of_seed, each in alone.items()
+            }
+            head_reports[head.name]["seeds"] = {
+                str(of_seed): each.means() for of_seed, each in own_scores.items()
+            }
         if isinstance(head, ForecastHead):
             head_reports[head.name]["quantiles"] = list(head.quantiles)
     detection: dict[str, Any] = {}
@@ -322,7 +248,7 @@ def make_report(
             "trained": distinct_rows(table.train for table in tables.values()),
             "validated": distinct_rows(table.validate for table in tables.values()),
             "held_out": held_out,
-            "held_out_days": held_out_days,
+            "held_out_days": units.days,
             "validate_from": training.validate_from,
             "test_from": since or training.test_from,
             "validate_share": training.validate_share,
@@ -332,7 +258,7 @@ def make_report(
         "run": {
             "seed": seed,
             "draws": draws,
-            "resampled": "days" if units is days else f"{BLOCKS} blocks of time",
+            "resampled": units.named,
             **chunk_settings(spec, {"chunk": chunk, "seed": seed}),
         },
         "heads": head_reports,
@@ -344,15 +270,6 @@ def make_report(
     }
     detecting = None if spec.detection is None else spec.detection.head
     return {**report, "verdicts": verdicts(report, detecting)}
-
-
-def _blocks_of_time(streams: Streams, from_key: int) -> NDArray[np.int64]:
-    """The block of each event from a key of the split on, in order of time; -1 before it."""
-    blocks = np.full(streams.events, -1)
-    rows = np.flatnonzero(streams.split_keys >= from_key)
-    order = rows[np.argsort(streams.moments_ms[rows], kind="stable")]
-    blocks[order] = np.arange(len(order)) * BLOCKS // len(order)
-    return blocks
 
 
 def _decoder_report(
@@ -368,42 +285,6 @@ def _decoder_report(
         return {}
     note_progress("forecasts of the decoder")
     return {"decoder": horizon_report(artifact, streams, rows, test_key, validate_key)}
-
-
-def _compare(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
-    draws = {MODEL: _resample(scored, days)}
-    exact = {MODEL: scored.means()}
-    for baseline in baselines:
-        draws[baseline.name] = _resample(baseline.scored, days)
-        exact[baseline.name] = baseline.scored.means()
-    scores = {
-        name: {
-            metric: {"value": value, "interval": interval(draws[name][metric])}
-            for metric, value in values.items()
-        }
-        for name, values in exact.items()
-    }
-    difference = {
-        name: {
-            metric: {
-                "value": value - exact[MODEL][metric],
-                "interval": interval(draws[name][metric] - draws[MODEL][metric]),
-            }
-            for metric, value in values.items()
-            if metric in exact[MODEL]
-        }
-        for name, values in exact.items()
-        if name != MODEL
-    }
-    settings = {baseline.name: baseline.settings for baseline in baselines}
-    return {"scores": scores, "difference": difference, "settings": settings}
-
-
-def _resample(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
-    draws = {name: days.means(loss) for name, loss in scored.losses.items()}
-    if scored.probability is not None and scored.truth is not None and scored.has_both_classes:
-        draws["auc"] = days.aucs(scored.probability, scored.truth)
-    return draws
 
 
 def _calibration(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]:
@@ -452,25 +333,28 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             if sign:
                 title = f"baseline minus model; {_sign_that_is_better(metrics)}:"
             rows = {
-                model: [_cell(scores.get(metric), sign) for metric in metrics]
+                model: [score_cell(scores.get(metric), sign) for metric in metrics]
                 for model, scores in head[kind].items()
             }
             lines += table_lines(title, headers, rows)
+        lines += _seed_lines(name, head.get("seeds", {}), metrics)
     lines += horizon_lines(report.get("decoder", {})) + detection_lines(report)
     return lines + (["", *burn_in_lines(report["burn_in"])] if "burn_in" in report else [])
 
 
-def verdict_lines(report: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Warnings and verdicts as lines, each with whether the model should not be served for that."""
-    warnings = [(f"warning: {text}", False) for text in report.get("warnings", [])]
-    lines = [
-        (
-            verdict_line(verdict),
-            verdict["worse_than_naive"] is not None and not verdict.get("is_for_detection"),
-        )
-        for verdict in report.get("verdicts", [])
+def _seed_lines(name: str, seeds: dict[str, dict[str, float]], metrics: list[str]) -> list[str]:
+    """The scores of each network of a training, and how far they differ by chance."""
+    if not seeds:
+        return []
+    rows = {
+        f"seed {seed}": [f"{each[metric]:.4f}" for metric in metrics]
+        for seed, each in seeds.items()
+    }
+    columns = [[each[metric] for each in seeds.values()] for metric in metrics]
+    rows["mean and deviation"] = [
+        f"{np.mean(column):.4f} +- {np.std(column, ddof=1):.4f}" for column in columns
     ]
-    return warnings + lines
+    return table_lines(f"{name}, each network alone:", metrics, rows)
 
 
 def _sign_that_is_better(metrics: list[str]) -> str:
@@ -478,10 +362,3 @@ def _sign_that_is_better(metrics: list[str]) -> str:
     others = [metric for metric in metrics if metric in HIGHER_IS_BETTER]
     text = "the model is better where it is positive"
     return f"{text}, for {' and '.join(others)} where it is negative" if others else text
-
-
-def _cell(score: dict[str, Any] | None, sign: str = "") -> str:
-    if score is None:
-        return ""
-    low, high = score["interval"]
-    return f"{score['value']:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"

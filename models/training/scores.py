@@ -21,9 +21,9 @@ that differences are paired.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +37,19 @@ from models.decoding.losses import (
     score_forecast,
     score_predictions,
 )
+from models.events.calendar import zone_table
 from models.events.columns import EventColumns
 from models.events.schema import NumericField
 from models.spec.heads import AnomalyHead, Head, LabelHead
 from models.spec.layout import event_field
-from models.spec.model import ModelSpec
+from models.spec.model import ModelSpec, schema_of
 from models.training.data import Labels, Streams
 
+MODEL = "model"
+DRAWS = 1000
+"""Resamples of days."""
+MIN_DAYS, BLOCKS = 8, 20
+"""With fewer days, so many blocks of equally many events are resampled."""
 NO_SCALES: Mapping[str, Floats] = {}
 
 
@@ -191,3 +197,92 @@ def interval(draws: Floats) -> list[float]:
     """The middle 95% of the draws."""
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return [float(low), float(high)]
+
+
+class Units(NamedTuple):
+    """What is drawn again for intervals.
+
+    Attributes:
+        of_event: int64 [rows], the unit of each event.
+        days: days with scored events.
+        named: what the units are.
+    """
+
+    of_event: NDArray[np.int64]
+    days: int
+    named: str
+
+
+def resampled_units(
+    spec: ModelSpec, streams: Streams, scored: Iterable[NDArray[np.int64]], from_key: int | None
+) -> Units:
+    """Days of the schema's time zone, or blocks of time if the scored events span few days.
+
+    Args:
+        scored: the rows that are scored, of each head.
+        from_key: the key of the split from which on events are scored.
+    """
+    days = zone_table(schema_of(spec).timezone).days(streams.moments_ms)
+    count = len({day for rows in scored for day in days[rows].tolist()})
+    if count >= MIN_DAYS:
+        return Units(days, count, "days")
+    first = np.iinfo(np.int64).min if from_key is None else from_key
+    return Units(_blocks_of_time(streams, first), count, f"{BLOCKS} blocks of time")
+
+
+def _blocks_of_time(streams: Streams, from_key: int) -> NDArray[np.int64]:
+    """The block of each event from a key of the split on, in order of time; -1 before it."""
+    blocks = np.full(streams.events, -1)
+    rows = np.flatnonzero(streams.split_keys >= from_key)
+    order = rows[np.argsort(streams.moments_ms[rows], kind="stable")]
+    blocks[order] = np.arange(len(order)) * BLOCKS // len(order)
+    return blocks
+
+
+def compare_scored(scored: Scored, others: Mapping[str, Scored], days: DayDraws) -> dict[str, Any]:
+    """The scores of a model and of others on the same events, with paired differences.
+
+    Returns:
+        `scores`: by model (`MODEL`, and the names of the others) and metric, `value` and its 95%
+        `interval`; `difference`: the same of each other model minus this one.
+    """
+    draws = {MODEL: _resample(scored, days)}
+    exact = {MODEL: scored.means()}
+    for name, other in others.items():
+        draws[name] = _resample(other, days)
+        exact[name] = other.means()
+    scores = {
+        name: {
+            metric: {"value": value, "interval": interval(draws[name][metric])}
+            for metric, value in values.items()
+        }
+        for name, values in exact.items()
+    }
+    difference = {
+        name: {
+            metric: {
+                "value": value - exact[MODEL][metric],
+                "interval": interval(draws[name][metric] - draws[MODEL][metric]),
+            }
+            for metric, value in values.items()
+            if metric in exact[MODEL]
+        }
+        for name, values in exact.items()
+        if name != MODEL
+    }
+    return {"scores": scores, "difference": difference}
+
+
+def _resample(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
+    draws = {name: days.means(loss) for name, loss in scored.losses.items()}
+    if scored.probability is not None and scored.truth is not None and scored.has_both_classes:
+        draws["auc"] = days.aucs(scored.probability, scored.truth)
+    return draws
+
+
+def score_cell(score: dict[str, Any] | None, sign: str = "") -> str:
+    """A value with its interval as text; nothing if there is none."""
+    if score is None:
+        return ""
+    low, high = score["interval"]
+    return f"{score['value']:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"

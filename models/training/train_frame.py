@@ -16,7 +16,7 @@ from rich.console import Console
 
 from models.artifact.artifact import Artifact
 from models.artifact.writing import add_measurements, write_artifact
-from models.errors import ArtifactError
+from models.errors import ArtifactError, VerdictError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
 from models.training.burn_in import burn_in_lines
@@ -41,6 +41,7 @@ def train_frame(
     overwrite: bool = False,
     trees: bool = True,
     trees_s: float | None = None,
+    quick: bool = False,
     quiet: bool = False,
     anomalies: str | None = None,
     source: str = "data",
@@ -57,6 +58,7 @@ def train_frame(
         overwrite: replace an artifact that is there.
         trees: compare with boosted trees too.
         trees_s: seconds that they may take; None is no limit.
+        quick: a quarter of the epochs, and no trees: a first result, not the best.
         quiet: print nothing.
         anomalies: boolean column that labels anomalous events, to score the alarms of a model with
             detection in the report; training does not read it.
@@ -80,13 +82,14 @@ def train_frame(
         quiet=quiet,
         overwrite=overwrite,
         keep_checkpoint=True,
+        quick=quick,
         source=source,
     )
-    progress.say(
-        f"kept epoch {', '.join(map(str, result.best_epochs))}; {result.seconds:.0f} s of "
-        f"training; the model is in {out}"
-    )
     artifact = result.artifact
+    epochs = ", ".join(map(str, result.best_epochs))
+    if result.networks:
+        epochs += f" of seed {', '.join(map(str, artifact.manifest['training']['seeds']))}"
+    progress.say(f"kept epoch {epochs}; {result.seconds:.0f} s of training; the model is in {out}")
     split = split_of(artifact.spec)
     report = None
     if _has_events_from(artifact, frame, split.test):
@@ -94,7 +97,7 @@ def train_frame(
             result,
             frame,
             progress,
-            trees=trees,
+            trees=trees and not quick,
             trees_s=trees_s,
             anomalies=anomalies,
             further=further,
@@ -113,6 +116,22 @@ def train_frame(
     return artifact
 
 
+def check_verdicts(out: Path) -> None:
+    """Reject a trained artifact that its report says not to serve for one of its heads.
+
+    Raises:
+        VerdictError: it does, or there is no report.
+    """
+    from models.training.verdicts import verdict_lines
+
+    path = Path(out) / REPORT
+    if not path.is_file():
+        raise VerdictError(f"{out}: expected a report, got no events held out")
+    lines = verdict_lines(orjson.loads(path.read_bytes()))
+    if worse := [line for line, is_worse in lines if is_worse]:
+        raise VerdictError(f"{out}: {'; '.join(worse)}")
+
+
 def _write_report(
     result: TrainReport, frame: pl.DataFrame, progress: Progress, **options: Any
 ) -> dict[str, Any]:
@@ -122,7 +141,8 @@ def _write_report(
         options: of `make_report`.
     """
     from models.training.plots import plot_report
-    from models.training.report import make_report, report_lines, verdict_lines
+    from models.training.report import make_report, report_lines
+    from models.training.verdicts import verdict_lines
 
     artifact = result.artifact
     with progress.task("report", 1.0) as advance:
@@ -131,6 +151,7 @@ def _write_report(
             frame,
             history=result.history,
             warnings=result.warnings,
+            networks=result.networks,
             note=lambda text: advance(0.0, text),
             **options,
         )

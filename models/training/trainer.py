@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ from models.training.checkpoint import read_checkpoint, write_checkpoint
 from models.training.data import Labels, fitted_spec, labels_of, split_of, streams_of, training_of
 from models.training.defaults import calendar_warning, resolve_detection, resolve_training
 from models.training.detection import check_detection, fitted_detection
-from models.training.ensemble import check_members, merge_members
+from models.training.ensemble import Networks, check_members, merge_members
 from models.training.loop import Loop
 from models.training.plan import check_targets, plan_of, trained_network
 from models.training.progress import Advance, Progress
@@ -66,6 +67,10 @@ def training_key(
 
 Reason = Literal["epochs", "patience", "time"]
 FALLING_SHARE = 0.05
+FEW_UPDATES = 100
+MEASURED_WINDOWS = 3
+VALIDATION_SHARE = 0.4
+"""Time of a validation, of the time of training an epoch: it runs, and does not differentiate."""
 
 
 def best_epoch(history: list[dict[str, Any]]) -> int:
@@ -74,8 +79,12 @@ def best_epoch(history: list[dict[str, Any]]) -> int:
     return int(np.argmin(losses)) + 1
 
 
+def _best_loss(history: list[dict[str, Any]]) -> float:
+    return min(float(record["validation"]["loss"]) for record in history)
+
+
 def reason_to_stop(history: list[dict[str, Any]], training: ResolvedTraining) -> Reason | None:
-    """Why one member's training stops after these epochs; None if it goes on."""
+    """Why one network's training stops after these epochs; None if it goes on."""
     if not history:
         return None
     if len(history) >= training.epochs:
@@ -84,7 +93,7 @@ def reason_to_stop(history: list[dict[str, Any]], training: ResolvedTraining) ->
         return "patience"
     limit_s = training.time_limit_s
     spent_s = sum(record["seconds"] for record in history)
-    if limit_s is not None and spent_s >= limit_s / training.members:
+    if limit_s is not None and spent_s >= limit_s / training.networks:
         return "time"
     return None
 
@@ -119,6 +128,41 @@ def stopping_warning(history: list[dict[str, Any]], training: ResolvedTraining) 
     return None
 
 
+def updates_warning(windows_per_epoch: int, training: ResolvedTraining) -> str | None:
+    """A line about a training with few updates of the weights, with the options to change."""
+    updates = windows_per_epoch * training.epochs
+    if updates >= FEW_UPDATES:
+        return None
+    return (
+        f"the weights are updated {updates} times, {windows_per_epoch} an epoch; expected "
+        f"{FEW_UPDATES} or more: raise `training.epochs` (now {training.epochs}), or lower "
+        f"`training.batch_streams` (now {training.batch_streams}) or `training.window_steps` "
+        f"(now {training.window_steps})"
+    )
+
+
+def _cost_line(loop: Loop, training: ResolvedTraining) -> str:
+    """What the training would take, measured on its first windows; the loop is to be restarted."""
+    # the first one takes the time to trace the network
+    moments = [time.monotonic() for _ in islice(loop.train_epoch(0), 1 + MEASURED_WINDOWS)]
+    window_s = float(np.median(np.diff(moments))) if len(moments) > 1 else 0.0
+    epoch_s = loop.windows_per_epoch * window_s * (1 + VALIDATION_SHARE)
+    total_s = epoch_s * training.epochs * training.networks
+    line = (
+        f"training takes about {max(1, round(total_s)):,} s at most: {training.epochs} epochs of "
+        f"{loop.windows_per_epoch} windows at {epoch_s:.2g} s an epoch"
+    )
+    if training.networks > 1:
+        line += f", {training.networks} networks"
+    limit_s = training.time_limit_s
+    if limit_s is not None and total_s > limit_s:
+        line += (
+            f". It stops at its time limit, {limit_s:g} s: set fewer `epochs` or a longer "
+            "`time_limit_s`, or try `--quick` first"
+        )
+    return line
+
+
 def _still_falls(losses: list[float]) -> bool:
     recent = max(1, len(losses) // 5)
     if len(losses) <= recent:
@@ -142,9 +186,10 @@ class TrainReport:
 
     Attributes:
         artifact: the model, as it was written.
-        history: per epoch `member` and `epoch` (both from 1), `train_loss`, `validation` (by
-            head, and `loss`, their weighted sum), `seconds`.
-        best_epochs: by member, the epoch whose weights were kept.
+        history: per epoch `member` (the network) and `epoch` (both from 1), `train_loss`,
+            `validation` (by head, and `loss`, their weighted sum), `seconds`.
+        best_epochs: of each network that was kept, the epoch whose weights were.
+        networks: by seed, each network that was trained, if there are several.
         derived: the training options that were derived from the table.
         warnings: what speaks against having stopped there, with the option to change.
         seconds: wall time of all epochs, those before a resume included.
@@ -153,6 +198,7 @@ class TrainReport:
     artifact: Artifact
     history: tuple[dict[str, Any], ...]
     best_epochs: tuple[int, ...]
+    networks: Networks
     derived: dict[str, Any]
     warnings: tuple[str, ...]
     seconds: float
@@ -167,6 +213,7 @@ def train(
     quiet: bool = False,
     overwrite: bool = False,
     keep_checkpoint: bool = False,
+    quick: bool = False,
     source: str = "data",
     after_epoch: AfterEpoch | None = None,
 ) -> TrainReport:
@@ -182,6 +229,7 @@ def train(
         quiet: no progress.
         overwrite: whether an artifact at `out` is replaced.
         keep_checkpoint: whether the checkpoint stays, so that what follows can be resumed.
+        quick: a quarter of the epochs, for a first result.
         source: what errors call the table.
         after_epoch: called with the record of each epoch, after its checkpoint is written.
 
@@ -191,7 +239,7 @@ def train(
     """
     progress = Progress(Console(quiet=quiet))
     streams = streams_of(spec, frame, source)
-    spec, derived = resolve_training(resolve_detection(spec), streams, source)
+    spec, derived = resolve_training(resolve_detection(spec), streams, source, quick=quick)
     training, split = training_of(spec), split_of(spec)
     if derived:
         chosen = ", ".join(f"{name} {value}" for name, value in derived.items())
@@ -200,7 +248,7 @@ def train(
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     network = trained_network(spec)
     plan = plan_of(network, streams, labels, split.validate, split.test)
-    check_targets(spec, streams, labels, source)
+    warnings: list[str | None] = [*check_targets(spec, streams, labels, source)]
     check_detection(spec, streams, split.validate, split.test)
     if training.members > 1:
         check_members(spec)
@@ -209,14 +257,20 @@ def train(
     if resume:
         run.resume()
     loop = Loop(network, plan, training.seed)
-    for member in range(training.members):
-        loop.restart(training.seed + member)
-        run.train_member(loop, member, progress, after_epoch)
-    network_spec, weights = merge_members(
-        spec, [run.best_weights(member) for member in range(training.members)]
-    )
+    warnings.append(updates_warning(loop.windows_per_epoch, training))
+    for warning in filter(None, warnings):
+        progress.say(f"warning: {warning}", "yellow")
+    if not quiet and not run.history:
+        progress.say(_cost_line(loop, training))
+    for number in range(training.networks):
+        loop.restart(training.seed + number)
+        run.train_network(loop, number, progress, after_epoch)
+    networks = range(training.networks)
+    ranked = sorted(networks, key=lambda number: _best_loss(run.of(number)))
+    kept = sorted(ranked[: training.members])
+    network_spec, weights = merge_members(spec, [run.best_weights(number) for number in kept])
     network_spec = fitted_detection(network_spec, weights, streams, split.validate, split.test)
-    bests = [best_epoch(run.of(member)) for member in range(training.members)]
+    bests = [best_epoch(run.of(number)) for number in kept]
     complete = _artifact_of_run(Path(out), key) if resume else None
     artifact = complete or write_artifact(
         Path(out),
@@ -224,14 +278,16 @@ def train(
         weights,
         metrics={
             "validation": [
-                run.of(member)[best - 1]["validation"] for member, best in enumerate(bests)
+                run.of(number)[best - 1]["validation"]
+                for number, best in zip(kept, bests, strict=True)
             ]
         },
         training={
             "run": key,
             "spec": training.model_dump(mode="json"),
-            "epochs": [len(run.of(member)) for member in range(training.members)],
+            "epochs": [len(run.of(number)) for number in kept],
             "best_epochs": bests,
+            "seeds": [training.seed + number for number in kept],
             "events": streams.events,
             "streams": len(streams.names),
             "trained_steps": int(plan.trained.sum()),
@@ -241,12 +297,16 @@ def train(
     )
     if not keep_checkpoint:
         run.path.unlink(missing_ok=True)
-    warnings = [stopping_warning(run.of(member), training) for member in range(training.members)]
+    warnings += [stopping_warning(run.of(number), training) for number in networks]
     warnings.append(calendar_warning(spec, streams, split.validate))
     return TrainReport(
         artifact,
         tuple(run.history),
         tuple(bests),
+        {
+            training.seed + number: (spec, run.best_weights(number))
+            for number in (networks if len(networks) > 1 else ())
+        },
         derived,
         tuple(dict.fromkeys(warning for warning in warnings if warning)),
         sum(record["seconds"] for record in run.history),
@@ -263,7 +323,7 @@ def _artifact_of_run(out: Path, key: str) -> Artifact | None:
 
 
 class _Run:
-    """The epochs of all members and the weights kept, in memory and in the checkpoint."""
+    """The epochs of all networks and the weights kept, in memory and in the checkpoint."""
 
     def __init__(self, path: Path, key: str):
         self.path, self._key = path, key
@@ -278,34 +338,34 @@ class _Run:
         for name, value in arrays.items():
             (self._kept if name.startswith(KEPT) else self._loop_arrays)[name] = value
 
-    def of(self, member: int) -> list[dict[str, Any]]:
-        """The epochs of one member."""
-        return [record for record in self.history if record["member"] == member + 1]
+    def of(self, number: int) -> list[dict[str, Any]]:
+        """The epochs of one network."""
+        return [record for record in self.history if record["member"] == number + 1]
 
-    def best_weights(self, member: int) -> dict[str, NDArray[np.float32]]:
-        """The best weights of one member."""
-        prefix = f"{KEPT}{member}/"
+    def best_weights(self, number: int) -> dict[str, NDArray[np.float32]]:
+        """The best weights of one network."""
+        prefix = f"{KEPT}{number}/"
         return {n.removeprefix(prefix): v for n, v in self._kept.items() if n.startswith(prefix)}
 
-    def train_member(
-        self, loop: Loop, member: int, progress: Progress, after_epoch: AfterEpoch | None
+    def train_network(
+        self, loop: Loop, number: int, progress: Progress, after_epoch: AfterEpoch | None
     ) -> None:
-        """Train one member to its end, with a checkpoint after every epoch."""
+        """Train one network to its end, with a checkpoint after every epoch."""
         training = training_of(loop.spec)
-        records = self.of(member)
+        records = self.of(number)
         if reason_to_stop(records, training):
             return
         if records:
             loop.restore(self._loop_arrays)
-        title = f"training network {member + 1} of {training.members}"
+        title = f"training network {number + 1} of {training.networks}"
         with progress.task(title, training.epochs * loop.windows_per_epoch) as advance:
             while not reason_to_stop(records, training):
-                record = {"member": member + 1, **_epoch(loop, records, advance)}
+                record = {"member": number + 1, **_epoch(loop, records, advance)}
                 self.history.append(record)
-                records = self.of(member)
+                records = self.of(number)
                 if best_epoch(records) == record["epoch"]:
                     for name, value in loop.averaged_weights().items():
-                        self._kept[f"{KEPT}{member}/{name}"] = value
+                        self._kept[f"{KEPT}{number}/{name}"] = value
                 arrays = {**loop.arrays(), **self._kept}
                 write_checkpoint(self.path, self._key, arrays, history=json.dumps(self.history))
                 if after_epoch is not None:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from models.errors import DataError
 from models.events.frame import InvalidRows
-from models.training.files import check_encoding, check_header
+from models.training.files import check_content, check_encoding, check_header
 from service.backfill.json_lines import parse_lines
 from service.backfill.plan import BackfillError, Source
 
@@ -169,8 +169,8 @@ def _local_source(path: Path) -> Source:
         raise BackfillError(
             f"{name}: expected an existing file that may be read, got {error.strerror}"
         ) from error
-    if not sample:
-        raise BackfillError(f"{name}: expected a table with one row per event, got an empty file")
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
+    check_content(name, ".gz" if name.lower().endswith(".gz") else suffix, sample)
     if kind == "parquet":
         rows = _count_rows(name, pl.scan_parquet(name, glob=False, hive_partitioning=False))
     elif name.endswith(".gz"):

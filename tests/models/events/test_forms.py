@@ -80,7 +80,7 @@ def test_the_service_accepts_the_forms_of_the_training_table(
             {},
             ["2025-06-20T12:00:00Z"],
             ["2025-06-20T12:00:00"],
-            r"event 0.*`without_offset: local`",
+            r"event 0.*`without_offset: local`.*, got 2025-06-20T12:00:00$",
             "with an offset",
         ),
         ({}, ["2025-06-20T12:00:00Z"], ["soon"], "event 0.*RFC 3339", "timestamp"),

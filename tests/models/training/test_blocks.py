@@ -23,7 +23,8 @@ from models.spec.layout import network_state
 from models.training.data import Streams, streams_of
 from models.training.ensemble import merge_members
 from models.training.evaluate import run_chunks
-from models.training.report import MODEL, WHOLE
+from models.training.report import WHOLE
+from models.training.scores import MODEL
 from models.training.trainer import train
 from tests.support.oracle import oracle_in_blocks, oracle_step
 from tests.support.training import both_ways_frame, both_ways_spec

@@ -137,3 +137,13 @@ def test_a_split_without_events_on_both_sides_is_rejected(frame):
     fitted = fitted_spec(spec, streams, 99 * HOUR_MS)
     with pytest.raises(DataError, match="0 to validate on"):
         plan_of(fitted, streams, {}, 99 * HOUR_MS, 99 * HOUR_MS)
+
+
+def test_tables_of_pandas_are_rejected_with_the_conversion() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"id": ["a"], "noise": [1.0]}, index=pandas.Index([0], name="at"))
+    message = r"polars\.from_pandas\(frame\.reset_index\(\)\), got one of pandas, .* is 'at'"
+    with pytest.raises(DataError, match=message):
+        streams_of(latch_spec(), frame)
+    with pytest.raises(DataError, match=r"from_pandas\(frame\), got one of pandas$"):
+        streams_of(latch_spec(), frame.reset_index())

@@ -121,3 +121,15 @@ def test_open_options_of_alarms_are_resolved_and_named_ones_kept() -> None:
     assert resolved({"hold_events": 24}) == AlarmSpec(close_above=0.05)
     assert resolved({"hysteresis": 2.0}) == AlarmSpec(hold_events=6, hysteresis=2.0)
     assert resolve_detection(spec_of()) == spec_of()
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs": 10, "members": 3}], ids=["open", "set"])
+def test_a_quick_training_has_a_quarter_of_the_epochs(options: dict[str, Any]) -> None:
+    spec, frame = spec_of(**options), frame_of(4, 200)
+    streams = streams_of(spec, frame)
+    usual = training_of(resolve_training(spec, streams)[0])
+    quick_spec, derived = resolve_training(spec, streams, quick=True)
+    quick = training_of(quick_spec)
+    assert quick.epochs == -(-usual.epochs // 4) == derived["epochs"]
+    assert quick.networks == 1
+    assert quick.window_steps == usual.window_steps

@@ -22,9 +22,9 @@ from models.spec.model import schema_of
 from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
-from models.training.report import verdict_line
 from models.training.train_frame import train_frame
 from models.training.trainer import train
+from models.training.verdicts import verdict_line
 from tests.support.command import carry
 from tests.support.training import latch_frame, latch_spec, train_nothing
 

@@ -79,12 +79,17 @@ def test_malformed_csv_files_are_rejected(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("events.parquet", b"PAR", r"a table in parquet form"),
-        ("events.jsonl", b'[{"id": 1}]', r"a table in jsonl form"),
+        ("events.parquet", b"PAR1", r"a table in parquet form"),
+        ("events.parquet", GOOD, r"in parquet form, got text; name it \.csv$"),
+        ("events.csv", b"PAR1\x15\x04", r"in csv form, got Parquet; name it \.parquet$"),
+        ("events.csv", b'{"id": "a"}', r"in csv form, got JSON Lines; name it \.jsonl$"),
+        ("events.csv", b"PK\x03\x04", r"in csv form, got a ZIP archive, as Excel writes"),
+        ("events.ndjson", GOOD, r"in ndjson form, got text; name it \.csv$"),
+        ("events.jsonl", b'[{"id": 1}]', r"in jsonl form, got one JSON array: write each"),
         ("events.jsonl", b'{"id": "\xe9"}', r"line 1: UTF-8, got the byte 0xe9"),
         ("events.xlsx", b"PK", r"a file ending in \.csv, \.jsonl, \.ndjson, \.parquet"),
     ],
-    ids=["parquet", "array", "encoding", "suffix"],
+    ids=lambda value: "",
 )
 def test_malformed_files_of_other_formats_are_rejected(
     spec: ModelSpec, tmp_path: Path, name: str, content: bytes, message: str

@@ -14,11 +14,13 @@ from models.training.baselines import LAST, RUNNING, TREES, baselines_of
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import scored_rows
 from models.training.measurements import entry_of
-from models.training.report import MODEL, make_report, report_lines, verdict_line
+from models.training.report import make_report, report_lines
+from models.training.scores import MODEL
 from models.training.table import Table
 from models.training.train_frame import train_frame
 from models.training.trainer import checkpoint_path
 from models.training.trees import TimeBudget, Trees, tree_features
+from models.training.verdicts import verdict_line
 from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
 
 VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from models.spec.training import ResolvedTraining
-from models.training.trainer import best_epoch, reason_to_stop, stopping_warning
+from models.training.trainer import best_epoch, reason_to_stop, stopping_warning, updates_warning
 
 
 def training(**options: Any) -> ResolvedTraining:
@@ -73,3 +73,19 @@ def test_warnings_name_the_option_to_change(
 
 def test_the_first_of_equal_epochs_is_the_best() -> None:
     assert best_epoch(history([3, 1, 1])) == 2
+
+
+def test_few_updates_of_the_weights_are_a_warning() -> None:
+    text = updates_warning(2, training(epochs=10, batch_streams=64))
+    assert text is not None
+    assert "updated 20 times, 2 an epoch" in text
+    assert "`training.batch_streams` (now 64)" in text
+    assert updates_warning(10, training(epochs=10)) is None
+
+
+def test_seeds_are_as_many_as_members_or_more() -> None:
+    assert training(members=2).networks == 2
+    assert training(members=2, seeds=3).networks == 3
+    with pytest.raises(ValueError, match="seeds to be at least members, 2, got 1"):
+        training(members=2, seeds=1)
+    assert "seeds" not in training().model_dump()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ pytest.importorskip("tensorflow")
 
 from models.errors import DataError
 from models.spec.model import ModelSpec, parse_spec, schema_of
-from models.training.data import streams_of
+from models.training.data import fitted_spec, labels_of, split_of, streams_of
+from models.training.defaults import resolve_training
 from models.training.evaluate import evaluate
 from models.training.files import read_data
+from models.training.plan import check_targets
 from models.training.train_frame import train_frame
 from models.training.trainer import train
 from tests.support.training import HOUR_MS, train_nothing
@@ -197,6 +200,55 @@ def test_heads_without_held_out_targets_are_not_scored(
     scores = evaluate(artifact, frame, since="2023-11-15T18:00:00Z")
     assert scores["heads"] == {"up": scores["heads"]["up"]}
     assert set(scores["heads"]["up"]) == {"log_loss", "brier"}
+
+
+def few(count: int, since_ms: int) -> pl.Expr:
+    """Labels of which so many from a moment on are true, and all before it are random."""
+    later = pl.when(before(since_ms)).then(None).otherwise(pl.col("at"))
+    return pl.when(before(since_ms)).then(pl.col("up")).otherwise(later.rank("ordinal") <= count)
+
+
+@pytest.mark.parametrize(
+    ("head", "cells", "warnings"),
+    [
+        (UP, pl.col("up"), []),
+        (
+            UP,
+            few(3, VALIDATE_MS) & before(TEST_MS),
+            [
+                rf"head 'up': 3 of 48 events are true {VALIDATION}; expected 10 or more to choose",
+                r"head 'up': 0 of 48 events are true from 2023-11-15T18.* on; .* more to score",
+            ],
+        ),
+        (
+            classes("flag"),
+            pl.struct("id", "at").rank("ordinal") == 5,
+            [
+                rf"head 'next': 1 of 88 events are true {TRAINING}; expected 10 or more to learn",
+                rf"head 'next': 0 of 48 events are true {VALIDATION}",
+                r"head 'next': 0 of 48 events are true from",
+            ],
+        ),
+        (
+            classes("kind"),
+            pl.when(before(TEST_MS)).then(pl.col("kind")).otherwise(pl.lit("a")),
+            [r"head 'next': all 48 events are 'a' from 2023-11-15T18.* more to score"],
+        ),
+    ],
+    ids=["many", "label", "one true", "one class"],
+)
+def test_few_events_of_a_class_are_a_warning(
+    head: dict[str, Any], cells: pl.Expr, warnings: list[str]
+) -> None:
+    column = head.get("target", "up")
+    frame = table().with_columns(cells.alias(column))
+    streams = streams_of(spec_of(head), frame)
+    spec, _ = resolve_training(spec_of(head), streams)
+    spec = fitted_spec(spec, streams, split_of(spec).validate)
+    labels = labels_of(spec, streams.frame, rows=streams.table_rows)
+    found = check_targets(spec, streams, labels)
+    for text, pattern in zip(found, warnings, strict=True):
+        assert re.search(pattern, text), text
 
 
 def test_unnamed_columns_are_ignored(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -6,9 +8,11 @@ tf = pytest.importorskip("tensorflow")
 from models.artifact.artifact import load_artifact  # noqa: E402
 from models.errors import ArtifactError, SpecError  # noqa: E402
 from models.training.data import fitted_spec, streams_of  # noqa: E402
+from models.training.ensemble import merge_members  # noqa: E402
 from models.training.evaluate import evaluate, run_chunks  # noqa: E402
 from models.training.loop import Loop  # noqa: E402
 from models.training.plan import plan_of  # noqa: E402
+from models.training.train_frame import train_frame  # noqa: E402
 from models.training.trainer import checkpoint_path, train  # noqa: E402
 from tests.support.training import (  # noqa: E402
     HOUR_MS,
@@ -122,6 +126,52 @@ def test_resumed_training_equals_uninterrupted_training(frame, uninterrupted, ch
     assert not checkpoint_path(out).exists()
     # the members are of different seeds
     assert resumed.history[0]["validation"] != resumed.history[2]["validation"]
+
+
+def test_of_several_seeds_the_best_by_validation_is_kept(frame, tmp_path, monkeypatch, capsys):
+    """All are scored on the held-out events, so that the report has their spread."""
+    losses = iter([3.0, 2.0, 2.5, 1.0, 4.0, 5.0])
+    monkeypatch.setattr(Loop, "validate", lambda loop: {"loss": next(losses)})
+    spec = latch_spec(seeds=3, epochs=2, seed=5, heads=["up"])
+    artifact = train_frame(spec, frame, tmp_path / "model", trees=False)
+    assert artifact.manifest["training"]["seeds"] == [6]
+    assert artifact.manifest["training"]["best_epochs"] == [2]
+    report = json.loads((tmp_path / "model" / "report.json").read_text())
+    up = report["heads"]["up"]
+    assert list(up["seeds"]) == ["5", "6", "7"]
+    kept = up["scores"]["model"]["log_loss"]["value"]
+    assert up["seeds"]["6"]["log_loss"] == pytest.approx(kept, rel=1e-5)
+    assert up["seeds"]["5"]["log_loss"] != pytest.approx(kept, rel=1e-3)
+    printed = capsys.readouterr().out
+    values = [each["log_loss"] for each in up["seeds"].values()]
+    assert (
+        f"| mean and deviation | {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f} |" in printed
+    )
+    assert "training takes about" in printed
+    assert "kept epoch 2 of seed 6" in printed
+
+
+def test_several_of_the_seeds_are_merged(frame, tmp_path, monkeypatch):
+    """The best by validation, in the order of their seeds."""
+    losses = iter([2.0, 3.0, 1.0])
+    monkeypatch.setattr(Loop, "train_epoch", lambda loop, epoch: iter([0.0]))
+    monkeypatch.setattr(Loop, "validate", lambda loop: {"loss": next(losses)})
+    spec = latch_spec(seeds=3, members=2, epochs=1, heads=["up"])
+    result = train(spec, frame, tmp_path / "model", quiet=True)
+    assert result.artifact.manifest["training"]["seeds"] == [1, 3]
+    assert result.artifact.manifest["metrics"]["validation"] == [{"loss": 2.0}, {"loss": 1.0}]
+    fitted, first = result.networks[1]
+    merged = merge_members(fitted, [first, result.networks[3][1]])[1]
+    for name, value in merged.items():
+        np.testing.assert_array_equal(result.artifact.weights[name], value)
+
+
+def test_measuring_the_cost_changes_no_weight(frame, tmp_path):
+    spec = latch_spec(epochs=1, heads=["up"])
+    printed, silent = (
+        train(spec, frame, tmp_path / str(quiet), quiet=quiet) for quiet in (False, True)
+    )
+    assert printed.artifact.fingerprint == silent.artifact.fingerprint
 
 
 def test_a_checkpoint_of_another_run_is_rejected(frame, checkpoint, tmp_path):

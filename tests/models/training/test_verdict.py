@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from rich.console import Console
 
+from models.errors import VerdictError
 from models.training.horizon import horizon_lines
 from models.training.progress import LINE_EVERY_S, Progress
-from models.training.report import direction, report_lines, verdict_lines, verdicts
+from models.training.report import report_lines
+from models.training.train_frame import check_verdicts
 from models.training.trees import TimeBudget
+from models.training.verdicts import direction, verdict_lines, verdicts
 
 
 def report_of(model: float, **baselines: float) -> dict[str, Any]:
@@ -154,3 +160,17 @@ def test_parts_of_a_time_budget_share_the_remaining_time() -> None:
     assert not budget.is_expired
     now[0] = np.inf
     assert not TimeBudget(None, now_s=lambda: now[0]).part(9).is_expired
+
+
+def test_a_strict_training_fails_by_its_verdicts(tmp_path: Path) -> None:
+    with pytest.raises(VerdictError, match="expected a report, got no events held out"):
+        check_verdicts(tmp_path)
+    for model, is_rejected in ((0.3, False), (0.5, True)):
+        report = report_of(model, last_value=0.4, boosted_trees=0.2)
+        text = json.dumps({**report, "verdicts": verdicts(report)})
+        (tmp_path / "report.json").write_text(text)
+        if is_rejected:
+            with pytest.raises(VerdictError, match=r"next: worse than .* do not serve it"):
+                check_verdicts(tmp_path)
+        else:
+            check_verdicts(tmp_path)
