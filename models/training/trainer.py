@@ -68,7 +68,7 @@ def training_key(
 Reason = Literal["epochs", "patience", "time"]
 FALLING_SHARE = 0.05
 FEW_UPDATES = 100
-MEASURED_WINDOWS = 3
+MEASURED_WINDOWS = 5
 VALIDATION_SHARE = 0.4
 """Time of a validation, of the time of training an epoch: it runs, and does not differentiate."""
 
