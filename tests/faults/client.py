@@ -12,6 +12,7 @@ An appender sends bursts of chunks without a position, which are applied as ofte
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -32,6 +33,7 @@ _DUPLICATES, _DEADLINES, _EXPIRIES = 0.12, 0.2, 0.5
 expiry."""
 _SHORT_LIVED_REMOVALS, _SHORT_LIVED_REST_S = 0.04, 0.8
 _PAUSE_S = 0.06
+_LONGEST_PAUSE_S = 10.0
 _SHORTEST_DEADLINE_S = 0.01
 _UNEXPECTED_KEPT = 20
 _LATE_S = 15.0  # an abandoned request is carried out this much later at most
@@ -263,17 +265,26 @@ class Client(Sender):
 class Appender(Sender):
     """Sends one burst after the other: each takes a new stream and sends its chunks all at once to
     all workers, every other one or all of them byte-identical. Nothing is retried: what got no
-    reply may or may not be applied."""
+    reply may or may not be applied.
+
+    After a burst that mostly got no reply it waits longer: on a busy machine the bursts of all
+    would keep the workers from answering anything in time.
+    """
 
     async def run(self, stop: asyncio.Event, pause_s: float) -> None:
         """Send bursts until `stop` is set."""
+        longer_s = pause_s
         for number in count():
             if stop.is_set():
                 return
-            await self._send_burst(f"{self.name}-{number}")
-            await asyncio.sleep(self.random.exponential(pause_s))
+            acks = await self._send_burst(f"{self.name}-{number}")
+            is_answered = acks >= APPENDS / 2
+            longer_s = pause_s if is_answered else min(2 * longer_s + 0.5, _LONGEST_PAUSE_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), self.random.exponential(longer_s))
 
-    async def _send_burst(self, stream: str) -> None:
+    async def _send_burst(self, stream: str) -> int:
+        """Send a burst; how many of its chunks were acknowledged."""
         began_s = time.monotonic()
         same, is_uniform = random_events(self.random, 3), self._draw(0.5)
         chunks = [
@@ -290,3 +301,4 @@ class Appender(Sender):
         span = Span(began_s, time.monotonic())
         self.history.bursts.append(Burst(stream, span, APPENDS - len(acks), acks, final))
         self._count("appends", len(acks))
+        return len(acks)

@@ -72,7 +72,10 @@ async def _drive(
         return sum(client.applied for client in clients)
 
     async def wait_for_events(count: int) -> None:
-        await wait(lambda: events() >= count, f"{count} events", events)
+        def progress() -> tuple[int, int]:
+            return events(), history.seen["appends"]
+
+        await wait(lambda: events() >= count, f"{count} events", progress)
 
     async def finish(*running: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
         """Wait for clients; one that does not end in time fails the run."""
