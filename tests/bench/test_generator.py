@@ -64,10 +64,14 @@ def stub(answer: Answer) -> Iterator[int]:
             thread.join()
 
 
-def run_closed(answer: Answer, spec: TrafficSpec, seconds: float) -> Load:
+def run_closed(answer: Answer, spec: TrafficSpec) -> Load:
+    """A second of load, by a clock whose readings take the time: the same on any machine."""
+    readings = count(0.0, 0.01)
+    clock = SimpleNamespace(perf_counter=lambda: next(readings), process_time=time.process_time)
     make_streams("t", spec)
-    with stub(answer) as port:
-        return generator.run_closed("t", port, 1, seconds)
+    with stub(answer) as port, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "time", clock)
+        return generator.run_closed("t", port, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -85,16 +89,10 @@ def run_closed(answer: Answer, spec: TrafficSpec, seconds: float) -> Load:
 )
 def test_invalid_reply_ends_the_run(reply: bytes, items: int, message: str) -> None:
     with pytest.raises(WrongReplyError, match=message):
-        run_closed(lambda body: reply, traffic(2, items=items), 5)
+        run_closed(lambda body: reply, traffic(2, items=items))
 
 
-def test_rejected_chunk_is_followed_by_another_at_its_position(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # whose readings take the time, so that the run has the same requests on any machine
-    readings = count(0.0, 0.01)
-    clock = SimpleNamespace(perf_counter=lambda: next(readings), process_time=time.process_time)
-    monkeypatch.setattr(generator, "time", clock)
+def test_rejected_chunk_is_followed_by_another_at_its_position() -> None:
     sent: list[tuple[int, Any]] = []
 
     def answer(body: bytes) -> bytes:
@@ -103,13 +101,13 @@ def test_rejected_chunk_is_followed_by_another_at_its_position(
         busy = b"HTTP/1.1 429 Busy\r\nContent-Length: 2\r\n\r\n{}"
         return busy if len(sent) % 2 else accept_chunk(body)
 
-    load = run_closed(answer, replace(traffic(1), may_reject=True), 1)
+    load = run_closed(answer, replace(traffic(1), may_reject=True))
     assert load.rejected >= load.chunks > 1
     for at in range(0, len(sent) - 1, 2):
         assert sent[at][0] == sent[at + 1][0] == 3 * at / 2
         assert sent[at][1] != sent[at + 1][1]
     with pytest.raises(WrongReplyError, match="got status 429"):
-        run_closed(answer, traffic(1), 1)
+        run_closed(answer, traffic(1))
 
 
 @pytest.mark.parametrize(("is_sticky", "expected"), [(True, [0, 3, 6, 9]), (False, [0, 0, 3, 3])])
@@ -120,9 +118,7 @@ def test_sticky_connection_keeps_its_stream(is_sticky: bool, expected: list[int]
         positions.append(orjson.loads(body)["position"])
         return accept_chunk(body)
 
-    while len(positions) < len(expected):
-        positions.clear()
-        run_closed(answer, replace(traffic(2), is_sticky=is_sticky), 0.1)
+    run_closed(answer, replace(traffic(2), is_sticky=is_sticky))
     assert positions[: len(expected)] == expected
 
 
@@ -143,7 +139,7 @@ def test_websocket_frames_of_every_length_are_read(size: int) -> None:
 
     values = BODIES.values("websocket")
     spec = replace(traffic(2), media="websocket", path="/live", values=values, is_sampled=True)
-    load = run_closed(answer, spec, 0.05)
+    load = run_closed(answer, spec)
     assert load.chunks > 1
     assert {len(ormsgpack.unpackb(each)["reply"]["outputs"]) for each in load.sampled} == {size}
 
@@ -153,7 +149,7 @@ def test_websocket_outcome_with_an_error_ends_the_run() -> None:
     error = ormsgpack.packb({"status": 409, "error": {}})
     spec = replace(traffic(1), media="websocket", values=BODIES.values("websocket"))
     with pytest.raises(WrongReplyError, match=r"got \[None\]"):
-        run_closed(lambda data: b"\x82%c%b" % (len(error), error) if data else hello, spec, 1)
+        run_closed(lambda data: b"\x82%c%b" % (len(error), error) if data else hello, spec)
 
 
 def test_streams_are_spread_over_models() -> None:
