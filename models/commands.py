@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,13 +21,21 @@ from models.errors import ArtifactError, DataError, ImportedModelError, SpecErro
 
 if TYPE_CHECKING:
     from models.artifact.artifact import Artifact
+
+    DataFiles = Path | Sequence[Path]
 else:
-    Artifact = Any  # typer evaluates annotations
+    # typer evaluates annotations
+    Artifact = Any
+    DataFiles = Annotated[
+        list[Path],
+        typer.Argument(metavar="DATA...", help="Events: files, folders or globs."),
+    ]
 
 ArtifactDir = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The model's specification.")]
 DataFile = Annotated[
-    Path, typer.Argument(metavar="DATA", help="Events as CSV, JSON Lines or Parquet.")
+    Path,
+    typer.Argument(metavar="DATA", help="Events as CSV, JSON Lines or Parquet; also a folder."),
 ]
 OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")]
 Trees = Annotated[
@@ -65,7 +73,7 @@ def initialise(
 
 def train(
     spec: SpecFile,
-    data: DataFile,
+    data: DataFiles,
     out: OutDir,
     *,
     quick: Annotated[
@@ -109,7 +117,7 @@ def train(
             trees_s=trees_s,
             anomalies=anomalies,
             quiet=quiet,
-            source=str(data),
+            source=", ".join(map(str, [data] if isinstance(data, (str, Path)) else data)),
         )
     except SpecError as error:
         raise add_line_number(spec, error) from error

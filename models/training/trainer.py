@@ -249,6 +249,8 @@ def train(
     network = trained_network(spec)
     plan = plan_of(network, streams, labels, split.validate, split.test)
     warnings: list[str | None] = [*check_targets(spec, streams, labels, source)]
+    if quick:
+        warnings.append("trained with --quick: train without it before judging the model")
     check_detection(spec, streams, split.validate, split.test)
     if training.members > 1:
         check_members(spec)

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 import numpy as np
 import polars as pl
@@ -32,7 +31,14 @@ from numpy.typing import NDArray
 
 from models.errors import DataError
 from models.events.frame import InvalidRows
-from models.training.files import check_content, check_encoding, check_header
+from models.training.files import (
+    DELTA_LOG,
+    check_content,
+    check_encoding,
+    check_header,
+    files_below,
+    partition_values,
+)
 from service.backfill.json_lines import parse_lines
 from service.backfill.plan import BackfillError, Source
 
@@ -47,9 +53,6 @@ _UNKNOWN_ROWS = 1_000_000
 
 _EXTRA, _LAST = "\0extra", "\0last"
 _is_url = re.compile(r"[a-z][a-z0-9+.-]*://").match
-_partition = re.compile(r"([^=/]+)=([^=/]*)").fullmatch
-_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-_DELTA_LOG = "_delta_log"
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -105,14 +108,12 @@ def _expand_argument(argument: str) -> Iterator[Source]:
         yield _table_source(kind, rest)
     elif _is_url(argument):
         yield from _remote_sources(argument)
-    elif (path / _DELTA_LOG).is_dir():
+    elif (path / DELTA_LOG).is_dir():
         yield _table_source("delta", argument)
     elif any(path.glob("metadata/*.metadata.json")):
         yield _table_source("iceberg", argument)
     elif path.is_dir():
-        if not (files := [*_files_below(path)]):
-            raise BackfillError(f"{argument}: expected a folder with files of events, got none")
-        yield from map(_local_source, files)
+        yield from map(_local_source, files_below(path))
     elif glob.has_magic(argument) and not path.exists():
         if not (names := glob.glob(argument, recursive=True)):
             raise BackfillError(f"{argument}: expected files of that form, got none")
@@ -120,30 +121,6 @@ def _expand_argument(argument: str) -> Iterator[Source]:
             yield from _expand_argument(name)
     else:
         yield _local_source(path)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """The files in a folder and those below, also behind links."""
-
-    def reject(error: OSError) -> None:
-        raise BackfillError(
-            f"{error.filename}: expected a folder that may be read, got {error.strerror}"
-        ) from error
-
-    paths: dict[str, str] = {}
-    for path, folders, names in os.walk(folder, onerror=reject, followlinks=True):
-        # a link to a folder above would never end
-        if (other := paths.setdefault(os.path.realpath(path), path)) != path:
-            raise BackfillError(f"{path}: expected each folder once, got it also as {other}")
-        if _DELTA_LOG in folders:
-            raise BackfillError(f"{path}: is a table of Delta Lake; expected it as a HISTORY")
-        folders[:] = [each for each in folders if not _is_hidden(each)]
-        yield from (Path(path, each) for each in names if not _is_hidden(each))
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether other programs wrote a file or a folder for themselves, such as `_SUCCESS`."""
-    return name[0] in "._" and "=" not in name
 
 
 def _kind_of(path: str) -> str:
@@ -303,7 +280,7 @@ def read_batches(
     Raises:
         DataError: the source cannot be read, or lacks a required column.
     """
-    in_path = _partition_values(source.path)
+    in_path = partition_values(source.path)
     match source.kind:
         case "csv":
             batches = _csv_batches(source, names, required, batch_rows, first)
@@ -318,16 +295,8 @@ def read_batches(
         yield batch._replace(frame=batch.frame.with_columns(cells), text=batch.text.union(added))
 
 
-def _partition_values(path: str) -> dict[str, str | None]:
-    """Values of the columns that are written into a path, as Hive does."""
-    folders = (path.partition("?")[0] if _is_url(path) else path).split("/")[:-1]
-    matches = map(_partition, folders)
-    pairs = {match[1]: unquote(match[2]) for match in matches if match}
-    return {name: None if value == _NO_PARTITION else value for name, value in pairs.items()}
-
-
 def _check_columns(source: Source, required: Sequence[str], columns: Sequence[str]) -> None:
-    missing = set(required) - set(columns) - set(_partition_values(source.path))
+    missing = set(required) - set(columns) - set(partition_values(source.path))
     for name in required:
         if name in missing:
             raise DataError(

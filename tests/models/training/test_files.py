@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from models.errors import DataError
 from models.spec.model import ModelSpec, parse_spec, schema_of
 from models.training.data import streams_of
-from models.training.files import read_data
+from models.training.files import files_below, read_data
 
 HEADER = "id,at,x,flag,name"
 ROWS = ["a,2025-01-01T00:00:00Z,1.5,true,é", "b,2025-01-01T01:00:00Z,,false,u"]
@@ -84,8 +85,9 @@ def test_malformed_csv_files_are_rejected(
         ("events.csv", b"PAR1\x15\x04", r"in csv form, got Parquet; name it \.parquet$"),
         ("events.csv", b'{"id": "a"}', r"in csv form, got JSON Lines; name it \.jsonl$"),
         ("events.csv", b"PK\x03\x04", r"in csv form, got a ZIP archive, as Excel writes"),
-        ("events.ndjson", GOOD, r"in ndjson form, got text; name it \.csv$"),
-        ("events.jsonl", b'[{"id": 1}]', r"in jsonl form, got one JSON array: write each"),
+        ("events.csv", b'[{"id": 1}]', r"in csv form, got one JSON array: write each"),
+        ("events.ndjson", GOOD, r"events\.ndjson, line 1: a JSON object, got 'id,at,x,flag"),
+        ("events.jsonl", b'{"id": 1}\n[{"id": 1}]', r"line 2: a JSON object, got '\[\{"),
         ("events.jsonl", b'{"id": "\xe9"}', r"line 1: UTF-8, got the byte 0xe9"),
         ("events.xlsx", b"PK", r"a file ending in \.csv, \.jsonl, \.ndjson, \.parquet"),
     ],
@@ -111,3 +113,50 @@ def test_a_table_has_the_rows_of_the_file(spec: ModelSpec, tmp_path: Path, mark:
     assert frame["x"].to_list() == [1.5, None]
     assert frame["flag"].to_list() == [True, False]
     assert streams_of(spec, frame).columns.present["later"].tolist() == [False, False]
+
+
+def test_files_of_folders_are_one_table(spec: ModelSpec, tmp_path: Path) -> None:
+    """In the order of their names, whatever their kinds; parts of a path are columns."""
+    whole = tmp_path / "whole.csv"
+    whole.write_bytes(GOOD)
+    frame = read_data(whole, schema_of(spec))
+    folder = tmp_path / "history"
+    for name in ("later=1", "later=2", ".hidden"):
+        (folder / name).mkdir(parents=True)
+    (folder / "later=1" / "a.csv.gz").write_bytes(gzip.compress(GOOD))
+    frame.write_parquet(folder / "later=2" / "b.parquet")
+    (folder / "later=2" / "c.jsonl.gz").write_bytes(gzip.compress(frame.write_ndjson().encode()))
+    (folder / ".hidden" / "d.csv").write_bytes(GOOD)
+    (folder / "_SUCCESS").touch()
+    read = read_data(folder, schema_of(spec))
+    assert read["id"].to_list() == ["a", "b"] * 3
+    assert read["later"].to_list() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    assert read["x"].to_list() == [1.5, None] * 3
+    assert read_data([whole, folder / "later=1"], schema_of(spec)).height == 4
+    assert read_data(folder / "*" / "*.parquet", schema_of(spec)).height == 2
+
+
+def test_an_error_in_one_of_several_files_names_the_file_and_its_row(
+    spec: ModelSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_bytes(GOOD)
+    (tmp_path / "b.csv").write_bytes(changed("T01:00", " noon"))
+    with pytest.raises(DataError, match=r"b\.csv, row 2: an RFC 3339 timestamp"):
+        read_data(tmp_path, schema_of(spec))
+    (tmp_path / "b.csv").write_bytes(changed("flag", "flags"))
+    with pytest.raises(DataError, match=r"'flag': expected .*b\.csv: a column of that name"):
+        read_data(tmp_path, schema_of(spec))
+    (tmp_path / "b.csv").write_bytes(gzip.compress(GOOD))
+    with pytest.raises(DataError, match=r"csv form, got compressed data; name it \.csv\.gz$"):
+        read_data(tmp_path / "b.csv", schema_of(spec))
+
+
+def test_folders_without_files_or_with_circles_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a folder with files of events, got none"):
+        files_below(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "out").symlink_to(tmp_path)
+    with pytest.raises(DataError, match="each folder once, got it also as"):
+        files_below(tmp_path)
+    with pytest.raises(DataError, match=r"files of that form, got .*\*\.csv"):
+        read_data(tmp_path / "*.csv", None)
