@@ -38,8 +38,6 @@ MIN_EVENTS: Final = 200
 SMALLEST_SQUARE: Final = 0.1
 FEW_ALARMS: Final = 10
 """Up to this many alarms, their number is assumed to be proportional to the threshold."""
-GROUP: Final = 3.0
-"""Unusual events in a group, of which one opens an alarm."""
 LONGEST: Final = 3.0
 """Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
 SMALLEST_THRESHOLD: Final = 1e-9
@@ -118,7 +116,10 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
         memory = detection.tail_memory_events
         own = _fit_stream_tails(spec, memory, streams, channels, inverse)
         scorer = StreamScorer(spec, memory, channels, tails, own)
-        nats, _ = _follow(spec, streams, partial(_scored, channels, scorer))
+        # by tails as they are when the model is served, rather than those of new streams
+        step = partial(_scored, channels, scorer)
+        _, states = _follow(spec, streams, step)
+        nats, _ = _follow(spec, streams, step, _only_tails(spec, states))
         probability = np.exp(-nats[0])
     rates, thresholds = _thresholds(detection, streams, probability)
     return DetectionFit(
@@ -135,19 +136,11 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
 def _thresholds(
     detection: DetectionSpec, streams: Sequence[Stream], probability: Floats
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Rates of false alarms and their thresholds, given the probabilities of all counted events.
-
-    With a tail of each stream the probabilities of a stream are its own rates, so that a threshold
-    is also at most that of groups of `GROUP` unusual events with the expected number.
-    """
+    """Rates of false alarms and their thresholds, given the probabilities of all counted events."""
     sizes = [int(stream.counted.sum()) for stream in streams]
     days = sum(stream.days for stream in streams)
     by_stream = np.split(probability, np.cumsum(sizes)[:-1])
-    rates, thresholds = alarm_thresholds(detection.alarm, by_stream, days)
-    if detection.tail_memory_events is None:
-        return rates, thresholds
-    most = [GROUP * rate * days / sum(sizes) for rate in rates]
-    return rates, tuple(min(each) for each in zip(thresholds, most, strict=True))
+    return alarm_thresholds(detection.alarm, by_stream, days)
 
 
 def _fit_stream_tails(
@@ -195,6 +188,15 @@ def _scored(channels: Channels, scorer: StreamScorer, chunks: Chunks) -> tuple[F
     return scores.nats[np.newaxis], scores.state
 
 
+def _only_tails(spec: ModelSpec, states: FloatRows) -> FloatRows:
+    """States of new streams with the tails of states."""
+    initial = np.tile(detection_state(spec).zero().floats, (len(states), 1))
+    columns = detection_columns(spec)
+    for name in ("tail_counts", "tail_pending", "tail_filled"):
+        initial[:, columns[name]] = states[:, columns[name]]
+    return initial
+
+
 def _usual_spreads(spec: ModelSpec, states: FloatRows) -> Floats:
     """Median over streams of each channel's spread, from their last states [streams, S]."""
     detection, head, events = detection_of(spec)
@@ -218,15 +220,17 @@ def _follow(
     spec: ModelSpec,
     streams: Sequence[Stream],
     step: Callable[[Chunks], tuple[Floats, FloatRows]],
+    initial: FloatRows | None = None,
 ) -> tuple[Floats, FloatRows]:
     """The numbers [K, n] of the counted events, stream by stream, and the last states.
 
     Args:
         step: gives the numbers [K, B, T] of events, and the states after them.
+        initial: the states to start from; those of new streams by default.
     """
-    initial = detection_state(spec).zero().floats
     by_stream: list[list[Floats]] = [[] for _ in streams]
-    states = np.tile(initial, (len(streams), 1))
+    new = np.tile(detection_state(spec).zero().floats, (len(streams), 1))
+    states = new if initial is None else initial
     longest = sorted(range(len(streams)), key=lambda i: -len(streams[i].rows))
     for first in range(0, len(streams), BATCH):
         group = longest[first : first + BATCH]

@@ -88,14 +88,17 @@ class LongMeans:
         values = np.empty((self._levels + 1, *nats.shape[1:]))
         _limit(events.values[self._numeric], -DEVIATION_LIMIT, DEVIATION_LIMIT, values[:-1])
         np.minimum(nats, NATS_LIMIT).sum(axis=0, out=values[-1])
-        present = self.present(events)
+        present = None if events.is_complete else self.present(events)
+        if values.shape[-1] <= MAX_STEPS:
+            return self._follow(values, present, lengths, state)
         statistics = np.empty((len(values) + len(JOINT_SCALES), *values.shape[1:]))
         errors = np.empty((self._levels, *values.shape[1:]))
         for at in range(0, values.shape[-1], MAX_STEPS):
             part = slice(at, at + MAX_STEPS)
             kept = np.clip(lengths - at, 0, values[..., part].shape[-1])
+            own = None if present is None else present[..., part]
             statistics[..., part], errors[..., part], state = self._follow(
-                values[..., part], present[..., part], kept, state
+                values[..., part], own, kept, state
             )
         return statistics, errors, state
 
@@ -105,24 +108,36 @@ class LongMeans:
         return np.concatenate([events.present[self._numeric], any_target])
 
     def _follow(
-        self, values: Floats, present: Bools, lengths: NDArray[Any], state: FloatRows
+        self, values: Floats, present: Bools | None, lengths: NDArray[Any], state: FloatRows
     ) -> tuple[Floats, Floats, FloatRows]:
-        steps = values.shape[-1]
+        """The same of at most `MAX_STEPS` events. Without `present` all have all values."""
+        steps, rows = values.shape[-1], len(values)
         parts = StateParts(state, lengths, steps, self._parts)
         decay = decay_matrix(self._memory_events, steps)
-        weights = sums(decay, parts.before("long_weight"), present)
-        means = sums(decay, parts.before("long_mean"), values * present)
-        parts.store("long_weight", weights)
-        parts.store("long_mean", means)
-        own = weights[..., :-1]
+        counted = np.empty((2 * rows, *values.shape[1:]))
+        if present is None:
+            counted[:rows], counted[rows:] = 1.0, values
+        else:
+            counted[:rows] = present
+            np.multiply(values, present, out=counted[rows:])
+        before = np.concatenate([parts.before("long_weight"), parts.before("long_mean")])
+        both = sums(decay, before, counted)
+        parts.store("long_weight", both[:rows])
+        parts.store("long_mean", both[rows:])
+        own, total = both[:rows, :, :-1], both[rows:, :, :-1]
         known = own + self._known
-        has = present & (known > SMALLEST)
-        errors = means[..., :-1] + self._known * self._joint_mean
+        errors = total + self._known * self._joint_mean
         errors /= np.maximum(known, SMALLEST)
         np.subtract(values, errors, out=errors)
-        errors *= has
-        roots = np.sqrt(np.abs(errors))
-        roots += (present ^ has) * self._roots
+        if present is None and bool((known > SMALLEST).all()):
+            roots = np.sqrt(np.abs(errors))
+        else:
+            has = known > SMALLEST
+            if present is not None:
+                has &= present
+            errors *= has
+            roots = np.sqrt(np.abs(errors))
+            roots += (~has if present is None else present ^ has) * self._roots
         roots = sums(decay, parts.before("long_spread"), roots)
         parts.store("long_spread", roots)
         trusted = own + self._prior
@@ -132,7 +147,7 @@ class LongMeans:
         z = errors / np.maximum(spread, self._minimum, out=spread)
         level, joint = z[:-1], z[-1:]
         level *= own[:-1] / trusted[:-1]
-        statistics = np.empty((len(z) + len(JOINT_SCALES), *z.shape[1:]))
+        statistics = np.empty((rows + len(JOINT_SCALES), *z.shape[1:]))
         np.minimum(np.abs(level), Z_LIMIT, out=statistics[: self._levels])
         _limit(joint, LEAST_Z, Z_LIMIT, joint)
         means = sums(averages(JOINT_SCALES, steps), parts.before("joint_mean"), joint)
@@ -141,7 +156,8 @@ class LongMeans:
         raised[:1], raised[1:] = joint, means[..., 1:]
         raised += SHIFT
         np.maximum(raised, 0.0, out=raised)
-        raised *= present[-1:]
+        if present is not None:
+            raised *= present[-1:]
         return statistics, errors[:-1], parts.after
 
 

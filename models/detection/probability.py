@@ -122,10 +122,10 @@ class StreamScorer:
         weights = partial(self._weights, own, nats, inverse.reshape(statistics.shape))
         return Scores(combined, weights, state, levels)
 
-    def _present(self, events: Events) -> Bools:
-        """Whether each event has the quantity of each tail, [tails, B, T]."""
+    def _present(self, events: Events) -> Bools | None:
+        """Whether each event has the quantity of each tail, [tails, B, T]; None if all have."""
         if events.is_complete:
-            return np.ones((len(self._less), *events.values.shape[1:]), np.bool_)
+            return None
         present = self._long.present(events)
         joint = np.repeat(present[-1:], 1 + len(JOINT_SCALES), axis=0)
         return np.concatenate([present[:-1], joint, events.present[self._by_target.places]])

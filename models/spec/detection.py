@@ -41,13 +41,14 @@ ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
-TAIL_LEVELS: Final = (0.0, 3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 21.0, 30.0)
-"""Nats above which a stream's own tails count its events."""
+LEVEL_STEP: Final = 0.5
+"""Levels of tails are multiples of it."""
 JOINT_SCALES: Final = (12, 36)
 """Events over which the joint nats are averaged, beside the single event."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
 
+TailLevel = Annotated[float, Field(ge=0, le=50, multiple_of=LEVEL_STEP)]
 OutputName = Literal[
     "deviation",
     "share",
@@ -202,6 +203,8 @@ class DetectionSpec(Frozen):
         tail_memory_events: time constant of each stream's own tails, and of the means that its
             levels and joint nats are compared with; None is one tail for all streams, without
             these.
+        tail_levels: ascending nats, multiples of `LEVEL_STEP` from 0 on, above which a stream's own
+            tails count its events.
         season_events: events per season; adds the channel `season`.
         minimum_spread: the smallest spread, as a share of the usual one; bounds the deviations of a
             constant stream.
@@ -213,6 +216,17 @@ class DetectionSpec(Frozen):
     memory_events: Annotated[int, Field(ge=10, le=10_000_000)] = 1000
     prior_events: Annotated[float, Field(gt=0)] = 50.0
     tail_memory_events: Annotated[int, Field(ge=100, le=10_000_000)] | None = None
+    tail_levels: Annotated[tuple[TailLevel, ...], Field(min_length=3, max_length=32)] = (
+        0.0,
+        3.0,
+        4.5,
+        6.0,
+        8.0,
+        11.0,
+        15.0,
+        21.0,
+        30.0,
+    )
     scales: tuple[Scale, ...] = (12, 36)
     channels: Annotated[tuple[Literal["forecast", "level", "change"], ...], Field(min_length=1)] = (
         "forecast",
@@ -241,6 +255,9 @@ class DetectionSpec(Frozen):
 
     @model_validator(mode="after")
     def _check_tails(self) -> DetectionSpec:
+        levels = self.tail_levels
+        if levels[0] != 0 or list(levels) != sorted(set(levels)):
+            raise ValueError(f"tail_levels: expected ascending ones from 0, got {list(levels)}")
         if self.fit is not None:
             is_pooled = self.tail_memory_events is None
             if is_pooled != (self.fit.streams is None) or is_pooled == (self.fit.combined is None):
@@ -312,8 +329,8 @@ def detection_parts(
             "long_mean": (numeric + 1,),
             "long_spread": (numeric + 1,),
             "joint_mean": (len(JOINT_SCALES),),
-            "tail_counts": (tails, len(TAIL_LEVELS)),
-            "tail_pending": (tails, len(TAIL_LEVELS)),
+            "tail_counts": (tails, len(spec.tail_levels)),
+            "tail_pending": (tails, len(spec.tail_levels)),
             "tail_filled": (1,),
         }
     return tuple(

@@ -17,7 +17,6 @@ from models.errors import DataError
 from models.events.calendar import DAY_MS
 from models.events.schema import EventSchema
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
-from models.spec.detection import AlarmSpec
 from models.spec.model import ModelSpec, schema_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 from models.training.data import (
@@ -46,6 +45,7 @@ LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0
 WEEK_DAYS = 7
 HOLD_EVENTS, CLOSE_ABOVE = 6, 0.05
+TAIL_LEVELS = (0.0, 1.5, 3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 21.0, 30.0)
 
 
 def resolve_training(
@@ -82,19 +82,20 @@ def resolve_training(
 def resolve_detection(spec: ModelSpec) -> ModelSpec:
     """The spec with the options of detection that it leaves open.
 
-    Artifacts have all options. The defaults of `AlarmSpec` stay what they were for older ones.
+    Artifacts have all options; the defaults of `DetectionSpec` are those of older ones.
     """
     if spec.detection is None:
         return spec
-    alarm = spec.detection.alarm
-    named = alarm.model_fields_set
-    options: dict[str, Any] = {} if "hold_events" in named else {"hold_events": HOLD_EVENTS}
-    if not named & {"close_above", "hysteresis"}:
+    detection, alarm = spec.detection, spec.detection.alarm
+    options: dict[str, Any] = {}
+    if "hold_events" not in alarm.model_fields_set:
+        options["hold_events"] = HOLD_EVENTS
+    if not alarm.model_fields_set & {"close_above", "hysteresis"}:
         options["close_above"] = CLOSE_ABOVE
-    resolved = AlarmSpec.model_validate({**alarm.model_dump(), **options})
-    return spec.model_copy(
-        update={"detection": spec.detection.model_copy(update={"alarm": resolved})}
-    )
+    changes: dict[str, Any] = {"alarm": alarm.model_copy(update=options)}
+    if "tail_levels" not in detection.model_fields_set:
+        changes["tail_levels"] = TAIL_LEVELS
+    return spec.model_copy(update={"detection": detection.model_copy(update=changes)})
 
 
 def _split(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from models.events.schema import NumericField
-from models.spec.detection import TAIL_LEVELS, DetectionFit, DetectionSpec
+from models.spec.detection import DetectionFit, DetectionSpec
 
 ROOT = 2**0.25 * math.gamma(0.75) / math.sqrt(math.pi)
 SCALES = (12, 36)
@@ -36,8 +36,9 @@ class StreamTailsOracle:
         self.targets = [field.name for field in fields]
         self.long = [_Long() for _ in (*self.numeric, "joint")]
         self.means = [0.0 for _ in SCALES]
-        self.counts = [[0.0] * len(TAIL_LEVELS) for _ in self.fit.tails]
-        self.pending = [[0] * len(TAIL_LEVELS) for _ in self.fit.tails]
+        self.levels = detection.tail_levels
+        self.counts = [[0.0] * len(self.levels) for _ in self.fit.tails]
+        self.pending = [[0] * len(self.levels) for _ in self.fit.tails]
         self.events = 0
         self.errors: dict[str, float] = {}
 
@@ -107,15 +108,15 @@ class StreamTailsOracle:
             return 0.0
         pooled = -math.log(self.tail(self.fit.tails[at], value))
         own = 0.0
-        for i in range(1, len(TAIL_LEVELS)):
-            low, high = TAIL_LEVELS[i - 1], TAIL_LEVELS[i]
-            weight = 200.0 if i == 1 else 20.0
+        for i in range(1, len(self.levels)):
+            low, high = self.levels[i - 1], self.levels[i]
+            weight = 200.0 if high <= 3.0 else 20.0
             above, below = self.counts[at][i], self.counts[at][i - 1]
             share = (above + weight * math.exp(low - high)) / (below + weight)
-            is_last = i == len(TAIL_LEVELS) - 1
+            is_last = i == len(self.levels) - 1
             part = (pooled - low) / (high - low)
             own -= math.log(share) * (max(part, 0.0) if is_last else min(max(part, 0.0), 1.0))
-        for i, level in enumerate(TAIL_LEVELS):
+        for i, level in enumerate(self.levels):
             self.pending[at][i] += pooled > level or i == 0
         return min(own, 60.0)
 

@@ -13,9 +13,10 @@ from models.detection.detector import Detector
 from models.detection.fit import Stream, fit_detection
 from models.detection.statistics import FloatRows, Floats
 from models.detection.stream_tails import BLOCK, StreamTails
-from models.spec.detection import TAIL_LEVELS, DetectionSpec
+from models.spec.detection import DetectionSpec
 from models.spec.layout import detection_columns, detection_state, network_outputs
 from models.spec.model import ModelSpec
+from models.training.defaults import TAIL_LEVELS
 from tests.models.detection.test_detector import events, run, spec_of
 from tests.support.detection import sensor_model
 from tests.support.oracle_detection import DetectionOracle
@@ -26,6 +27,7 @@ EVERY_TARGET = spec_of(
     memory_events=30,
     prior_events=5,
     tail_memory_events=MEMORY,
+    tail_levels=TAIL_LEVELS,
     scales=[3, 8],
     outputs=["nats", "share"],
 )
@@ -103,7 +105,8 @@ def follow(nats: Floats, cuts: list[int], missing: NDArray[np.bool_]) -> tuple[F
 
 def random_nats(steps: int, scale: float = 1.0) -> tuple[Floats, NDArray[np.bool_]]:
     columns = detection_columns(ONE_TARGET)["tail_counts"]
-    tails = (columns.stop - columns.start) // len(TAIL_LEVELS)
+    assert ONE_TARGET.detection is not None
+    tails = (columns.stop - columns.start) // len(ONE_TARGET.detection.tail_levels)
     random = np.random.default_rng(3)
     missing = random.random((tails, steps)) < 0.1
     return random.exponential(scale, (tails, steps)) * ~missing, missing
@@ -176,6 +179,8 @@ def test_the_fit_is_in_the_artifact(tmp_path: Path) -> None:
     assert detection.fit.streams.joint_mean == pytest.approx(0.5 * np.log(2 * np.pi) + 0.5, rel=0.1)
     pooled = sensor_model(tmp_path / "pooled", units=4)
     assert artifact.state.slices.keys() > pooled.state.slices.keys()
+    with pytest.raises(ValidationError, match="expected ascending ones from 0"):
+        DetectionSpec(head="surprise", tail_levels=(0.0, 3.0, 1.5))
     with pytest.raises(ValidationError, match="expected `streams` with `tail_memory_events`"):
         DetectionSpec.model_validate({**detection.model_dump(), "tail_memory_events": None})
 
