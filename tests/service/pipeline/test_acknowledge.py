@@ -1,4 +1,5 @@
-"""Acknowledgements that race chunks of their stream, on two workers with caches of their own."""
+"""Open alarms through the pipeline: acknowledgements that race chunks of their stream, on two
+workers with caches of their own; several alarms in one chunk."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ import pytest
 from models.artifact.artifact import Artifact
 from models.detection.alarms import MUTED_EVENTS, NONE
 from service.access.caller import ANYONE
+from service.consumers.alarms import AlarmFields
 from service.core.delivery import acknowledged_head
 from service.core.errors import Conflict, StateChanged
-from service.core.values import Precondition, StreamHead, StreamKey
+from service.core.values import FloatRows, Precondition, StreamHead, StreamKey
 from service.pipeline.pipeline import Pipeline
+from service.store.codec import encode_state
 from tests.support.alarms import alarm_model, noise, raised, served_by_onnx
 from tests.support.pipelines import chunk_of, worker
 
@@ -72,6 +75,33 @@ async def test_of_racing_acknowledgements_one_is_applied_and_no_event_is_lost(
         assert set(flat[first_muted:]) <= {NONE}
         assert len(flat) - first_muted < MUTED_EVENTS
         await send(first, raised(1), stored.head.position)
+
+
+async def test_an_alarm_that_reopens_within_a_chunk_is_the_newest(
+    store_url: str, tmp_path: Path
+) -> None:
+    artifact = alarm_model(tmp_path)
+    runtime = served_by_onnx(artifact).runtime
+    async with worker(store_url, artifact, runtime=runtime) as pipeline:
+
+        async def send_to(stream: str, rows: FloatRows) -> FloatRows:
+            chunk = chunk_of(stream, rows, model="sensors")
+            return (await pipeline.process(ANYONE, chunk)).outputs
+
+        opening = np.concatenate([noise(QUIET), raised(OPENING)])
+        for stream in ("a", "b"):
+            await send_to(stream, opening)
+        again = np.concatenate([noise(300, seed=6), raised(OPENING, by=40)])
+        outputs = await send_to("a", again)
+        page = await pipeline.alarms.page(ANYONE, "sensors", "", None, 10)
+        assert [alarm.key.stream for alarm in page.alarms] == ["a", "b"]
+        # the record in the state is of the latest alarm only
+        state = encode_state(await pipeline.streams.load(StreamKey("sensors", "a")))
+        found = AlarmFields(artifact, "surprise").of_chunk(outputs, state).values()
+        *earlier, (_, change, *names) = [each[::2][:1] + each[1:2] + each[2::2] for each in found]
+        assert (change, names) == ("opened", ["severity", "cause"])
+        assert ("alarm", "closed") in earlier
+        assert set(earlier) <= {("alarm", "closed"), ("alarm", "opened", "cause")}
 
 
 async def test_a_worker_with_a_cached_state_continues_the_acknowledged_one(
