@@ -106,8 +106,8 @@ class Histories(Protocol):
         *,
         keeps_snapshots: bool = False,
     ) -> CommitResult:
-        """Compare-and-set a stream to a state in a new epoch that no chunk led to, with the whole
-        history that leads to it; one that is empty starts with a snapshot of the state.
+        """Compare-and-set a stream to a state that no chunk led to, with the whole history that
+        leads to it; one that is empty starts with a snapshot of the state.
 
         The stored reply and the states for other versions are deleted.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from service.core.values import StreamKey
 from service.store.base import AlarmChange
@@ -20,6 +20,9 @@ from service.store.redis.commands import PendingCommand, Script, pack_arguments
 from service.store.redis.outcomes import read_value
 from service.store.redis.router import Router
 from service.store.settings import StoreSettings
+
+AT_ONCE: Final = 256
+"""Indexes that one call reads, so that no commit waits long behind it."""
 
 
 class PackedChanges(NamedTuple):
@@ -89,8 +92,9 @@ class RedisAlarms(StoredAlarms):
             by_slot.setdefault(self._router.slot(name), []).append(name)
         arguments = ("+inf" if before_ms is None else before_ms, limit)
         commands = [
-            PendingCommand.for_script(self._read_script, names, arguments, slot)
+            PendingCommand.for_script(self._read_script, names[at : at + AT_ONCE], arguments, slot)
             for slot, names in by_slot.items()
+            for at in range(0, len(names), AT_ONCE)
         ]
         found: set[IndexedAlarm] = set()
         for outcome in await self._router.execute(*commands, deadline_s=deadline_s):
