@@ -348,7 +348,7 @@ class Batcher(Generic[P, R]):
         is_split = has_slots and self._runner.may_split and queue.requests >= MIN_SPLIT_REQUESTS
         jobs, expired = queue.take(now_s, most_rows // 2 if is_split else most_rows)
         if jobs:
-            self._delay.last_rows = len(jobs)
+            self._delay.note_start(len(jobs), now_s)
             held = {job.key for job in jobs if job.key is not None}
             is_long = queue.long_batches > before
             batch = RunningBatch(

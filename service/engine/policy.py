@@ -12,6 +12,7 @@ to what it leaves to others. So a backlog affects its own callers only.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -44,6 +45,16 @@ MIN_SPLIT_REQUESTS: Final = 24
 meanwhile. If all waited for one batch, the core would be idle during its commit. Fewer requests pay
 the fixed cost of a second batch with more than the store's time that it hides."""
 
+MIN_SECOND_ROWS: Final = MIN_SPLIT_REQUESTS // 2
+"""While a batch is in flight and the core is busy, a smaller one lingers: it would use no idle
+time, and pay its fixed cost with fewer rows."""
+
+BUSY_SHARE: Final = 0.9
+"""The core is busy if the thread of the event loop runs for more than this share of the time."""
+
+BUSY_SMOOTHING: Final = 0.1
+"""Weight of the newest batch in the moving average of that share."""
+
 MAX_RETRY_AFTER_S: Final = 60.0
 
 STREAM_SHARE: Final = 4
@@ -57,18 +68,39 @@ class BatchingDelay:
 
     Every batch has a fixed cost, which its chunks share. Closed-loop clients send their next
     requests within a few turns of the event loop after the replies, so a batch in flight that is
-    about to end brings more jobs. A lone request is never delayed.
+    about to end brings more jobs. Nothing is gained by a small batch beside it unless the core is
+    idle while the store writes, because the store is far, say. A lone request is never delayed.
+
+    Args:
+        cpu_s: CPU time of the event loop's thread.
 
     Attributes:
         last_rows: rows of the last batch.
         awaited: the number of ready jobs that end the delay; 0 in its last turn of the loop.
     """
 
-    __slots__ = ("_waits", "awaited", "last_rows")
+    __slots__ = (
+        "_busy_share",
+        "_cpu_s",
+        "_started_cpu_s",
+        "_started_s",
+        "_waits",
+        "awaited",
+        "last_rows",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_s: Callable[[], float] = time.thread_time) -> None:
         self.last_rows, self.awaited = 0, 1
         self._waits = 0
+        self._cpu_s = cpu_s
+        self._started_s = self._started_cpu_s = self._busy_share = 0.0
+
+    def note_start(self, rows: int, now_s: float) -> None:
+        """Note that a batch starts, at a time of the monotonic clock."""
+        self.last_rows, cpu_s = rows, self._cpu_s()
+        share = min(1.0, (cpu_s - self._started_cpu_s) / max(now_s - self._started_s, 1e-9))
+        self._busy_share += BUSY_SMOOTHING * (share - self._busy_share)
+        self._started_s, self._started_cpu_s = now_s, cpu_s
 
     def decide(self, ready: int, in_flight: int) -> float | None:
         """Decide whether the next batch is delayed, or further delayed.
@@ -80,7 +112,11 @@ class BatchingDelay:
         Returns:
             Seconds to wait before this is decided again; None if the batch starts now.
         """
-        max_rows = min(self.last_rows, NO_LINGER_ROWS) if in_flight else self.last_rows
+        max_rows = self.last_rows
+        if in_flight:
+            if max_rows > 1 and self._busy_share > BUSY_SHARE:
+                max_rows = max(max_rows, MIN_SECOND_ROWS)
+            max_rows = min(max_rows, NO_LINGER_ROWS)
         max_waits = MAX_LINGER_TICKS if in_flight else MAX_DELAY_TURNS
         if 0 < ready < max_rows and self._waits < max_waits:
             self._waits += 1
