@@ -157,7 +157,7 @@ def _is_replaced(script: ClientScript, operation: Operation, client: Client) -> 
 
 def _has_written(request: Request, stored: Version) -> bool:
     """Whether the stream has what an earlier try of the request wrote."""
-    if request.operation.kind == "chunk":
+    if request.operation.kind == "chunk" or request.operation.acknowledges:
         return stored.chunks.get(request.chunk_id) == request.wrote.head
     if request.operation.kind == "delete":
         return True

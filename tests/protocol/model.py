@@ -135,6 +135,7 @@ class Rules:
     is_continuation: Callable[..., bool] = delivery.is_continuation
     always_starts: Callable[..., bool] = delivery.always_starts
     apply_chunk: Callable[..., StreamState] = applied
+    acknowledged_head: Callable[..., Any] = delivery.acknowledged_head
     resolve_conflict: Callable[..., Any] = delivery.resolve_conflict
     resolve_duplicate: Callable[..., Any] = delivery.resolve_duplicate
     resolve_retried_commit: Callable[..., Any] = outcomes.resolve_retried_commit
@@ -204,7 +205,10 @@ class Model:
         return self._version(new, {**base.chunks, request.chunk_id: new.head}, reply)
 
     def copy(self, request: Request, source: Version) -> Version:
-        """A restored or forked version."""
+        """A restored, forked or acknowledged version."""
+        if request.operation.acknowledges:
+            new = source.stream._replace(head=self.rules.acknowledged_head(source.head))
+            return self._version(new, {**source.chunks, request.chunk_id: new.head})
         written = {**WRITTEN, "fingerprint": source.stream.fingerprint}
         new = _with_epoch(delivery.start_epoch(source.stream, **written), request)
         return self._version(new, source.chunks)

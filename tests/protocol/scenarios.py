@@ -66,6 +66,7 @@ DELETION = Operation("delete", "the deletion of S")
 FIRST_DELETION = replace(DELETION, name="the first deletion")
 DELETION_OF_T = Operation("delete", "the deletion of T", stream=1)
 RESTORE = Operation("copy", "the restore of S")
+ACKNOWLEDGE = replace(RESTORE, name="the acknowledgement of S", acknowledges=True)
 REWIND = Operation("rewind", "the rewind of S", position=1)
 REWIND_TO_START = replace(REWIND, name="the rewind of S to its start", position=0)
 SHADOW = Operation("shadow", "the shadow of S")
@@ -106,6 +107,11 @@ SCENARIOS = (
         "restored: a state is read and written back under If-Match; A names its epoch",
         _client("A", A0, A1, guard="epoch", resends=1),
         _client("B", B0), _client("R", RESTORE),
+        replies_lost=1, timeouts=1, depth=10),
+    ACKNOWLEDGED := _scenario(
+        "acknowledged: an alarm is acknowledged between chunks; A sends If-Match",
+        _client("A", A0, A1, A2, guard="if-match", resends=1), _client("R", ACKNOWLEDGE),
+        _client("B", B0),
         replies_lost=1, timeouts=1, depth=10),
     _scenario(
         "forked: T begins as a copy of S, or by itself, and both go on",
@@ -314,6 +320,9 @@ PLANTED_BUGS = (
         "another epoch mistaken for proof that nothing was written",
         replace(RESTORED, faults=Faults(replies_lost=1)),
         Rules(resolve_retried_commit=_trust_other_epoch), "twice"),
+    PlantedBug(
+        "an acknowledgement that keeps the tag", ACKNOWLEDGED,
+        Rules(acknowledged_head=lambda head: head), ", and replaces "),
     PlantedBug(
         "a deletion whose answer was lost reported as rejected", ERASED,
         Rules(resolve_retried_deletion=lambda key, expected, conflict: conflict),

@@ -72,8 +72,9 @@ class Operation:
 
     A copy writes the state of `source` as a new epoch of `stream`: a restore where they are the
     same (under the If-Match of what was read), else a fork. A rewind writes the state that the
-    stream had at `position` as a new epoch. A shadow computes the state of the model that does not
-    answer.
+    stream had at `position` as a new epoch. An acknowledgement is a restore that keeps the epoch,
+    and to the histories a chunk without events. A shadow computes the state of the model that does
+    not answer.
     """
 
     kind: Literal["chunk", "delete", "copy", "rewind", "shadow"]
@@ -85,6 +86,7 @@ class Operation:
     guard: Literal["", "if-match", "epoch"] = ""
     source: int = 0
     starts_over: bool = False  # a chunk that begins from the zero state, in a new epoch
+    acknowledges: bool = False  # a copy that is an acknowledgement
     client: int = 0
     index: int = 0
 
