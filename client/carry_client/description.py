@@ -41,12 +41,14 @@ class Output(NamedTuple):
         shape: of one step.
         is_per_chunk: one value for the whole chunk, instead of one for each step.
         labels: names along the last axis, such as levels or categories; may be empty.
+        categories: by code those that the values name; empty if the values are numbers.
     """
 
     name: str
     shape: tuple[int, ...]
     is_per_chunk: bool
     labels: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
 
     def column_names(self) -> list[str]:
         """A name for each number of a step: `delay[0.5]` by its label, `x[1]` by its place.
@@ -103,9 +105,14 @@ class ModelDescription:
         column = 0
         for output in self.outputs:
             try:
-                values = np.asarray(outputs[output.name], np.float32)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"output {output.name!r}: expected numbers") from error
+                values = np.asarray(outputs[output.name])
+                if output.categories:
+                    codes = {name: code for code, name in enumerate(output.categories)}
+                    values = np.vectorize(codes.__getitem__, otypes="f")(values)
+                values = values.astype(np.float32)
+            except (KeyError, TypeError, ValueError) as error:
+                kind = "known categories" if output.categories else "numbers"
+                raise ValueError(f"output {output.name!r}: expected {kind}") from error
             shape = output.shape if output.is_per_chunk else (steps, *output.shape)
             if values.shape != shape:
                 raise ValueError(
@@ -122,12 +129,14 @@ def read_description(description: object) -> ModelDescription:
     """The description out of its document; ValueError if it is invalid."""
     document: Any = description
     try:
-        labels = {
-            column["field"]: tuple(
-                label for label in column["labels"] if label not in _RESERVED_LABELS
-            )
+        categories = {
+            column["field"]: tuple(column["labels"])
             for column in document["columns"]
             if column.get("labels")
+        }
+        labels = {
+            name: tuple(label for label in known if label not in _RESERVED_LABELS)
+            for name, known in categories.items()
         }
         limits = document["limits"]
         return ModelDescription(
@@ -142,6 +151,7 @@ def read_description(description: object) -> ModelDescription:
                     tuple(output["shape"]),
                     output["per"] == "chunk",
                     tuple(output.get("labels", ())),
+                    categories.get(output.get("categories_of"), ()),
                 )
                 for name, output in document["outputs"].items()
             ),

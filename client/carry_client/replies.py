@@ -55,14 +55,15 @@ class Prediction(Table):
 
     Attributes:
         outputs: by name, float32 [T, ...], one row an event; [...] of the last event alone with
-            `return_sequences=False`, and of an output that the model has once for a whole chunk.
+            `return_sequences=False`, and of an output that the model has once for a whole chunk;
+            strings for an output of categories.
         state: the state after the last event, with `return_state=True`.
         attention: with `return_attention=True`, by layer the weight of each step, float32 [T].
         first_position: the position of the first row's event.
         state_token: of a predicted sequence with `return_state_token=True`, its last state, signed.
     """
 
-    outputs: dict[str, FloatArray]
+    outputs: dict[str, NDArray[Any]]
     state: dict[str, Column] | None
     attention: dict[str, FloatArray] | None
     first_position: int
@@ -77,7 +78,8 @@ class Prediction(Table):
         return 1
 
     def to_columns(self) -> dict[str, Column]:
-        """`position` int64 [T], the outputs float32 [T]; one that holds once is repeated."""
+        """`position` int64 [T], the outputs float32 or strings [T]; one that holds once is
+        repeated."""
         rows = len(self)
         columns: dict[str, Column] = {"position": self.first_position + np.arange(rows)}
         for output in self.layout:
@@ -445,9 +447,10 @@ def unreadable(error: Exception, document: object) -> Problem:
     return Problem(200, "unreadable_reply", detail)
 
 
-def _read_output(output: Output, values: Any) -> FloatArray:
-    """float32 [T, ...], or [...] without a time axis; None stands for no step at all."""
-    array = np.asarray([] if values is None else values, np.float32)
+def _read_output(output: Output, values: Any) -> NDArray[Any]:
+    """float32 or names [T, ...], or [...] without a time axis; None stands for no step at all."""
+    kind = np.str_ if output.categories else np.float32
+    array = np.asarray([] if values is None else values, kind)
     if array.size == 0:
         return array.reshape(0, *output.shape)
     axes = array.ndim - len(output.shape)

@@ -29,10 +29,10 @@ from models.errors import SpecError
 from models.networks.cells import recurrent_layer
 from models.networks.heads import (
     Tensor,
-    anomaly_forecast,
     build_head,
     head_output,
     last_observed,
+    last_valid,
     mean_losses,
 )
 from models.networks.initial_weights import draw_weights
@@ -47,7 +47,7 @@ from models.networks.layers import (
     run_forward,
 )
 from models.spec.decoder import LAST, add_decoder_prefix
-from models.spec.heads import AnomalyHead
+from models.spec.heads import has_surprise, scores_events
 from models.spec.layers import (
     FEATURES,
     ActivationLayer,
@@ -198,6 +198,9 @@ class StepNetwork:
         outputs = []
         for head in self.spec.heads:
             forecast = self._part(state, f"{head.name}.forecast")
+            dense = self._heads[head.name]
+            if has_surprise(head) and dense is not None:
+                forecast = dense(forecast)
             outputs.append(head_output(self.spec, head, result.raw[head.name], rows, forecast))
         outputs.extend(weights[..., tf.newaxis] for weights in result.attention.values())
         return tf.concat(outputs, axis=-1), result.state
@@ -260,9 +263,10 @@ class StepNetwork:
             dense = self._heads[head.name]
             value = values[head.input]
             raw[head.name] = value if dense is None else dense(value)
-            if isinstance(head, AnomalyHead):
+            if scores_events(head):
                 name = f"{head.name}.forecast"
-                parts[name] = anomaly_forecast(raw[head.name], lengths, self._part(state, name))
+                kept = value if has_surprise(head) else raw[head.name]
+                parts[name] = last_valid(kept, lengths, self._part(state, name))
         if self.spec.decoder is not None:
             parts[LAST] = last_observed(self.spec, rows, mask, self._part(state, LAST))
         after = tf.concat([parts[name] for name in self._float_parts], axis=-1)

@@ -16,7 +16,9 @@ Equations, with y a head's raw values, z an encoded (standardised) value, u = so
 
     forecast        q_1 = y_1, q_k = q_(k-1) + u(y_k);  output = inverse(q * std + mean), with mean
                     and std of the field or, with `normalisation`, of the stream as of the step
-    classification  softmax(y), or sigmoid(y) for a boolean or `value > above`
+    classification  softmax(y), or sigmoid(y) for a boolean or `value > above`; with `top` the
+                    largest k of softmax(y), their codes, and -log softmax(y)[code] of the event
+                    under the y before it, in nats
     label           softmax(y), or sigmoid(y) if there are no `classes`
     anomaly         sum over targets of -log p(event), in nats:
                       numeric      log sqrt(2 pi) + s + d^2 / 2,  d = (z - y_1) exp(-s),
@@ -59,7 +61,7 @@ from models.spec.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.spec.layout import anomaly_width, event_field, gives_parameters
+from models.spec.layout import anomaly_width, event_field, gives_parameters, target_categories
 from models.spec.model import ModelSpec, schema_of
 
 Tensor: TypeAlias = Any
@@ -74,7 +76,8 @@ def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast
         head: one of its heads.
         raw: float32 [B, T, U], its raw values.
         rows: float32 [B, T, F], the encoded rows.
-        forecast: float32 [B, P], an anomaly head's state part; not read for other heads.
+        forecast: float32 [B, P], the raw values before the chunk of a head that scores events;
+            not read for other heads.
 
     Returns:
         float32 [B, T, size].
@@ -84,6 +87,8 @@ def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast
             return raw
         case ForecastHead():
             return _in_units(spec, head, forecast_standardised(head, raw), rows)
+        case ClassificationHead() if head.top is not None:
+            return _top_categories(spec, head, raw, rows, forecast)
         case ClassificationHead():
             if isinstance(event_field(spec, head.target), CategoricalField):
                 return tf.nn.softmax(raw)
@@ -97,19 +102,31 @@ def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast
             return tf.concat([nats, before], axis=-1) if gives_parameters(spec, head) else nats
 
 
-def anomaly_forecast(raw: Tensor, lengths: Tensor, forecast: Tensor) -> Tensor:
-    """The state part after the chunk: the raw values at the last valid step.
+def _top_categories(
+    spec: ModelSpec, head: ClassificationHead, raw: Tensor, rows: Tensor, forecast: Tensor
+) -> Tensor:
+    """Probabilities and codes of the most probable categories, and the surprise of the event."""
+    field = target_categories(spec, head)
+    logits, codes = tf.math.top_k(raw, min(head.top or 1, field.codes))
+    probabilities = tf.exp(logits - tf.reduce_logsumexp(raw, axis=-1, keepdims=True))
+    before = tf.concat([forecast[:, tf.newaxis, :], raw[:, :-1, :]], axis=1)
+    nats = field_nats(field, before, _value(spec, head.target, rows))[..., tf.newaxis]
+    return tf.concat([probabilities, tf.cast(codes, tf.float32), nats], axis=-1)
+
+
+def last_valid(values: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
+    """The state part after the chunk: the values at the last valid step.
 
     Args:
-        raw: float32 [B, T, P].
-        lengths: int32 [B]; a row of length 0 keeps its forecast.
-        forecast: float32 [B, P], the part before the chunk.
+        values: float32 [B, T, P], raw values or what a head reads.
+        lengths: int32 [B]; a row of length 0 keeps its part.
+        before: float32 [B, P], the part before the chunk.
 
     Returns:
         float32 [B, P].
     """
-    last = tf.gather(raw, tf.maximum(lengths - 1, 0), axis=1, batch_dims=1)
-    return tf.where((lengths > 0)[:, tf.newaxis], last, forecast)
+    last = tf.gather(values, tf.maximum(lengths - 1, 0), axis=1, batch_dims=1)
+    return tf.where((lengths > 0)[:, tf.newaxis], last, before)
 
 
 def forecast_standardised(head: ForecastHead, raw: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ from models.onnx.normalization import (
     unit_normalization,
 )
 from models.spec.decoder import LAST
-from models.spec.heads import AnomalyHead
+from models.spec.heads import scores_events
 from models.spec.layers import (
     EMPTY_MAXIMUM,
     FEATURES,
@@ -445,7 +445,7 @@ class _Step:
     def _heads(self, values: Mapping[str, Value], rows: Value) -> Value:
         nodes, outputs = self.nodes, []
         last = ""
-        if any(isinstance(head, AnomalyHead) for head in self._spec.heads):
+        if any(map(scores_events, self._spec.heads)):
             step = nodes.add("Cast", LENGTHS, to=DataType.INT64)
             step = nodes.add("Sub", step, nodes.integers(1))
             last = nodes.add("Unsqueeze", step, nodes.integers(0, 2))

@@ -23,7 +23,7 @@ from models.events.schema import (
     NumericField,
 )
 from models.onnx.cells import activation
-from models.onnx.messages import DataType, Nodes, Value
+from models.onnx.messages import MOST, DataType, Nodes, Value
 from models.spec.heads import (
     DEVIATION_LIMIT,
     EXPONENT_LIMIT,
@@ -35,8 +35,9 @@ from models.spec.heads import (
     Head,
     LabelHead,
     SequenceHead,
+    has_surprise,
 )
-from models.spec.layout import anomaly_width, event_field, gives_parameters
+from models.spec.layout import anomaly_width, event_field, gives_parameters, target_categories
 from models.spec.model import ModelSpec, schema_of
 
 
@@ -55,14 +56,16 @@ def head_output(
         weights: the model's, by name.
         x: float32 [T, B, in], the sequence of the layer that the head reads.
         rows: float32 [T, B, F], the encoded rows.
-        state: an anomaly head's part [1, B, P], and each row's last valid step, int64
-            [1, B, 1]; not read for other heads.
+        state: the part [1, B, P] of a head that scores events, and each row's last valid step,
+            int64 [1, B, 1]; not read for other heads.
 
     Returns:
-        Outputs [T, B, size], and an anomaly head's part after the chunk.
+        Outputs [T, B, size], and the part of a head that scores events after the chunk.
     """
     if isinstance(head, SequenceHead):
         return x, None
+    if has_surprise(head):
+        return _top_categories(nodes, spec, head, weights, x, rows, state)
     raw = dense(nodes, weights, f"heads.{head.name}", x)
     match head:
         case DenseHead():
@@ -77,12 +80,49 @@ def head_output(
         case AnomalyHead():
             part, last = state
             before = nodes.concat([part, nodes.part(raw, 0, -1, axis=0)], axis=0)
-            index = nodes.add("Expand", last, nodes.add("Shape", part))
-            after = nodes.add("GatherElements", raw, index, axis=0)
+            after = _last_valid(nodes, raw, part, last)
             nats = _nats(nodes, spec, head, before, rows)
             if gives_parameters(spec, head):
                 nats = nodes.concat([nats, before], axis=2)
             return nats, after
+
+
+def _last_valid(nodes: Nodes, values: Value, part: Value, last: Value) -> Value:
+    """The values [T, B, P] at each row's last valid step, as the part [1, B, P]."""
+    index = nodes.add("Expand", last, nodes.add("Shape", part))
+    return nodes.add("GatherElements", values, index, axis=0)
+
+
+def _top_categories(
+    nodes: Nodes,
+    spec: ModelSpec,
+    head: ClassificationHead,
+    weights: Mapping[str, NDArray[np.float32]],
+    x: Value,
+    rows: Value,
+    state: tuple[Value, Value],
+) -> tuple[Value, Value]:
+    """Probabilities and codes of the most probable categories, and the surprise of the event.
+
+    The forecast before the chunk is computed from its part as one further step.
+    """
+    part, last = state
+    field = target_categories(spec, head)
+    raw = dense(nodes, weights, f"heads.{head.name}", nodes.concat([part, x], axis=0))
+    logs = nodes.add("LogSoftmax", raw, axis=-1)
+    index = schema_of(spec).column_index[field.name]
+    code = _codes(nodes, nodes.part(rows, index, index + 1, axis=2))
+    nats = nodes.add("Neg", nodes.add("GatherElements", logs, code, axis=2))
+    size = nodes.integers(min(head.top or 1, field.codes))
+    best, codes = nodes.add_many("TopK", logs, size, count=2, axis=2)
+    probabilities, codes = (nodes.part(each, 1, MOST, axis=0) for each in (best, codes))
+    probabilities = nodes.add("Exp", probabilities)
+    codes = nodes.add("Cast", codes, to=DataType.FLOAT32)
+    return nodes.concat([probabilities, codes, nats], axis=2), _last_valid(nodes, x, part, last)
+
+
+def _codes(nodes: Nodes, column: Value) -> Value:
+    return nodes.add("Cast", nodes.add("Round", column), to=DataType.INT64)
 
 
 def dense(nodes: Nodes, weights: Mapping[str, NDArray[np.float32]], name: str, x: Value) -> Value:
@@ -158,9 +198,8 @@ def _field_nats(nodes: Nodes, field: EventField, parameters: Value, value: Value
             constant = nodes.add("Add", log_deviation, nodes.number(0.5 * log(2 * pi)))
             return nodes.add("Add", constant, half)
         case CategoricalField():
-            code = nodes.add("Cast", nodes.add("Round", value), to=DataType.INT64)
             logs = nodes.add("LogSoftmax", parameters, axis=-1)
-            return nodes.add("Neg", nodes.add("GatherElements", logs, code, axis=2))
+            return nodes.add("Neg", nodes.add("GatherElements", logs, _codes(nodes, value), axis=2))
         case BooleanField():
             return nodes.add(
                 "Sub", nodes.add("Softplus", parameters), nodes.add("Mul", value, parameters)

@@ -6,7 +6,7 @@ and, for the steps of a decoder, `models.decoding.forecasts`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeGuard
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ LOG_DEVIATION_LIMIT = 7.0
 """Bound of the absolute log deviation of a Gaussian: deviations of 0.0009 to 1,097."""
 DEVIATION_LIMIT = 1e18
 """Bound of (z - mean) / deviation, so that 256 squares still sum to a finite float32."""
+MAX_ALL = 256
+"""The largest vocabulary all of whose probabilities are an output by default."""
+DEFAULT_TOP = 10
 EXPONENT_LIMIT = 88.0
 """Bound of the argument when `signed_log1p` is inverted: exp(88) is a float32, exp(89) is not."""
 
@@ -74,11 +77,19 @@ class ClassificationHead(_Head):
 
     `target` is a categorical field (one probability per code), a boolean field, or a numeric
     field with `above`, for the probability of value > above.
+
+    With `top`, for categorical fields of many categories, the outputs are the `top` most probable
+    ones instead of all, and the surprise of the event itself: -log p in nats, with p as of the
+    event before. What the head reads at a chunk's last event is part of the state; a stream's first
+    event is scored as after zeros. Fitting sets `top` for a vocabulary of more than `MAX_ALL`.
     """
+
+    later_options = frozenset({"top"})
 
     kind: Literal["classification"] = "classification"
     target: str
     above: float | None = None
+    top: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
 class LabelHead(_Head):
@@ -118,6 +129,21 @@ class AnomalyHead(_Head):
 
     kind: Literal["anomaly"] = "anomaly"
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def has_surprise(head: _Head) -> TypeGuard[ClassificationHead]:
+    """Whether a head gives the most probable categories and the surprise of each event."""
+    return isinstance(head, ClassificationHead) and head.top is not None
+
+
+def scores_events(head: _Head) -> bool:
+    """Whether a head scores each event by a forecast from before it, which the state keeps."""
+    return isinstance(head, AnomalyHead) or has_surprise(head)
+
+
+def nats_output(head: _Head) -> str:
+    """The output with each event's -log p, of a head that scores events."""
+    return f"{head.name}.surprise" if has_surprise(head) else head.name
 
 
 Head = Annotated[

@@ -37,6 +37,8 @@ from models.spec.heads import (
     Head,
     LabelHead,
     SequenceHead,
+    has_surprise,
+    scores_events,
 )
 from models.spec.layers import (
     FEATURES,
@@ -64,12 +66,14 @@ class Output:
         labels: names along the last axis, if it has any (classes, quantiles).
         per: `step` (one value per event) or `chunk` (one for the whole chunk, repeated in the
             packed row of every step).
+        categories_of: the categorical field whose codes the values are, if they are codes.
     """
 
     name: str
     shape: tuple[int, ...]
     labels: tuple[str, ...] = ()
     per: Literal["step", "chunk", "block"] = "step"
+    categories_of: str = ""
 
     @property
     def size(self) -> int:
@@ -196,9 +200,9 @@ def network_state(spec: ModelSpec) -> StateSpec:
         if not (spec.blocks is not None and part.startswith("backward."))
     ]
     parts.extend(
-        StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
+        StatePart(f"{head.name}.forecast", (_forecast_size(spec, head, widths),), "float32")
         for head in spec.heads
-        if isinstance(head, AnomalyHead)
+        if scores_events(head)
     )
     if spec.decoder is not None:
         parts.append(StatePart(LAST, (len(spec.decoder.targets),), "float32"))
@@ -229,9 +233,13 @@ def network_outputs(spec: ModelSpec) -> OutputSpec:
     outputs = []
     for head in spec.heads:
         output = _output(spec, head, widths)
-        if head.input in constant and not isinstance(head, AnomalyHead):
+        if head.input in constant and not scores_events(head):
             output = replace(output, per="chunk")
         outputs.append(output)
+        if has_surprise(head):
+            name = f"{head.name}.category"
+            outputs.append(Output(name, output.shape, categories_of=head.target))
+            outputs.append(Output(f"{head.name}.surprise", ()))
         if isinstance(head, AnomalyHead) and gives_parameters(spec, head):
             outputs.append(Output(_parameters_of(head), (anomaly_size(spec, head),)))
     return OutputSpec(
@@ -265,6 +273,8 @@ def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:
             return Output(head.name, (len(head.targets), len(head.quantiles)), labels)
         case ForecastHead():
             return Output(head.name, (len(head.targets),), head.targets)
+        case ClassificationHead() if head.top is not None:
+            return Output(head.name, (min(head.top, target_categories(spec, head).codes),))
         case ClassificationHead():
             field = event_field(spec, head.target)
             if isinstance(field, CategoricalField):
@@ -281,6 +291,32 @@ def event_field(spec: ModelSpec, name: str) -> EventField:
     if spec.events is None:
         raise KeyError(name)
     return spec.events.field(name)
+
+
+def _forecast_size(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> int:
+    """Values that a head's forecast of the next event is computed from: its parameters, or what the
+    head reads, of which there is less if the categories are many."""
+    return anomaly_size(spec, head) if isinstance(head, AnomalyHead) else widths[head.input]
+
+
+def target_categories(spec: ModelSpec, head: ClassificationHead) -> CategoricalField:
+    """The categorical target of a head.
+
+    Raises:
+        SpecError: it is of another kind.
+    """
+    field = event_field(spec, head.target)
+    if not isinstance(field, CategoricalField):
+        raise SpecError(f"head {head.name!r}: expected a categorical target, got {field.name!r}")
+    return field
+
+
+def category_names(spec: ModelSpec, output: Output) -> NDArray[np.str_]:
+    """The names by code of an output whose values are codes."""
+    field = event_field(spec, output.categories_of)
+    if not isinstance(field, CategoricalField):
+        raise SpecError(f"output {output.name!r}: expected codes of a categorical field")
+    return np.array(field.labels)
 
 
 def anomaly_size(spec: ModelSpec, head: AnomalyHead) -> int:

@@ -50,6 +50,7 @@ from models.spec.heads import (
     Head,
     LabelHead,
     SequenceHead,
+    scores_events,
 )
 from models.spec.history import HistorySpec
 from models.spec.layers import (
@@ -214,7 +215,7 @@ class ModelSpec(Frozen):
                         f"{head.input!r}, got {list(head.shape)}"
                     )
             self._check_targets(head)
-            if isinstance(head, AnomalyHead) and head.input in non_causal_layers(self.layers):
+            if scores_events(head) and head.input in non_causal_layers(self.layers):
                 raise ValueError(
                     f"head {head.name!r} scores events by forecasts made before them, but "
                     f"{head.input!r} depends on later events of the chunk; expected a causal layer"
@@ -297,10 +298,10 @@ class ModelSpec(Frozen):
                     "whose layers carry their own states from block to block"
                 )
         for head in self.heads:
-            if isinstance(head, AnomalyHead):
+            if scores_events(head):
                 raise ValueError(
-                    f"head {head.name!r}: an anomaly head scores an event by a forecast from "
-                    "before it, but a network with `blocks` depends on later events"
+                    f"head {head.name!r} scores an event by a forecast from before it, but a "
+                    "network with `blocks` depends on later events"
                 )
 
     def _check_chunk_limit(self) -> None:
@@ -368,7 +369,7 @@ class ModelSpec(Frozen):
                 allowed_kinds = dict.fromkeys(head.targets, ("numeric",))
             case ClassificationHead():
                 kinds = ("categorical", "boolean") if head.above is None else ("numeric",)
-                allowed_kinds = {head.target: kinds}
+                allowed_kinds = {head.target: ("categorical",) if head.top else kinds}
             case AnomalyHead():
                 allowed_kinds = dict.fromkeys(head.targets, ("numeric", "categorical", "boolean"))
             case LabelHead() if self.events is not None:

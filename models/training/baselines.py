@@ -9,7 +9,8 @@ scored.
 The two plain ones become probabilities through isotonic regression, quantiles through the
 quantiles of their training errors, and densities through a Gaussian of their training
 errors. An anomaly's categorical and boolean targets have their training frequencies in all
-three baselines. Those of labels are in `models.training.label_baselines`.
+three baselines. Those of labels are in `models.training.label_baselines`. A head with `top` has
+n-grams instead: of one event as the last value, and of the best order.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ from models.spec.heads import (
     ForecastHead,
     Head,
     LabelHead,
+    has_surprise,
 )
-from models.spec.layout import event_field
+from models.spec.layout import event_field, target_categories
 from models.spec.model import ModelSpec
 from models.training.label_baselines import for_all_classes, label_baselines, label_trees
+from models.training.ngrams import Ngrams
 from models.training.table import Baseline, Table, gaussian_nats
 from models.training.trees import OutOfTimeError, TimeBudget
 
@@ -52,6 +55,9 @@ MAX_TREE_CLASSES = 16
 """Boosted trees fit a set of trees per class: beyond this many they are left out."""
 
 LAST, RUNNING, TREES = "last value", "running mean", "boosted trees"
+NGRAMS = "n-grams"
+ORDERS = (2, 3, 4, 6, 8, 12)
+DISCOUNTS = (0.7, 0.9)
 
 
 def baselines_of(
@@ -77,6 +83,8 @@ def _plain_baselines(table: Table, head: Head) -> list[Baseline]:
     match head:
         case ClassificationHead() if is_binary(table.spec, head):
             return _binary(table, head)
+        case ClassificationHead() if has_surprise(head):
+            return _ngrams(table, head)
         case ClassificationHead():
             return _classes(table, head)
         case ForecastHead() | DenseHead():
@@ -198,11 +206,46 @@ def _classes(table: Table, head: ClassificationHead) -> list[Baseline]:
     return baselines
 
 
+def _ngrams(table: Table, head: ClassificationHead) -> list[Baseline]:
+    """The categories that followed the last one, and those that followed longer histories."""
+    codes = _everywhere(table, head).astype(np.int64)
+    spans = table.streams.sessions
+    is_trained = np.zeros(len(codes), np.bool_)
+    is_trained[table.train] = True
+    starts = np.array([start for start, _ in spans])
+    is_trained[starts] = is_trained[np.minimum(starts + 1, len(codes) - 1)]
+    sequences = [codes[start:stop] for start, stop in spans]
+    trained = [
+        own[is_trained[start:stop]] for own, (start, stop) in zip(sequences, spans, strict=True)
+    ]
+    count = target_categories(table.spec, head).codes
+
+    def losses(order: int, discount: float, at: NDArray[np.int64]) -> Floats:
+        ngrams = Ngrams(trained, count, order, discount)
+        own = np.full(len(codes), np.nan)
+        for index in set((np.searchsorted(starts, at, side="right") - 1).tolist()):
+            start, stop = spans[index]
+            own[start:stop] = ngrams.losses(sequences[index])
+        return own[at]
+
+    def choose(name: str, orders: tuple[int, ...]) -> Baseline:
+        tried = [
+            (float(losses(order, discount, table.validate).mean()), order, discount)
+            for order in orders
+            for discount in DISCOUNTS
+        ]
+        loss, order, discount = min(tried)
+        settings = {"order": order, "discount": discount, "validation": loss}
+        return Baseline(name, Scored({"log_loss": losses(order, discount, table.test)}), settings)
+
+    return [choose(LAST, (1,)), choose(NGRAMS, ORDERS)]
+
+
 def _classes_trees(table: Table, head: ClassificationHead, budget: TimeBudget) -> list[Baseline]:
     """One baseline, or none if there are too many classes."""
     field = event_field(table.spec, head.target)
     count = field.codes if isinstance(field, CategoricalField) else 2
-    if count > MAX_TREE_CLASSES:
+    if count > MAX_TREE_CLASSES or has_surprise(head):
         return []
     truth = _everywhere(table, head)
     model = table.tune_trees("log_loss", truth, budget)

@@ -121,6 +121,8 @@ def _measure(
     by_output: dict[str, dict[str, Any]] = {}
     curves: dict[str, Any] = {}
     for output in output_spec(spec).outputs:
+        if output.categories_of:
+            continue  # the next most probable category has another code at any distance
         columns = output_spec(spec).slices[output.name]
         unit = _unit(spec, output)
         windowed, true = (

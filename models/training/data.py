@@ -39,11 +39,12 @@ from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame, resolve_forms
 from models.events.parse import TRUTH
 from models.events.schema import (
+    CategoricalField,
     EventSchema,
     NumericField,
     TimestampField,
 )
-from models.spec.heads import LabelHead
+from models.spec.heads import DEFAULT_TOP, MAX_ALL, ClassificationHead, LabelHead
 from models.spec.model import ModelSpec, schema_of
 from models.spec.resets import find_resets, segments_of
 from models.spec.training import ResolvedTraining, TrainingSpec
@@ -299,6 +300,8 @@ def moment_text(schema: EventSchema, moment: Any) -> str:
 def fitted_spec(spec: ModelSpec, streams: Streams, before: int) -> ModelSpec:
     """The spec with its schema fitted on the events before a key of the split, and on no others.
 
+    A classification head with a large vocabulary gets the most probable categories as outputs.
+
     Raises:
         DataError: there are no such events.
     """
@@ -310,7 +313,18 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before: int) -> ModelSpec:
     # the rows are already in the order of streams and times
     resolved = resolve_forms(schema_of(spec), streams.frame)
     schema = fit_schema(resolved, training_frame, stream=training.stream, resets=spec.resets)
-    return spec.model_copy(update={"events": schema})
+    large = {
+        field.name
+        for field in schema.fields
+        if isinstance(field, CategoricalField) and len(field.vocabulary or ()) > MAX_ALL
+    }
+    heads = [
+        head.model_copy(update={"top": head.top or DEFAULT_TOP})
+        if isinstance(head, ClassificationHead) and head.target in large
+        else head
+        for head in spec.heads
+    ]
+    return spec.model_copy(update={"events": schema, "heads": tuple(heads)})
 
 
 def _order(schema: EventSchema, name: str, columns: EventColumns, frame: pl.DataFrame) -> pl.Series:

@@ -46,7 +46,7 @@ from models.training.data import (
     streams_of,
     training_of,
 )
-from models.training.scores import add_scaled, score_outputs, stream_scales
+from models.training.scores import add_scaled, score_outputs, stream_scales, values_of
 
 DETECTION_STEPS = 256
 MS_PER_DAY = 86_400_000
@@ -373,7 +373,7 @@ def score_heads(
         if not has_targets(head):
             continue
         at = target_rows(head, streams, labels, from_key)
-        output = outputs_by_head[head.name]
+        output = values_of(head, outputs_by_head)
         scored = score_outputs(spec, head, output, streams.columns, labels, at, scales)
         scored = add_scaled(spec, head, scored, scales, at)
         if scored.has_losses:

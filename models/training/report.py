@@ -61,6 +61,7 @@ from models.training.scores import (
     score_cell,
     score_outputs,
     stream_scales,
+    values_of,
 )
 from models.training.table import Baseline, Table
 from models.training.trees import Note, TimeBudget
@@ -191,7 +192,7 @@ def make_report(
             columns = streams.columns
             return score_outputs(spec, head, values, columns, labels, table.test, scales)
 
-        scored = score(outputs[head.name])
+        scored = score(values_of(head, outputs))
         if not scored.has_losses:
             remarks.append(f"{head.name} is not scored: none of its targets {test_range}")
             continue
@@ -209,7 +210,7 @@ def make_report(
         if further is not None:
             baselines += further(table, head)
         if whole_outputs is not None:
-            baselines.insert(0, Baseline(WHOLE, score(whole_outputs[head.name]), {}))
+            baselines.insert(0, Baseline(WHOLE, score(values_of(head, whole_outputs)), {}))
         scored = add_scaled(spec, head, scored, scales, table.test)
         baselines = [
             replace(each, scored=add_scaled(spec, head, each.scored, scales, table.test))

@@ -4,7 +4,8 @@ Every head is scored on the events that it predicts, each seen from the event be
 stream; a stream's first event is nobody's target. A label head labels the event itself.
 Lower is better in every loss, and only the area under the ROC curve (AUC) is better when larger.
 
-    classification  `log_loss` (nats), `brier`; AUC if there are two classes
+    classification  `log_loss` (nats), `brier`; AUC if there are two classes; with `top` k
+                    `log_loss`, `error` (was not the most probable category) and `top_k_error`
     label           the same
     forecast        `pinball`, the mean over quantiles of max(q e, (q - 1) e), and `mae` of the
                     median or point, both in the fields' own units; `pinball` needs quantiles
@@ -36,11 +37,19 @@ from models.decoding.losses import (
     score_classes,
     score_forecast,
     score_predictions,
+    truth_of,
 )
 from models.events.calendar import zone_table
 from models.events.columns import EventColumns
 from models.events.schema import NumericField
-from models.spec.heads import AnomalyHead, Head, LabelHead
+from models.spec.heads import (
+    AnomalyHead,
+    ClassificationHead,
+    Head,
+    LabelHead,
+    has_surprise,
+    nats_output,
+)
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Labels, Streams
@@ -65,7 +74,7 @@ def score_outputs(
     """Score one head of a model.
 
     Args:
-        output: [rows, ...], the head's output at every row.
+        output: [rows, ...], the head's output at every row, as `values_of` gives it.
         columns: the events of all rows.
         labels: of all rows.
         at: int64 [n], the events predicted or labelled; each has its label if the head is a label
@@ -77,9 +86,37 @@ def score_outputs(
         for name in scales.keys() & set(head.targets):
             nats += np.where(columns.present[name][at], np.log(scales[name][at]), 0.0)
         return Scored({"nll": nats})
+    if has_surprise(head):
+        return _score_top(spec, head, output, columns, at)
     if isinstance(head, LabelHead):
         return score_label(head, np.asarray(output[at], np.float64), labels[head.name][at])
     return score_predictions(spec, head, output[at - 1], columns, at)
+
+
+def values_of(head: Head, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """A head's output out of all, [rows, ...]; its three outputs side by side with `top`."""
+    if not has_surprise(head):
+        return outputs[head.name]
+    codes, nats = outputs[f"{head.name}.category"], outputs[nats_output(head)]
+    return np.concatenate([outputs[head.name], codes, nats[:, np.newaxis]], axis=1)
+
+
+def _score_top(
+    spec: ModelSpec,
+    head: ClassificationHead,
+    output: NDArray[Any],
+    columns: EventColumns,
+    at: NDArray[np.int64],
+) -> Scored:
+    size = output.shape[1] // 2
+    is_true = output[at - 1, size : 2 * size] == truth_of(spec, head, columns, at)[:, np.newaxis]
+    losses = {
+        "log_loss": np.asarray(output[at, -1], np.float64),
+        "error": np.asarray(~is_true[:, 0], np.float64),
+    }
+    if size > 1:
+        losses[f"top_{size}_error"] = np.asarray(~is_true.any(axis=1), np.float64)
+    return Scored(losses)
 
 
 def stream_scales(spec: ModelSpec, streams: Streams) -> dict[str, Floats]:

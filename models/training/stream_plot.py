@@ -33,10 +33,12 @@ from models.events.schema import NumericField
 from models.spec.detection import ALARM_STATES
 from models.spec.heads import (
     LOG_DEVIATION_LIMIT,
-    AnomalyHead,
     ClassificationHead,
     ForecastHead,
+    Head,
     LabelHead,
+    nats_output,
+    scores_events,
 )
 from models.spec.layout import (
     anomaly_width,
@@ -179,8 +181,12 @@ def _figure(
     numeric = [field.name for field in schema_of(spec).fields if isinstance(field, NumericField)]
     fields = [name for name in numeric if name in forecasts] or numeric
     fields = fields[:MAX_FIELDS]
-    scores = [head for head in spec.heads if isinstance(head, AnomalyHead)]
-    classes = [h for h in spec.heads if isinstance(h, (ClassificationHead, LabelHead))]
+    scores = [head for head in spec.heads if scores_events(head)]
+    classes = [
+        head
+        for head in spec.heads
+        if isinstance(head, (ClassificationHead, LabelHead)) and head not in scores
+    ]
     count = len(fields) + len(scores) + len(classes)
     figure = Figure(figsize=(10, 0.6 + 1.9 * count), layout="constrained")
     panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0].tolist()
@@ -306,15 +312,16 @@ def _draw_values(
 def _draw_score(
     axes: Axes,
     spec: ModelSpec,
-    head: AnomalyHead,
+    head: Head,
     times: NDArray[Any],
     outputs: Mapping[str, NDArray[np.float32]],
     shown: NDArray[np.bool_],
 ) -> None:
     detection = spec.detection
     if detection is None or detection.head != head.name or detection.fit is None:
-        axes.plot(times, outputs[head.name][shown], color="black", lw=0.8)
-        axes.set_ylabel(f"{head.name}, nats")
+        name = nats_output(head)
+        axes.plot(times, outputs[name][shown], color="black", lw=0.8)
+        axes.set_ylabel(f"{name}, nats")
         return
     probability = outputs[f"{head.name}.probability"][shown]
     axes.plot(times, np.maximum(probability, SMALLEST_PROBABILITY), color="black", lw=0.8)

@@ -26,7 +26,7 @@ from models.errors import DataError
 from models.events.columns import Block, EventColumns, block_of
 from models.offline.runner import NO_MARKS, EventTable, Runner, StreamStates, TableResult
 from models.offline.steps import open_step
-from models.spec.layout import output_spec
+from models.spec.layout import category_names, output_spec
 from models.spec.model import schema_of
 from models.spec.state import FloatArray, IntArray, State
 from service.backfill.heads import HeadCutter, load_heads
@@ -108,7 +108,8 @@ def output_types(job: Job) -> dict[str, Any]:
         types["time"] = pl.Datetime("ms", "UTC")
     types["position"] = pl.Int64
     for output in output_spec(job.spec).outputs:
-        types.update(dict.fromkeys(output.column_names(), pl.Float32))
+        kind = pl.String if output.categories_of else pl.Float32
+        types.update(dict.fromkeys(output.column_names(), kind))
     return {**types, "file": pl.UInt32, "row": pl.UInt64}
 
 
@@ -347,8 +348,12 @@ class _BucketWriter:
             table["time"] = times.cast(pl.Datetime("ms", "UTC"))
         table["position"] = positions
         for output in self._outputs.outputs:
-            columns = self._outputs.by_name(packed)[output.name].reshape(piece.height, -1)
-            table.update(zip(output.column_names(), map(pl.Series, columns.T), strict=True))
+            columns = self._outputs.by_name(packed)[output.name].reshape(piece.height, -1).T
+            series = list(map(pl.Series, columns))
+            if output.categories_of:
+                names = category_names(self._job.spec, output)
+                series = [pl.Series(names[column.astype(np.intp)]) for column in columns]
+            table.update(zip(output.column_names(), series, strict=True))
         return pl.DataFrame({**table, "file": piece["file"], "row": piece["row"]})
 
 

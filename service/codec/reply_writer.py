@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
+from models.spec.layout import category_names
 from models.spec.state import State
 from service.codec import reply_types
 from service.codec.media import Media
@@ -85,6 +86,11 @@ class ReplyWriter:
         is_usual = one_axis and outputs[0].per == "step" and not artifact.outputs.attention
         self._only = outputs[0].name if is_usual else None
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
+        self._categories = {
+            output.name: category_names(artifact.spec, output)
+            for output in outputs
+            if output.categories_of
+        }
 
     def reply(self, reply: Reply, options: ReplyOptions) -> reply_types.ChunkReply:
         """The reply to a chunk."""
@@ -133,7 +139,8 @@ class ReplyWriter:
 
     def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
         """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone (None
-        if there is no step); [...] of an output that holds once for the whole chunk."""
+        if there is no step); [...] of an output that holds once for the whole chunk; names instead
+        of codes."""
         if not len(rows) and not options.return_sequences:
             # in blocks a chunk may bring no output, and so no last one
             return dict.fromkeys(self._artifact.outputs.slices)
@@ -144,7 +151,10 @@ class ReplyWriter:
         named = self._artifact.outputs.by_name(shown_rows)
         if self._once and options.return_sequences:
             named = {n: values[-1] if n in self._once else values for n, values in named.items()}
-        return _writable(named)
+        document = _writable(named)
+        for name, categories in self._categories.items():
+            document[name] = categories[document[name].astype(np.intp)].tolist()
+        return document
 
     def attention(self, rows: FloatRows) -> dict[str, Any]:
         """Attention weights of each step [T], by layer that attends over the chunk."""

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from models.decoding.losses import Floats, Scored, has_targets, score_predictions, truth_of
 from models.events.columns import EventColumns
-from models.spec.heads import AnomalyHead, ClassificationHead, ForecastHead, Head, LabelHead
+from models.spec.heads import (
+    ClassificationHead,
+    ForecastHead,
+    Head,
+    LabelHead,
+    has_surprise,
+    nats_output,
+    scores_events,
+)
 from service.core.values import FloatRows
 from service.pipeline.served_model import ServedModel
 
@@ -114,8 +122,9 @@ class Comparator:
             outputs, before, at = _align(labelled, side)
             own, predictions = map(self._outputs.by_name, (outputs, before[at]))
             for head in self._heads:
-                if isinstance(head, AnomalyHead):
-                    scored = Scored({"nll": np.asarray(own[head.name], np.float64)})
+                if scores_events(head):
+                    loss = "log_loss" if has_surprise(head) else "nll"
+                    scored = Scored({loss: np.asarray(own[nats_output(head)], np.float64)})
                 elif len(at):
                     predicted, spec = predictions[head.name], self._specs[side]
                     scored = score_predictions(spec, head, predicted, columns, at)
@@ -170,7 +179,7 @@ def _align(
 
 
 def _targets(head: Head) -> Sequence[str]:
-    if isinstance(head, AnomalyHead):
+    if scores_events(head):
         return ()
     return (head.target,) if isinstance(head, ClassificationHead) else getattr(head, "targets", ())
 

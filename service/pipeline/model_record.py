@@ -8,13 +8,17 @@ once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
+import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from models.artifact.fingerprint import version_of
+from models.spec.layout import category_names
 from service.core.errors import InvalidInput, VersionNotFound, VersionRejected
 from service.pipeline.served_model import ServedModel
 
@@ -176,6 +180,11 @@ def _interface(served: ServedModel) -> dict[str, object]:
             (each.name, tuple(each.shape), each.per, tuple(each.labels))
             for each in served.outputs.outputs
         ],
+        "categories": {
+            each.name: _digest(category_names(spec, each))
+            for each in served.outputs.outputs
+            if each.categories_of
+        },
         "attention": list(served.outputs.attention),
         "chunking": (spec.chunking, served.chunk_limit),
         "blocks": None if spec.blocks is None else (spec.blocks.size, spec.blocks.lookahead),
@@ -190,3 +199,8 @@ def _interface(served: ServedModel) -> dict[str, object]:
             [*decoder.head.quantiles],
         ),
     }
+
+
+def _digest(names: NDArray[np.str_]) -> str:
+    digest = hashlib.sha256("\0".join(names.tolist()).encode()).hexdigest()[:12]
+    return f"{len(names)} with digest {digest}"

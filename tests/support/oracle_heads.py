@@ -36,6 +36,15 @@ def head_outputs(
         return ACTIVATIONS[head.activation](raw)
     if isinstance(head, ForecastHead):
         return _forecast(spec, head, raw, row)
+    if isinstance(head, ClassificationHead) and head.top is not None:
+        name = f"{head.name}.forecast"
+        before = parts[name] @ weights[f"heads.{head.name}.kernel"]
+        before = before + weights[f"heads.{head.name}.bias"]
+        parts[name] = x
+        where = {column.name: index for index, column in enumerate(spec.columns)}
+        surprise = -np.log(softmax(before)[int(row[where[head.target]])])
+        top = np.argsort(-raw, kind="stable")[: head.top]
+        return np.array([*softmax(raw)[top], *top, surprise])
     if isinstance(head, ClassificationHead):
         return softmax(raw) if _field_kind(spec, head.target) == "categorical" else sigmoid(raw)
     if isinstance(head, LabelHead):

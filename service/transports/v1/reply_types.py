@@ -203,6 +203,8 @@ class OutputInfo(TypedDict):
     per: Literal["step", "chunk", "block"]
     labels: list[str]
     """Names along the last axis, if it has any."""
+    categories_of: NotRequired[str]
+    """The field whose categories the values are: names in documents, codes in tensors."""
 
 
 @closed

@@ -56,6 +56,8 @@ HEADS: list[dict[str, Any]] = [
     {"kind": "classification", "name": "dear", "target": "price", "above": 0.8},
     {"kind": "dense", "name": "both", "units": 2, "targets": ["size", "price"]},
     {"kind": "anomaly", "name": "odd_kind", "targets": ["kind"], "input": "first"},
+    {"kind": "classification", "name": "likely", "target": "place", "top": 2},
+    {"kind": "classification", "name": "any", "target": "kind", "top": 9, "input": "first"},
     {"kind": "sequence", "name": "hidden", "input": "first"},
     {"kind": "label", "name": "faulty"},
     {"kind": "label", "name": "phase", "classes": ["start", "run", "stop"]},
@@ -259,7 +261,8 @@ def _numpy_losses(
             add("both", huber(at["price"] - y["both"][1]))
             add("median", abs(at["price"] - y["median"][0]) / 2)
             add("dear", entropy(y["dear"][0], at["price"] > threshold))
-        add("place_next", -float(np.log(softmax(y["place_next"])[int(at["place"])])))
+        for name, field in (("place_next", "place"), ("likely", "place"), ("any", "kind")):
+            add(name, -float(np.log(softmax(y[name])[int(at[field])])))
         add("late_next", entropy(y["late_next"][0], at["late"]))
         add("odd", nats(spec, odd, y["odd"], row), 3 + prices + (not at["sold.missing"]))
         add("odd_kind", nats(spec, odd_kind, y["odd_kind"], row))

@@ -144,6 +144,10 @@ def test_columns_of_events_and_of_raw_features() -> None:
             "expected a numeric target, 'heavy' is boolean",
         ),
         (
+            changed(heads=[{"kind": "classification", "name": "h", "target": "heavy", "top": 2}]),
+            "expected a categorical target, 'heavy' is boolean",
+        ),
+        (
             changed(heads=[{"kind": "anomaly", "name": "h", "targets": ["at"]}]),
             "'at' is timestamp",
         ),

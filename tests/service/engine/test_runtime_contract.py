@@ -67,6 +67,8 @@ EVENTS: dict[str, Any] = {
         {"kind": "classification", "name": "heavy", "target": "heavy"},
         {"kind": "classification", "name": "late_load", "target": "load", "above": 4.5},
         {"kind": "anomaly", "name": "odd_gate", "targets": ["gate"], "input": "lstm_1"},
+        {"kind": "classification", "name": "likely", "target": "carrier", "top": 3},
+        {"kind": "classification", "name": "gates", "target": "gate", "top": 9, "input": "lstm_1"},
         {"kind": "dense", "name": "next", "units": 1, "targets": ["load"]},
         {"kind": "label", "name": "faulty"},
         {"kind": "label", "name": "phase", "classes": ["start", "run", "stop"]},

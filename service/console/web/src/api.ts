@@ -120,7 +120,7 @@ export interface ModelDetail extends ModelSummary {
   fingerprint: string;
   input_features: number;
   events: object | null;
-  outputs: Record<string, { shape: number[]; per: "step" | "chunk"; labels: string[] }>;
+  outputs: Record<string, { shape: number[]; per: "step" | "chunk"; labels: string[]; categories_of?: string }>;
   state: Record<string, { shape: number[]; dtype: string }>;
   chunking: string;
   blocks: { size: number; lookahead: number } | null;

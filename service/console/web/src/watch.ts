@@ -159,9 +159,10 @@ export class StreamWatch {
     const first = blocks
       ? Math.max(0, Math.floor((from - blocks.lookahead) / blocks.size) * blocks.size)
       : from;
-    for (const [name, { shape, per, labels }] of Object.entries(described)) {
+    for (const [name, { shape, per, labels, categories_of }] of Object.entries(described)) {
       const value = outputs[name];
-      if (value === undefined || value === null) continue;
+      // names of categories are no series
+      if (value === undefined || value === null || categories_of) continue;
       const track = this.outputs.get(name) ?? new Track(elements(name, shape, labels));
       this.outputs.set(name, track);
       if (per === "chunk") track.add(position - 1, [flat(value)]);

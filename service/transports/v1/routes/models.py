@@ -9,6 +9,7 @@ from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
+from models.spec.layout import Output
 from service.codec.settings import ModelLimits, RequestSettings
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.call import Call, query, reply_media
@@ -22,6 +23,7 @@ from service.transports.v1.reply_types import (
     ModelDetail,
     ModelList,
     ModelSummary,
+    OutputInfo,
 )
 
 
@@ -68,14 +70,7 @@ def detail(served: ServedModel, limits: RequestSettings) -> ModelDetail:
         "input_features": served.input_features,
         "columns": [_column(served, column) for column in served.artifact.spec.columns],
         "events": None if schema is None else event_json_schema(schema),
-        "outputs": {
-            output.name: {
-                "shape": list(output.shape),
-                "per": output.per,
-                "labels": list(output.labels),
-            }
-            for output in served.outputs.outputs
-        },
+        "outputs": {output.name: _output(output) for output in served.outputs.outputs},
         "state": {
             part.name: {"shape": list(part.shape), "dtype": part.dtype}
             for part in served.state.parts
@@ -98,6 +93,17 @@ def detail(served: ServedModel, limits: RequestSettings) -> ModelDetail:
         },
         "metrics": dict(served.artifact.manifest.get("metrics") or {}),
     }
+
+
+def _output(output: Output) -> OutputInfo:
+    document: OutputInfo = {
+        "shape": list(output.shape),
+        "per": output.per,
+        "labels": list(output.labels),
+    }
+    if output.categories_of:
+        document["categories_of"] = output.categories_of
+    return document
 
 
 def _blocks(served: ServedModel) -> BlocksInfo | None:
