@@ -106,7 +106,7 @@ def test_commands_print_what_the_page_shows(
                 return False
             return True
 
-        until(agrees_now, f"{expected} of {script}", 60, 0.2)
+        until(agrees_now, f"{expected} of {script}", poll_s=0.2)
     assert shown == 8
 
 

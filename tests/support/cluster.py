@@ -25,6 +25,8 @@ NODE_TIMEOUT_MS = 600
 STABLE_TIMEOUT_MS = 60_000
 """Node timeout of clusters that fail over by command alone. A busy machine suspends a process for
 seconds, and a promoted replica would lack the last acknowledged writes."""
+SYNCED_S = 60.0
+"""How long to wait for a whole cluster, before a new one is formed."""
 FAIL_OVER_S = 20.0
 """How long to wait for a failover by command, of which an attempt takes five seconds at most."""
 SLOTS = 16_384
@@ -149,7 +151,7 @@ class Cluster:
     def wait_until_synced(self) -> None:
         """Wait until all nodes know the same complete cluster, every replica is in sync, and a kill
         of any node loses nothing."""
-        until(self._is_whole, "a whole cluster")
+        until(self._is_whole, "a whole cluster", SYNCED_S)
 
     def _is_whole(self) -> bool:
         views = [_shards(node) for node in self.nodes]

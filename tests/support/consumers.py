@@ -129,7 +129,8 @@ class ConsumerProcess:
                 self.fork = Fork([COMMAND, "consume", *words], {**os.environ, **environment}, files)
 
     def lines(self) -> list[dict[str, Any]]:
-        lines = self._log.read_bytes().splitlines()
+        """The lines of its log, without one that is being written."""
+        lines = self._log.read_bytes().rpartition(b"\n")[0].splitlines()
         return [msgspec.json.decode(line) for line in lines if line.startswith(b"{")]
 
     def wait_for(self, message: str, count: int = 1) -> dict[str, Any]:
@@ -140,4 +141,4 @@ class ConsumerProcess:
             lines = [each for each in self.lines() if each["message"] == message]
             return lines if len(lines) >= count else []
 
-        return until(found, message, 60, 0.02)[count - 1]
+        return until(found, message, poll_s=0.02)[count - 1]

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 
 from tests.support.forks import COMMAND, PYTHONPATH, Fork
-from tests.support.servers import until
+from tests.support.servers import DEADLINE_S, until
 
-READY_S = 120
+READY_S = DEADLINE_S
 POLL_S = 0.025
 """A start takes a second; frequent requests and reads of the log would slow it down."""
 
@@ -102,7 +102,7 @@ class Service:
 
     def log(self) -> str:
         """Its output since the last start."""
-        return self._log.read_bytes()[self._from :].decode()
+        return self._log.read_bytes()[self._from :].decode(errors="replace")
 
     def whole_log(self) -> str:
         """Its output of all starts."""
@@ -112,11 +112,14 @@ class Service:
         """Whether the process has exited."""
         return self.process.poll() is not None
 
-    def lines(self, message: str) -> list[dict[str, Any]]:
-        """The log lines with a message, since the last start."""
-        return [
-            json.loads(line) for line in self.log().splitlines() if f'"message":"{message}"' in line
-        ]
+    def lines(self, message: str = "") -> list[dict[str, Any]]:
+        """The log lines with a message, by default all, since the last start.
+
+        The last one is none of them while it is being written.
+        """
+        wanted = f'"message":"{message}"' if message else "{"
+        written = self.log().rpartition("\n")[0].splitlines()
+        return [json.loads(line) for line in written if line.startswith("{") and wanted in line]
 
     def _fact(self, message: str, name: str) -> Any:
         """A field of the last log line with a message, or None."""

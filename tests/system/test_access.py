@@ -148,10 +148,9 @@ def test_every_rpc_needs_a_key_that_allows_it(service: Service, create: Create) 
 
     def logged() -> set[tuple[str, str | None, str | None]]:
         """Method, key and reason of each call."""
-        lines = [json.loads(line) for line in service.log().splitlines() if line[:1] == "{"]
         return {
             (str(line["route"]).rpartition("/")[2], line.get("key"), line.get("reason"))
-            for line in lines
+            for line in service.lines()
             if line.get("method") == "GRPC" and "code" in line
         }
 

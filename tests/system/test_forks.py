@@ -17,6 +17,7 @@ import pytest
 from tests.support import forks
 from tests.support.forks import COMMAND, Fork
 from tests.support.servers import until
+from tests.support.service import Service
 
 
 def start(*words: str) -> Fork:
@@ -67,6 +68,12 @@ def test_process_that_nobody_waits_for_leaves_the_fork_server_running() -> None:
         os.kill(pid, signal.SIGKILL)
         until(lambda: not psutil.pid_exists(pid), "its end")
     assert start("no-such-command").wait() == 2
+
+
+def test_line_of_a_log_counts_once_it_is_whole(tmp_path: Path) -> None:
+    service, log = Service(tmp_path, tmp_path), tmp_path / "service.log"
+    log.write_bytes(b'{"message":"ready"}\ntext\n{"message":"ready","key":"\xc3')
+    assert service.lines("ready") == service.lines() == [{"message": "ready"}]
 
 
 def test_process_that_exits_before_a_signal_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:

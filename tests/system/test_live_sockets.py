@@ -36,10 +36,9 @@ def service(tmp_path: Path, model_dir: Path) -> Iterator[Service]:
 
 def kill_workers(service: Service) -> None:
     """Kill the workers that are ready; the service starts others."""
-    for line in service.log().splitlines():
-        if '"message":"worker_ready"' in line:
-            with suppress(ProcessLookupError):
-                os.kill(json.loads(line)["pid"], signal.SIGKILL)
+    for pid in service.ready_workers():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def documented_client(service: Service) -> Callable[..., Any]:

@@ -72,7 +72,7 @@ def test_members_that_are_killed_and_suspended_lose_and_repeat_nothing(
 
     first = start()
     produce(0)
-    until(lambda: count() > 0, "the first outputs", 60)
+    until(lambda: count() > 0, "the first outputs")
     second, third = start(), start()
     produce(1)
     second.wait_for("kafka_assigned")
@@ -80,15 +80,15 @@ def test_members_that_are_killed_and_suspended_lose_and_repeat_nothing(
     produce(2)
     first.fork.kill()
     produce(3)
-    until(lambda: count() > 720, "outputs of records behind the kill", 60)
+    until(lambda: count() > 720, "outputs of records behind the kill")
     second.fork.send_signal(signal.SIGSTOP)
     produce(4)
-    until(lambda: count() == 1200, "outputs without the suspended member", 60)
+    until(lambda: count() == 1200, "outputs without the suspended member")
     second.fork.send_signal(signal.SIGCONT)
     fourth = start()
     produce(5)
     fourth.wait_for("kafka_assigned")
-    until(lambda: count() >= len(sent), "all outputs", 60)
+    until(lambda: count() >= len(sent), "all outputs")
     third.fork.send_signal(signal.SIGTERM)
     assert third.fork.wait(60) == 0
     found = {name: each for topic in OUTPUTS for name, each in outputs_of(client, topic).items()}
@@ -107,12 +107,14 @@ def test_health_metrics_status_and_graceful_stop(
     broker.produce("events", *[record_of("a", row) for row in rows_of(RANDOM, 5)])
     consumer = start("--port", "0")
     port = consumer.wait_for("port_bound")["port"]
-    until(lambda: sum(map(client.xlen, OUTPUTS)) == 5, "the outputs", 60)
+    until(lambda: sum(map(client.xlen, OUTPUTS)) == 5, "the outputs")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
-        until(lambda: http.get("/health/ready").status_code == 200, "readiness", 60, 0.1)
+        until(lambda: http.get("/health/ready").status_code == 200, "readiness", poll_s=0.1)
         appended = series("carry_kafka_records_total", topic=INPUT, result="appended")
         lag = series("carry_kafka_lag", topic=INPUT, partition="0")
-        until(lambda: read(http.get("/metrics").content).get(appended) == 5, "the metric", 60, 0.1)
+        until(
+            lambda: read(http.get("/metrics").content).get(appended) == 5, "the metric", poll_s=0.1
+        )
         assert read(http.get("/metrics").content).get(lag) == 0
     consumer.fork.send_signal(signal.SIGTERM)
     assert consumer.fork.wait(60) == 0

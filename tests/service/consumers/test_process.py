@@ -62,7 +62,9 @@ def test_health_metrics_status_and_graceful_stop(
         ready = http.get("/health/ready")
         assert (ready.status_code, ready.json()["failing"]) == (200, [])
         committed = series("carry_consumer_events_total", topic="events", result="committed")
-        until(lambda: read(http.get("/metrics").content).get(committed) == 5, "the metric", 60, 0.1)
+        until(
+            lambda: read(http.get("/metrics").content).get(committed) == 5, "the metric", poll_s=0.1
+        )
     shown = carry("consume", "status", "--from", "events", "--redis-url", server.url)
     assert shown.exit_code == 0
     columns = shown.stdout.decode().splitlines()[1].split()
@@ -102,7 +104,7 @@ def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
     add(client, "events", *entries[150:180])
     killed.fork.kill()
     add(client, "events", *entries[180:])
-    until(lambda: client.xlen("scores") >= 240, "all outputs", 60)
+    until(lambda: client.xlen("scores") >= 240, "all outputs")
     assert client.xlen("scores") == 240
     assert client.xpending("events", "carry")["pending"] == 0
     found = outputs_of(client, "scores")

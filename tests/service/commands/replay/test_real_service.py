@@ -73,6 +73,6 @@ def kill_store(service: Service, position: int) -> bool:
     """SIGKILL the embedded server once the longest stream is beyond a position."""
     with httpx.Client(base_url=service.url) as client:
         path = "/v1/models/small/streams/s0"
-        until(lambda: client.get(path).json()["position"] > position, "the stream", 60)
+        until(lambda: client.get(path).json()["position"] > position, "the stream")
     os.kill(service.valkey_pid(), signal.SIGKILL)
     return True
