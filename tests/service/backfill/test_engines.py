@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import chdir, closing
 
@@ -67,6 +69,10 @@ def engine(own: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engin
         (folder / f"{name}.py").write_text("raise RuntimeError('of another project')")
     with chdir(folder), closing(OPEN[own.out.name](own)) as opened:
         yield opened
+    # Ray waits only for a moment for a process that it kills, and drops it then
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def test_a_backfill_has_the_same_bytes_on_every_engine(engine: Engine, own: Job, job: Job) -> None:
