@@ -89,13 +89,14 @@ def check_size(counted: Iterable[NDArray[np.bool_]], days: Iterable[float]) -> N
 
 
 def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
-    """Fit spreads, tails and the threshold to streams.
+    """Fit spreads, tails and the threshold to streams, each up to its last counted event.
 
     Raises:
         DataError: they are too short.
     """
     detection, head, events = detection_of(spec)
     check_size([stream.counted for stream in streams], [stream.days for stream in streams])
+    streams = [_until_last_counted(stream) for stream in streams if stream.counted.any()]
     count = len(detection.channels_of(head.targets, events))
     ones = np.ones(count)
     _, states = _follow(spec, streams, _statistics_of(Channels(spec, ones, ones)))
@@ -131,6 +132,10 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
         rates=rates,
         thresholds=thresholds,
     )
+
+
+def _until_last_counted(stream: Stream) -> Stream:
+    return stream.part(slice(int(np.flatnonzero(stream.counted)[-1]) + 1))
 
 
 def _thresholds(

@@ -200,6 +200,21 @@ def heavy_streams(seed: int, count: int, steps: int) -> list[Stream]:
     return streams
 
 
+def test_events_behind_the_counted_ones_do_not_change_the_fit() -> None:
+    streams = heavy_streams(3, 4, 1200)
+    changed = [
+        stream._replace(
+            rows=np.concatenate([stream.rows, 50 * stream.rows]),
+            parameters=np.concatenate([stream.parameters, stream.parameters]),
+            counted=np.concatenate([stream.counted, np.zeros_like(stream.counted)]),
+        )
+        for stream in streams
+    ]
+    # a session without a counted event counts for nothing
+    changed.append(streams[0]._replace(counted=np.zeros(1200, np.bool_), days=0.0))
+    assert fit_detection(ONE_TARGET, changed) == fit_detection(ONE_TARGET, streams)
+
+
 def test_probabilities_hold_for_each_stream_whatever_its_tail() -> None:
     fitted_streams, others = heavy_streams(1, 18, 2500), heavy_streams(2, 9, 6000)
     worst = {}
