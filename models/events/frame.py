@@ -135,7 +135,8 @@ def canonical_frame(
         values = _read(schema, field, column, invalid)
         if not field.optional:
             absent = _missing(column) if values.dtype == pl.Float64 else column.is_null()
-            _reject(invalid, column, absent.to_numpy(), "a value", got="none")
+            expected = "a value (with `optional: true` in the field, it may be absent)"
+            _reject(invalid, column, absent.to_numpy(), expected, got="none")
         columns.append(values.alias(field.name))
     return pl.DataFrame(columns), invalid
 

@@ -134,6 +134,8 @@ def test_files_of_folders_are_one_table(spec: ModelSpec, tmp_path: Path) -> None
     assert read["x"].to_list() == [1.5, None] * 3
     assert read_data([whole, folder / "later=1"], schema_of(spec)).height == 4
     assert read_data(folder / "*" / "*.parquet", schema_of(spec)).height == 2
+    with pytest.raises(DataError, match=r"each file once, got .*whole\.csv, .*whole\.csv"):
+        read_data([whole, tmp_path / "whole*"], schema_of(spec))
 
 
 def test_an_error_in_one_of_several_files_names_the_file_and_its_row(

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import polars as pl
@@ -8,7 +9,7 @@ pytest.importorskip("tensorflow")
 
 from models import commands
 from models.artifact.artifact import load_artifact
-from models.errors import ArtifactError, DataError
+from models.errors import ArtifactError, DataError, VerdictError
 from models.training import trees
 from models.training.baselines import LAST, RUNNING, TREES, baselines_of
 from models.training.data import fitted_spec, streams_of
@@ -176,6 +177,11 @@ def stop(*_, **__):
     raise Stopped
 
 
+def baselines_that_warn(*args, **options):
+    warnings.warn("of a library, which no user is to see", UserWarning, stacklevel=2)
+    return baselines_of(*args, **options)
+
+
 def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatch, capsys):
     """A run that stops in its report is resumed there, without training again."""
     latch_frame(24).write_csv(tmp_path / "events.csv")
@@ -192,7 +198,9 @@ def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatc
     assert checkpoint_path(out).exists()
     with monkeypatch.context() as patch:
         patch.setattr("models.training.loop.Loop.train_epoch", stop)
-        commands.train(*files, trees=False, resume=True)
+        patch.setattr("models.training.report.baselines_of", baselines_that_warn)
+        with pytest.raises(VerdictError, match=r"model: up: worse than .*: do not serve it for up"):
+            commands.train(*files, trees=False, resume=True, strict=True)
     assert not checkpoint_path(out).exists()
     assert load_artifact(out).fingerprint == artifact.fingerprint
     artifact = load_artifact(out)
