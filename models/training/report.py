@@ -225,7 +225,7 @@ def make_report(
         }
         if alone:
             own_scores = {
-                of_seed: add_scaled(spec, head, score(each[head.name]), scales, table.test)
+                of_seed: add_scaled(spec, head, score(values_of(head, each)), scales, table.test)
                 for of_seed, each in alone.items()
             }
             head_reports[head.name]["seeds"] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
@@ -13,6 +16,8 @@ from models.training.baselines import NGRAMS, baselines_of
 from models.training.data import Streams, fitted_spec, split_of, streams_of
 from models.training.evaluate import head_metrics, target_rows
 from models.training.table import Table
+from models.training.train_frame import train_frame
+from tests.support.training import train_nothing
 
 NAMES = ["a", "b", "c"]
 
@@ -97,3 +102,18 @@ def test_ngrams_are_the_baselines_and_find_the_longer_history(
     assert ngrams.settings["order"] >= 2
     assert 3 * ngrams.scored.means()["log_loss"] < last.scored.means()["log_loss"]
     assert len(ngrams.scored.losses["log_loss"]) == len(table.test)
+
+
+def test_each_network_of_several_seeds_is_scored(
+    spec: ModelSpec, streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorflow")
+    train_nothing(monkeypatch)
+    plain = spec.model_dump()
+    plain["training"]["seeds"] = 2
+    train_frame(parse_spec(plain), streams.frame, tmp_path / "m", trees=False, quiet=True)
+    head = json.loads((tmp_path / "m" / "report.json").read_text())["heads"]["next"]
+    assert list(head["seeds"]) == ["1", "2"]
+    kept = {metric: score["value"] for metric, score in head["scores"]["model"].items()}
+    assert head["seeds"]["1"] == pytest.approx(kept)
+    assert head["seeds"]["2"] != pytest.approx(kept)
