@@ -133,7 +133,7 @@ class Bench:
         """An empty store."""
         # the tests' servers leave the sync to the kernel, but a service's store does not
         options = ("--appendfsync", "everysec", *options)
-        server = real_server("valkey", *options, prepare=pin_child(self.cores.others))
+        server = real_server("valkey", *options, prepare=partial(_prepare_store, self.cores.others))
         store: RealServer = self.start(server)
         return store
 
@@ -282,6 +282,15 @@ class Bench:
             f" (generator {sample.generator_cpu:.0%}, store {sample.store_cpu:.0%} of their core)"
         )
         return load
+
+
+def _prepare_store(cores: Sequence[int]) -> None:
+    """Pin the store; in a run with real-time priority its own is higher, so that it need not wait
+    until the generator on its core pauses."""
+    pin_child(cores)()
+    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_FIFO:
+        priority = os.sched_getparam(0).sched_priority + 1
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
 
 
 def helper_process(cores: Sequence[int]) -> ProcessPoolExecutor:
