@@ -27,7 +27,14 @@ VERSION_DIGITS = 12
 _NUMERICS = 1
 """Incremented when the same spec and weights have other outputs (encoding, gate order)."""
 
-_IGNORED_FIELD_OPTIONS = {"description", "max_vocabulary", "coerce", "epoch", "without_offset"}
+_IGNORED_FIELD_OPTIONS = {
+    "description",
+    "max_vocabulary",
+    "min_count",
+    "coerce",
+    "epoch",
+    "without_offset",
+}
 _IGNORED_LAYER_OPTIONS = {"dropout", "recurrent_dropout", "rate"}
 _IGNORED_HEAD_OPTIONS = {"dense": {"targets"}, "label": {"column"}}
 _IGNORED_DECODER_OPTIONS = {"max_horizon"}

@@ -44,7 +44,8 @@ def fit_schema(
     A numeric field gets mean and (population) standard deviation of its transformed, present
     values; a constant one gets deviation 1. With `normalisation` it also gets the usual deviation
     of a stream, the median of those that are not constant. A categorical gets its most frequent
-    categories, at most `max_vocabulary`, by decreasing frequency and then by name. A timestamp gets
+    categories, at most `max_vocabulary` of those that occur `min_count` times, by decreasing
+    frequency and then by name. A timestamp gets
     mean and deviation of log(1 + gap), with gaps as serving computes them, stream by stream.
 
     Args:
@@ -93,7 +94,8 @@ def _fit(
             return field.model_copy(update=update)
         case CategoricalField():
             counts = Counter(values[present].tolist())
-            ranked = sorted(counts, key=lambda name: (-counts[name], name))
+            frequent = [name for name, count in counts.items() if count >= field.min_count]
+            ranked = sorted(frequent, key=lambda name: (-counts[name], name))
             return field.model_copy(update={"vocabulary": tuple(ranked[: field.max_vocabulary])})
         case TimestampField():
             mean, std = _moments(field.name, _log_gaps(present, values, sessions))

@@ -129,14 +129,19 @@ class NumericField(Frozen):
 class CategoricalField(Frozen):
     """A string from a vocabulary, embedded inside the network.
 
-    Codes: 0 is unknown, 1..K are the vocabulary in order, K+1 is absent if `optional`.
+    Codes: 0 is unknown, 1..K are the vocabulary in order, K+1 is absent if `optional`. A fitted
+    vocabulary has the `max_vocabulary` most frequent categories that occur `min_count` times or
+    more: the others are what the network learns of unknown ones.
     """
+
+    later_options = frozenset({"min_count"})
 
     kind: Literal["categorical"] = "categorical"
     name: FieldName
     optional: bool = False
     embedding: Annotated[int, Field(ge=1, le=1024)] = 8
     max_vocabulary: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    min_count: Annotated[int, Field(ge=1)] = 1
     vocabulary: tuple[str, ...] | None = None
     description: str = ""
 

@@ -69,6 +69,7 @@ DETERMINES = {
     "quantiles": put("heads", 2, "quantiles", value=[0.2, 0.5, 0.9]),
     "forecast targets": put("heads", 2, "targets", value=["delay", "load"]),
     "threshold": put("heads", 3, "above", value=16.0),
+    "most probable categories": put("heads", 4, "top", value=3),
     "label classes": lambda data: data["heads"].append(
         {"kind": "label", "name": "l", "classes": ["a", "b"]}
     ),
@@ -82,6 +83,7 @@ LEAVES = {
     "model description": put("description", value="Another text."),
     "field description": put("events", "fields", 0, "description", value="Tonnes."),
     "largest vocabulary": put("events", "fields", 3, "max_vocabulary", value=4),
+    "rare categories": put("events", "fields", 3, "min_count", value=4),
     "dropout": put("layers", 0, "dropout", value=0.0),
     "recurrent dropout": put("layers", 0, "recurrent_dropout", value=0.0),
     "dropout layer": put("layers", 1, "rate", value=0.9),

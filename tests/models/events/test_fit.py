@@ -63,10 +63,16 @@ def test_vocabularies_are_ordered_by_frequency_and_then_by_name() -> None:
         schema(carrier={"max_vocabulary": 1}), ROWS, stream="tail", order="at"
     ).field("carrier")
 
+    frequent = fit_schema(schema(carrier={"min_count": 2}), ROWS, stream="tail", order="at").field(
+        "carrier"
+    )
+
     assert isinstance(fitted, CategoricalField)
     assert isinstance(capped, CategoricalField)
+    assert isinstance(frequent, CategoricalField)
     assert fitted.vocabulary == ("AA", "UA", "B6")
     assert capped.vocabulary == ("AA",)
+    assert frequent.vocabulary == ("AA", "UA")
     assert fitted.codes == 5
 
 
