@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, Literal
 
 import numpy as np
@@ -152,6 +154,8 @@ def _cost_line(loop: Loop, training: ResolvedTraining) -> str:
         f"training takes about {max(1, round(total_s)):,} s at most: {training.epochs} epochs of "
         f"{loop.windows_per_epoch} windows at {epoch_s:.2g} s an epoch"
     )
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    line += f", in {getrusage(RUSAGE_SELF).ru_maxrss / unit:.1f} GiB of memory"
     if training.networks > 1:
         line += f", {training.networks} networks"
     limit_s = training.time_limit_s
