@@ -8,10 +8,15 @@ import polars as pl
 import pytest
 
 from models.errors import DataError
-from models.spec.detection import AlarmSpec
+from models.spec.detection import AlarmSpec, DetectionSpec
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import streams_of, training_of
-from models.training.defaults import calendar_warning, resolve_detection, resolve_training
+from models.training.defaults import (
+    TAIL_LEVELS,
+    calendar_warning,
+    resolve_detection,
+    resolve_training,
+)
 from tests.models.detection.test_detector import spec_of as detecting_spec
 from tests.support.training import HOUR_MS
 
@@ -111,15 +116,18 @@ def test_events_of_a_single_moment_have_no_split() -> None:
         derived(frame_of(10, 1), spec_of())
 
 
-def test_open_options_of_alarms_are_resolved_and_named_ones_kept() -> None:
-    def resolved(alarm: dict[str, float]) -> AlarmSpec:
-        detection = resolve_detection(detecting_spec(["flow"], alarm=alarm)).detection
+def test_open_options_of_detection_are_resolved_and_named_ones_kept() -> None:
+    def resolved(**options: Any) -> DetectionSpec:
+        detection = resolve_detection(detecting_spec(["flow"], **options)).detection
         assert detection is not None
-        return detection.alarm
+        return detection
 
-    assert resolved({}) == AlarmSpec(hold_events=6, close_above=0.05)
-    assert resolved({"hold_events": 24}) == AlarmSpec(close_above=0.05)
-    assert resolved({"hysteresis": 2.0}) == AlarmSpec(hold_events=6, hysteresis=2.0)
+    assert resolved().alarm == AlarmSpec(hold_events=6, close_above=0.05)
+    assert resolved(alarm={"hold_events": 24}).alarm == AlarmSpec(close_above=0.05)
+    assert resolved(alarm={"hysteresis": 2.0}).alarm == AlarmSpec(hold_events=6, hysteresis=2.0)
+    assert (resolved().tail_memory_events, resolved().tail_levels) == (10_000, TAIL_LEVELS)
+    one = resolved(tail_memory_events=None, tail_levels=[0, 3, 6])
+    assert (one.tail_memory_events, one.tail_levels) == (None, (0.0, 3.0, 6.0))
     assert resolve_detection(spec_of()) == spec_of()
 
 
