@@ -135,9 +135,13 @@ def running_browser(profile: Path) -> Iterator[str]:
     )  # fmt: skip
     # written once the browser listens
     file = profile / "DevToolsActivePort"
+
+    def port() -> str:
+        assert process.poll() is None, f"the browser ended with {process.returncode}"
+        return file.read_text().partition("\n")[0] if file.exists() else ""
+
     try:
-        port = until(lambda: file.exists() and file.read_text(), "a browser").splitlines()[0]
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{until(port, 'a browser')}"
     finally:
         process.terminate()
         process.wait()

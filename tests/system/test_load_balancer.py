@@ -52,7 +52,12 @@ def balancer(folder: Path, **environment: str) -> Iterator[str]:
             stdout=output,
         )
     try:
-        until(lambda: _answers(url, trusted), "the load balancer", poll_s=POLL_S)
+
+        def answers_or_ended() -> bool:
+            return process.poll() is not None or _answers(url, trusted)
+
+        until(answers_or_ended, "the load balancer", poll_s=POLL_S)
+        assert process.poll() is None, (folder / "haproxy.log").read_text()
         yield url
     finally:
         process.terminate()
