@@ -125,8 +125,7 @@ def _serve(requests: socket.socket) -> None:
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 status = running.pop(ended[0])
-                with suppress(BrokenPipeError):  # nobody waits for it
-                    os.write(status, os.waitstatus_to_exitcode(ended[1]).to_bytes(4, signed=True))
+                _write(status, os.waitstatus_to_exitcode(ended[1]))
                 os.close(status)
 
     signal.signal(signal.SIGCHLD, report_exits)
@@ -143,10 +142,16 @@ def _serve(requests: socket.socket) -> None:
                 os.close(number)
             _run(files, **json.loads(data))
         running[pid] = status
-        os.write(status, pid.to_bytes(4, signed=True))
+        _write(status, pid)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         for number in files:
             os.close(number)
+
+
+def _write(status: int, number: int) -> None:
+    """Write to a pipe, unless nobody waits for its number any more."""
+    with suppress(BrokenPipeError):
+        os.write(status, number.to_bytes(4, signed=True))
 
 
 def _run(
