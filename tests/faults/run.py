@@ -15,7 +15,7 @@ from tests.faults.history import History
 from tests.faults.traffic import STAGES
 from tests.faults.waits import wait
 
-_FINISH_S: Final = 60.0
+_FINISH_S: Final = 120.0
 _MORE_KILLS: Final = 20
 _SHOWN: Final = 12
 _EXPECTED: Final = (

@@ -25,7 +25,7 @@ from tests.support.servers import RealServer, until
 
 SERVES_S: Final = 60.0
 DOWN_S: Final = 0.2
-STOP_S: Final = 30.0
+STOP_S: Final = 60.0
 ASKED_S: Final = 1.0
 GROWTH_BYTES: Final = 64 << 20
 """A file is rewritten between faults after it has doubled and grown by this."""
