@@ -399,9 +399,13 @@ def _gaussian(
 ) -> Floats:
     """Nats of the values at `at`: mean linear in the series one event earlier, one deviation."""
     usable = train[~np.isnan(value[train]) & ~np.isnan(series[train - 1])]
-    slope, offset = np.polyfit(series[usable - 1], value[usable], 1)
-    deviation = float(np.std(value[usable] - slope * series[usable - 1] - offset))
-    middle = float(value[usable].mean())
+    middle, before = float(value[usable].mean()), series[usable - 1]
+    apart = before - before.mean()
+    variance = float(np.mean(np.square(apart)))
+    # a constant series says nothing
+    slope = float(np.mean(apart * value[usable])) / variance if variance > 0 else 0.0
+    offset = middle - slope * float(before.mean())
+    deviation = float(np.std(value[usable] - slope * before - offset))
     means = np.where(np.isnan(series[at - 1]), middle, slope * series[at - 1] + offset)
     return gaussian_nats(value[at] - means, np.full(len(at), np.log(max(deviation, 1e-3))))
 

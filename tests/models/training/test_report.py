@@ -64,6 +64,12 @@ def test_a_constant_target_is_predicted_by_its_last_value(table):
         assert names == [LAST, RUNNING]
 
 
+def test_a_target_that_never_changes_has_finite_baselines() -> None:
+    table = table_of(latch_frame(20).with_columns(noise=pl.lit(0.25)))
+    for baseline in baselines_of(table, table.spec.heads[2], trees=False):
+        assert np.isfinite(baseline.scored.losses["nll"]).all()
+
+
 def test_the_running_mean_of_noise_has_the_expected_loss(table):
     noise = table.spec.heads[1]
     baselines = {b.name: b for b in baselines_of(table, noise, trees=False)}
