@@ -133,7 +133,7 @@ class Bench:
         """An empty store."""
         # the tests' servers leave the sync to the kernel, but a service's store does not
         options = ("--appendfsync", "everysec", *options)
-        server = real_server("valkey", *options, prepare=partial(_prepare_store, self.cores.others))
+        server = real_server("valkey", *options, prepare=prepare_store(self.cores.others))
         store: RealServer = self.start(server)
         return store
 
@@ -284,13 +284,18 @@ class Bench:
         return load
 
 
-def _prepare_store(cores: Sequence[int]) -> None:
-    """Pin the store; in a run with real-time priority its own is higher, so that it need not wait
-    until the generator on its core pauses."""
-    pin_child(cores)()
-    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_FIFO:
-        priority = os.sched_getparam(0).sched_priority + 1
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+def prepare_store(cores: Sequence[int]) -> Callable[[], None]:
+    """A `preexec_fn`: pins the store; in a run with real-time priority its own is higher, so that
+    it need not wait until the generator on its core pauses."""
+    pin = pin_child(cores)
+
+    def prepare() -> None:
+        pin()
+        if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_FIFO:
+            priority = os.sched_getparam(0).sched_priority + 1
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+
+    return prepare
 
 
 def helper_process(cores: Sequence[int]) -> ProcessPoolExecutor:

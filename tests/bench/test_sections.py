@@ -133,8 +133,8 @@ def bench(
     options.instructions = False
     options.runtimes = ("onnxruntime",)
     # without cores to choose, only the end of a run that is killed needs a `preexec_fn`
-    for module in (run, consume):
-        monkeypatch.setattr(module, "pin_child", lambda cores: None)
+    for module, name in ((run, "pin_child"), (run, "prepare_store"), (consume, "pin_child")):
+        monkeypatch.setattr(module, name, lambda cores: None)
     resource_tracker.ensure_running()
     fork_server()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
