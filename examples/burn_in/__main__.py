@@ -28,7 +28,7 @@ from examples.command import BUILT
 from examples.customers.data import purchase_events
 from examples.labelling.data import labelled_days
 from examples.post.__main__ import package
-from examples.rivers.data import rivers
+from examples.rivers.data import river_days
 from examples.scales.data import meters
 from examples.sensors.data import sensors
 from examples.weather.data import weather_events
@@ -60,7 +60,7 @@ class Example(NamedTuple):
 
 EXAMPLES: Mapping[str, Example] = {
     "flights": Example(PRETRAINED / "flights", flight_events),
-    "rivers": Example(PRETRAINED / "rivers", lambda: rivers("train")),
+    "rivers": Example(PRETRAINED / "rivers", river_days),
     "customers": Example(BUILT / "customers", purchase_events),
     "weather": Example(BUILT / "weather", weather_events),
     "labelling": Example(BUILT / "labelling", labelled_days),

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from examples.burn_in.pictures import COLORS, save
 from examples.command import BUILT
-from examples.rivers.data import rivers
+from examples.rivers.data import CATCHMENT, DAY, LABEL, TEST, river_days
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.manifest import MANIFEST_NAME
 from models.artifact.writing import add_measurements
@@ -55,11 +55,11 @@ class Version:
     Attributes:
         epochs, members: of the training.
         events: gives the table to train on.
-        scored: gives the table of the streams that it takes over.
+        scored: gives the table of the streams that it takes over, in the test set, where every
+            event has a label.
         head: whose loss is shown.
         after: events that are scored after each change.
         changes: of each stream.
-        is_held_out: whether changes are in the test set only, since the streams were trained on.
     """
 
     epochs: int
@@ -69,15 +69,20 @@ class Version:
     head: str
     after: int
     changes: int
-    is_held_out: bool
+
+
+def labelled_rivers() -> pl.DataFrame:
+    """The catchments whose gauges did not fail in the test set, up to the last label."""
+    days = river_days()
+    last = pl.col(DAY).filter(pl.col(LABEL).is_not_null()).max()
+    days = days.filter(pl.col(DAY) <= last)
+    unlabelled = pl.col(LABEL).is_null() & (pl.col(DAY) >= TEST)
+    return days.filter(~unlabelled.any().over(CATCHMENT))
 
 
 VERSIONS: Mapping[str, Version] = {
-    "flights": Version(4, 1, flight_events, flight_events, "late", 300, 20, True),
-    "rivers": Version(
-        *(30, 1, lambda: rivers("train"), lambda: rivers("held_out", years=8)),
-        *("flow", 1000, 12, False),
-    ),
+    "flights": Version(4, 1, flight_events, flight_events, "late", 300, 20),
+    "rivers": Version(15, 1, river_days, labelled_rivers, "week", 365, 12),
 }
 
 
@@ -113,7 +118,7 @@ def new_version(name: str, version: Version) -> Artifact:
 def losses_of(artifact: Artifact, version: Version, burn_in: int) -> dict[str, Floats]:
     """By how states were started: the mean loss by stream and events since the change, [S, E]."""
     streams = streams_of(artifact.spec, version.scored())
-    first = split_of(artifact.spec).test if version.is_held_out else 0
+    first = split_of(artifact.spec).test
     changes: list[NDArray[np.int64]] = []
     for start, stop in streams.spans:
         earliest = max(

@@ -1,30 +1,47 @@
-"""Gradient-boosted trees on the last days and running aggregates: LightGBM, not part of Carry.
+"""Boosted trees on the last days and aggregates of up to a year: LightGBM, not part of Carry.
 
 pip install lightgbm==4.7.0
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import polars as pl
 from numpy.typing import NDArray
 
-from examples.rivers.windows import CLASSES, codes, tree_features
+from examples.rivers.data import CATCHMENT, CLASSES, DAY, TEST, VALIDATE, codes
 from models.errors import ModelsError
 
-LAGS = (5, 20, 100)
-LEAVES = (31, 127)
-"""The candidates: leaves of a tree."""
-MOST_TREES = 500
-PATIENCE = 30
-EVERY = 2
-"""Trees are fitted to every second day: neighbours are nearly the same."""
+LAGGED = ("precipitation", "temperature", "evapotranspiration", "discharge", "relative")
+AGGREGATED = (*LAGGED, "net", "snow", "warmth")
+MADE = {
+    "relative": pl.col("discharge")
+    / pl.col("discharge").filter(pl.col(DAY) < VALIDATE).median().over(CATCHMENT),
+    "net": pl.col("precipitation") - pl.col("evapotranspiration"),
+    "snow": pl.when(pl.col("temperature") < 1).then("precipitation").otherwise(0.0),
+    "warmth": pl.max_horizontal("temperature", pl.lit(0.0)),
+}
+"""What a hydrologist would add: discharge over the catchment's median, rain that is left, snowfall,
+degree-days."""
+AGGREGATED_DAYS = (7, 30, 90, 180, 365)
+CANDIDATES = ((5, 31, 50), (20, 31, 50), (20, 15, 50), (20, 31, 200), (20, 15, 200), (60, 15, 200))
+"""Days looked back on, leaves of a tree, and fewest days in a leaf."""
+MOST_TREES, PATIENCE = 1000, 30
+OPTIONS = {
+    "objective": "multiclass",
+    "num_class": len(CLASSES),
+    "learning_rate": 0.05,
+    "feature_fraction": 0.3,
+    "lambda_l2": 1.0,
+    "num_threads": 1,
+    "seed": 1,
+    "deterministic": True,
+    "verbose": -1,
+}
+YEAR_DAYS = 365.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,85 +49,79 @@ class Trees:
     """A fitted ensemble.
 
     Attributes:
-        lags: events looked back on, the event itself included.
-        leaves, rounds: most leaves of a tree, and trees of each class.
-        selected: its log loss on the catchments that choose.
-        booster: a LightGBM booster.
+        lags: days looked back on, the day itself included.
+        leaves, smallest_leaf: most leaves of a tree, and fewest days in a leaf.
+        rounds: trees of each class.
+        loss: log loss on the validation set.
+        model: a LightGBM booster.
     """
 
     lags: int
     leaves: int
+    smallest_leaf: int
     rounds: int
-    selected: float
-    booster: Any
+    loss: float
+    model: Any
 
-    def probabilities(self, frame: pl.DataFrame) -> NDArray[np.float64]:
-        """Of every event, [rows, classes]."""
-        features = tree_features(frame, self.lags)
-        return np.asarray(self.booster.predict(features, num_threads=1), np.float64)
+    def probabilities(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Of every row, [rows, classes]."""
+        return np.asarray(self.model.predict(features, num_threads=1), np.float64)
 
-    def cpu_us(self, frame: pl.DataFrame, batch: int = 64, calls: int = 50) -> float:
-        """Processor time of one event in a batch, without that of its features."""
-        features = tree_features(frame, self.lags)[:batch]
-        self.booster.predict(features, num_threads=1)
-        start = time.process_time()
-        for _ in range(calls):
-            self.booster.predict(features, num_threads=1)
-        return (time.process_time() - start) / calls / batch * 1e6
-
-    def save(self, folder: Path) -> None:
-        """Write it to `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.booster.save_model(str(folder / f"{self.lags}.txt"), num_iteration=self.rounds)
-        settings = {"leaves": self.leaves, "rounds": self.rounds, "selected": self.selected}
-        (folder / f"{self.lags}.json").write_bytes(orjson.dumps(settings))
-
-    @classmethod
-    def load(cls, folder: Path, lags: int) -> Trees:
-        """Read what `save` wrote."""
-        settings = orjson.loads((folder / f"{lags}.json").read_bytes())
-        booster = _lightgbm().Booster(model_file=str(folder / f"{lags}.txt"))
-        return cls(lags, booster=booster, **settings)
-
-
-def tune_trees(train: pl.DataFrame, select: pl.DataFrame, lags: int) -> Trees:
-    """Fit every candidate until the catchments that choose want no more trees; keep the best."""
-    lightgbm = _lightgbm()
-    fitted = lightgbm.Dataset(tree_features(train, lags)[::EVERY], codes(train)[::EVERY])
-    chosen = lightgbm.Dataset(tree_features(select, lags), codes(select), reference=fitted)
-    tried = []
-    for leaves in LEAVES:
-        options = {
-            "objective": "multiclass",
-            "num_class": len(CLASSES),
-            "learning_rate": 0.08,
-            "num_leaves": leaves,
-            "min_data_in_leaf": 50,
-            "feature_fraction": 0.3,
-            "lambda_l2": 1.0,
-            "max_bin": 63,
-            "num_threads": 1,
-            "seed": 1,
-            "deterministic": True,
-            "verbose": -1,
-        }
-        booster = lightgbm.train(
-            options,
-            fitted,
-            MOST_TREES,
-            valid_sets=[chosen],
-            callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
+    def __str__(self) -> str:
+        return (
+            f"{self.lags} days, {self.leaves} leaves of {self.smallest_leaf} or more days, "
+            f"{self.rounds} trees a class: validation {self.loss:.4f}"
         )
-        loss = float(booster.best_score["valid_0"]["multi_logloss"])
-        tried.append(Trees(lags, leaves, booster.best_iteration, loss, booster))
-    return min(tried, key=lambda one: one.selected)
 
 
-def _lightgbm() -> Any:
+def tree_features(frame: pl.DataFrame, lags: int) -> NDArray[np.float32]:
+    """The last `lags` days and aggregates, [rows, features]; both include the day itself.
+
+    Aggregates are mean, minimum and maximum of the last 7, 30, 90, 180 and 365 days, and
+    exponential means with half of these as half-lives. Beside them are the season and, last, the
+    catchment.
+    """
+    columns: list[pl.Expr] = []
+    for name in AGGREGATED:
+        value = pl.col(name)
+        for days in AGGREGATED_DAYS:
+            columns += [
+                value.rolling_mean(days, min_samples=1).alias(f"{name}_mean_{days}"),
+                value.ewm_mean(half_life=days / 2).alias(f"{name}_ewm_{days}"),
+            ]
+        if name in LAGGED:
+            columns += [value.shift(lag).alias(f"{name}_{lag}") for lag in range(lags)]
+            for days in AGGREGATED_DAYS:
+                columns += [
+                    value.rolling_min(days, min_samples=1).alias(f"{name}_min_{days}"),
+                    value.rolling_max(days, min_samples=1).alias(f"{name}_max_{days}"),
+                ]
+    angle = pl.col(DAY).dt.ordinal_day() * (2 * np.pi / YEAR_DAYS)
+    season = [angle.cos().alias("cos"), angle.sin().alias("sin")]
+    catchment = pl.col(CATCHMENT).rank("dense")
+    own = [column.over(CATCHMENT) for column in columns]
+    return frame.with_columns(**MADE).select(*own, *season, catchment).to_numpy().astype(np.float32)
+
+
+def tune_trees(frame: pl.DataFrame) -> Trees:
+    """Fit candidates before `VALIDATE` until the validation set prefers no more; keep the best."""
+    labels, day = codes(frame), frame[DAY]
+    fitted = (labels >= 0) & (day < VALIDATE).to_numpy()
+    chosen = (labels >= 0) & ((day >= VALIDATE) & (day < TEST)).to_numpy()
     try:
         import lightgbm
     except ImportError as error:
-        raise ModelsError(
-            "the comparison needs LightGBM, which Carry does not: pip install lightgbm==4.7.0"
-        ) from error
-    return lightgbm
+        raise ModelsError("expected LightGBM: pip install lightgbm==4.7.0") from error
+    tried = []
+    for lags, leaves, smallest_leaf in CANDIDATES:
+        features = tree_features(frame, lags)
+        catchment = features.shape[1] - 1
+        train = lightgbm.Dataset(features[fitted], labels[fitted], categorical_feature=[catchment])
+        validate = lightgbm.Dataset(features[chosen], labels[chosen], reference=train)
+        options = {**OPTIONS, "num_leaves": leaves, "min_data_in_leaf": smallest_leaf}
+        stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+        model = lightgbm.train(options, train, MOST_TREES, valid_sets=[validate], callbacks=[stop])
+        loss = float(model.best_score["valid_0"]["multi_logloss"])
+        tried.append(Trees(lags, leaves, smallest_leaf, model.best_iteration, loss, model))
+        print(tried[-1], flush=True)
+    return min(tried, key=lambda each: each.loss)

@@ -1,4 +1,4 @@
-"""The rivers example: its generator, and what each method of the comparison sees."""
+"""The rivers example: its labels, and what the trees of the comparison see."""
 
 from __future__ import annotations
 
@@ -7,72 +7,80 @@ import polars as pl
 import pytest
 
 from examples.rivers import data
-from examples.rivers.data import K2, Catchments, discharge, rivers
-from examples.rivers.networks import WINDOWS, spec_of
-from examples.rivers.windows import AGGREGATED_DAYS, tree_features
-from models.spec.layers import Conv1dLayer
+from examples.rivers.comparison import Months, shares
+from examples.rivers.data import CATCHMENT, DAY, LABEL, SPEC, TEST, VALIDATE, codes, river_days
+from examples.rivers.trees import AGGREGATED_DAYS, tree_features
+from models.spec.spec_file import read_spec
 
 
 @pytest.fixture(scope="module")
 def frame() -> pl.DataFrame:
-    """A few catchments over two years."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "COUNTS", dict.fromkeys(data.COUNTS, 4))
-        patch.setattr(data, "YEARS", 2)
-        table = rivers("train")
-        assert table.equals(rivers("train"))
-        assert not table["precipitation"].equals(rivers("select")["precipitation"])
-    return table
+    return river_days()
 
 
-def test_every_catchment_has_a_day_after_the_other_and_every_class_occurs(frame) -> None:
-    for part in frame.partition_by("catchment"):
-        assert set(np.diff(part["day"].dt.epoch("ms"))) == {data.DAY_MS}
-        assert part["relief_m"].n_unique() == part["latitude"].n_unique() == 1
-    assert set(frame["flow"]) == {"low", "normal", "high"}
+def test_every_catchment_has_every_day_of_twenty_years(frame) -> None:
+    assert frame[CATCHMENT].n_unique() == 19
+    for part in frame.partition_by(CATCHMENT):
+        assert set(part[DAY].diff().drop_nulls().dt.total_days()) == {1}
+        assert [part[DAY][0].isoformat()[:10], part[DAY][-1].isoformat()[:10]] == [
+            "1999-01-01",
+            "2018-12-31",
+        ]
 
 
-def test_snow_of_last_year_melts_into_the_flow_of_this_spring() -> None:
-    days, snowy = 400, slice(50, 80)
-    catchments = Catchments(**{name: np.full(2, ends[0]) for name, ends in data.RANGES.items()})
-    temperature = np.full((days, 2), -10.0)
-    temperature[300:] = 8.0
-    precipitation = np.zeros((days, 2))
-    precipitation[snowy, 1] = 10.0
-    flow = discharge(catchments, np.arange(days), precipitation, temperature)
-    assert (flow[:300, 0] == flow[:300, 1]).all()
-    assert flow[301:, 1].max() > 10 * flow[301:, 0].max()
-    # snow falls, nothing melts or evaporates: the slow store drains alone
-    np.testing.assert_allclose(flow[200:300] / flow[199:299], 1 - K2)
-    assert 0.5 * 300 < flow[:, 1].sum() - flow[:, 0].sum() < 300
+def test_a_label_is_the_class_of_the_next_seven_days(frame) -> None:
+    part = frame.filter(pl.col(CATCHMENT) == "X031001001")
+    flow, label, day = (part[name].to_list() for name in ("discharge", LABEL, DAY))
+    before = [each for each, at in zip(flow, day, strict=True) if each and at < VALIDATE]
+    low, high = np.quantile(before, [0.2, 0.8])
+    for at in np.random.default_rng(1).integers(len(flow) - 8, size=500).tolist():
+        week = flow[at + 1 : at + 8]
+        crosses = any(day[at] < border <= day[at + 7] for border in (VALIDATE, TEST))
+        if None in week or crosses:
+            assert label[at] is None
+        else:
+            mean = np.mean(week)
+            assert label[at] == ("low" if mean < low else "high" if mean > high else "normal")
+    assert label[-7:] == [None] * 7
 
 
-def test_without_evaporation_all_rain_becomes_flow(monkeypatch) -> None:
-    monkeypatch.setattr(data, "extraterrestrial_radiation", lambda *_: np.zeros((2000, 2)))
-    catchments = Catchments(**{name: np.full(2, ends[0]) for name, ends in data.RANGES.items()})
-    rain = np.tile([1.0, 9.0], (2000, 1))
-    flow = discharge(catchments, np.arange(2000), rain, np.full((2000, 2), 10.0))
-    np.testing.assert_allclose(flow[-1], rain[-1], rtol=1e-6)
+@pytest.mark.parametrize("border", [VALIDATE, TEST])
+def test_labels_do_not_leak_across_the_splits(frame, border, monkeypatch) -> None:
+    """What is before a split does not change if later days are removed."""
+    table = pl.read_parquet(data.TABLE).filter(pl.col(DAY) < border)
+    monkeypatch.setattr(data.pl, "read_parquet", lambda path: table)
+    assert river_days().equals(frame.filter(pl.col(DAY) < border))
 
 
-def test_trees_see_no_later_event_and_no_other_stream(frame) -> None:
-    before = tree_features(frame, 100)
-    at = frame.height // 2 + 200
-    changed = frame.with_columns(
-        pl.when(pl.int_range(pl.len()) == at)
-        .then(pl.lit(99.0))
-        .otherwise("temperature")
-        .alias("temperature")
-    )
-    after = tree_features(changed, 100)
+def test_the_splits_are_those_of_the_specification() -> None:
+    training = read_spec(SPEC).training
+    assert training is not None
+    borders = (training.validate_from, training.test_from)
+    assert borders == tuple(f"{border:%Y-%m-%d}" for border in (VALIDATE, TEST))
+
+
+def test_trees_see_no_later_day_and_no_other_catchment(frame) -> None:
+    frame = frame.filter(pl.col(DAY) < pl.datetime(2002, 1, 1, time_zone="UTC"))
+    before = tree_features(frame, 20)
+    at = frame.height // 2
+    changed = pl.when(pl.int_range(pl.len()) == at).then(99.0).otherwise("temperature")
+    after = tree_features(frame.with_columns(changed.alias("temperature")), 20)
     equal = (after == before) | (np.isnan(after) & np.isnan(before))
     differ = np.flatnonzero(~equal.all(axis=1))
     assert min(differ) == at
-    assert frame["catchment"][int(max(differ))] == frame["catchment"][at]
-    assert max(differ) >= at + max(AGGREGATED_DAYS)
+    assert frame[CATCHMENT][int(max(differ))] == frame[CATCHMENT][at]
+    assert max(differ) >= at + max(AGGREGATED_DAYS) - 1
 
 
-@pytest.mark.parametrize("method", WINDOWS)
-def test_convolutions_see_their_window(method) -> None:
-    layers = [one for one in spec_of(method).layers if isinstance(one, Conv1dLayer)]
-    assert 1 + sum(layer.past_steps for layer in layers) == WINDOWS[method]
+def test_shares_and_losses_are_of_their_own_split(frame) -> None:
+    by = pl.col(CATCHMENT)
+    later = pl.when(pl.col(DAY) < VALIDATE).then(LABEL).otherwise(pl.lit("low")).alias(LABEL)
+    own = shares(frame, by)
+    assert np.array_equal(own, shares(frame.with_columns(later), by))
+    np.testing.assert_allclose(own.sum(axis=1), 1)
+    months = Months(frame)
+    at = months.rows
+    assert (frame[DAY][at.tolist()] >= TEST).all()
+    losses = -np.log(own[at, codes(frame)[at]])
+    np.testing.assert_allclose(months.losses(own), losses)
+    assert months.text(losses).startswith(f"{losses.mean():.4f} (")
