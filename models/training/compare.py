@@ -2,8 +2,9 @@
 
 Both run as the service runs them (`models.training.evaluate`). Heads of the same name and task are
 scored on the same events; intervals are 95%, of paired differences, as in a report
-(`models.training.scores`). By default the events are those that neither has been trained or chosen
-on: from the later `test_from` of both on.
+(`models.training.scores`). If their vocabularies differ, these are the events with categories that
+both know, since "unknown" is easier to predict the more categories it stands for. By default the
+events are those that neither has been trained or chosen on: from the later `test_from` of both on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.decoding.losses import Floats, Scored, has_targets
 from models.errors import DataError, SpecError
-from models.events.schema import NumericField
-from models.spec.heads import AnomalyHead, Head, LabelHead
+from models.events.schema import CategoricalField, NumericField
+from models.spec.heads import AnomalyHead, ClassificationHead, Head, LabelHead
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Streams, labels_of, moment_ms, split_of, streams_of, training_of
@@ -65,7 +66,8 @@ def compare_artifacts(
 
     Returns:
         `a` and `b` (`model` and `version`), `from`, `days`, `resampled`, `heads` (by head:
-        `metric`, `events`, `scores` of `a` and `b`, `difference` of B minus A, and `verdict` on B),
+        `metric`, `events`, `scores` of `a` and `b`, `difference` of B minus A, and `verdict` on B;
+        `unknown`, events left out because of a category that not both know),
         `verdict` (`worse` if B is for any head, otherwise `better` if it is for any), and
         `not_compared`, with reasons.
 
@@ -91,6 +93,15 @@ def compare_artifacts(
     for name in [name for name in heads if name not in scored[0] or name not in scored[1]]:
         heads.remove(name)
         not_compared[name] = f"no events with a value {shown}"
+    unknown: dict[str, int] = {}
+    for name in [*heads]:
+        kept = _known_to_both(specs, name, streams[0], scored[0][name][1])
+        unknown[name] = int((~kept).sum())
+        for each in scored:
+            each[name] = _select(each[name][0], kept), each[name][1][kept]
+        if not kept.any():
+            heads.remove(name)
+            not_compared[name] = f"no events {shown} with a category that both know"
     if not heads:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_compared.items())
         raise SpecError(
@@ -107,7 +118,8 @@ def compare_artifacts(
             _rescale(spec, head, each[name][0], of, at, scale)
             for spec, each, of in zip(specs, scored, streams, strict=True)
         )
-        found[name] = {"events": len(at), **_head(compare_scored(of_a, {OTHER: of_b}, days))}
+        compared = _head(compare_scored(of_a, {OTHER: of_b}, days))
+        found[name] = {"events": len(at), "unknown": unknown[name], **compared}
     verdicts = {head["verdict"] for head in found.values()}
     verdict = next((each for each in ("worse", "better") if each in verdicts), "level")
     return {
@@ -174,6 +186,36 @@ def _task(spec: ModelSpec, head: Head) -> tuple[Any, ...]:
     return options, numbers, head.source if isinstance(head, LabelHead) else None
 
 
+def _known_to_both(
+    specs: tuple[ModelSpec, ModelSpec], name: str, streams: Streams, at: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether each event, of those that a head is scored on, has categories that both know; always
+    if their vocabularies have the same ones."""
+    head = next(each for each in specs[0].heads if each.name == name)
+    targets: tuple[str, ...] = ()
+    if isinstance(head, ClassificationHead | AnomalyHead):
+        targets = head.targets if isinstance(head, AnomalyHead) else (head.target,)
+    kept = np.ones(len(at), np.bool_)
+    for target in targets:
+        fields = [event_field(spec, target) for spec in specs]
+        known = [set(e.vocabulary or ()) for e in fields if isinstance(e, CategoricalField)]
+        if known and known[0] != known[1]:
+            values = streams.columns.values[target][at]
+            both = np.isin(values, list(known[0] & known[1]))
+            kept &= both | ~streams.columns.present[target][at]
+    return kept
+
+
+def _select(scored: Scored, kept: NDArray[np.bool_]) -> Scored:
+    """The scores of some of the events."""
+    arrays = {
+        name: None if values is None else values[kept]
+        for name in ("probability", "truth", "values")
+        for values in (getattr(scored, name),)
+    }
+    return Scored({name: loss[kept] for name, loss in scored.losses.items()}, **arrays)
+
+
 def _rescale(
     spec: ModelSpec, head: Head, scored: Scored, streams: Streams, at: NDArray[np.int64], own: Own
 ) -> Scored:
@@ -232,6 +274,11 @@ def comparison_lines(compared: dict[str, Any]) -> list[str]:
     lines += [
         "",
         *(f"{name} is not compared: {why}" for name, why in compared["not_compared"].items()),
+    ]
+    lines += [
+        f"{name}: {head['unknown']:,} events whose category A and B do not both know are left out"
+        for name, head in compared["heads"].items()
+        if head["unknown"]
     ]
     for name, head in compared["heads"].items():
         verdict = {"level": "B is level with A", "better": "B is better than A"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,6 +21,7 @@ from models.errors import DataError, SpecError, VerdictError
 from models.events.schema import NumericField
 from models.networks.initial_weights import draw_weights
 from models.spec.model import ModelSpec, parse_spec, schema_of
+from models.training.compare import comparison_lines
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import evaluate
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
@@ -117,6 +119,42 @@ def test_heads_of_another_task_are_not_compared(folder: Path, spec: ModelSpec) -
     write_artifact(folder / "none", none, draw_weights(none, 1))
     with pytest.raises(SpecError, match=r"expected a head that both artifacts have.*next: only A"):
         commands.compare(folder / "usual", folder / "none", folder / "events.csv")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"kind": "classification", "target": "kind"},
+        {"kind": "classification", "target": "kind", "top": 2},
+        {"kind": "anomaly", "targets": ["kind"]},
+    ],
+    ids=lambda head: f"{head['kind']} {head.get('top', '')}",
+)
+def test_an_artifact_that_knows_fewer_categories_gains_nothing_by_it(
+    folder: Path, spec: ModelSpec, head: dict[str, Any]
+) -> None:
+    """Always predicting "unknown" is right for each category that it does not know."""
+    plain = spec.model_dump()
+    field = next(each for each in plain["events"]["fields"] if each["name"] == "kind")
+    plain["heads"] = [{"name": "next", **head}]
+    for name, vocabulary in (("both", ("a", "b")), ("other order", ("b", "a")), ("few", ("a",))):
+        field["vocabulary"] = vocabulary
+        one = parse_spec(plain)
+        weights = draw_weights(one, 1)
+        bias = np.zeros(1 + len(vocabulary), np.float32)
+        bias[0] = 5.0 if name == "few" else -5.0
+        weights = {**weights, "heads.next.bias": bias}
+        write_artifact(folder / name, one, weights)
+    data = folder / "events.csv"
+    compared = commands.compare(folder / "both", folder / "few", data, quiet=True)["heads"]["next"]
+    assert compared["verdict"] == "worse"
+    assert compared["unknown"] > 0
+    whole = commands.compare(folder / "both", folder / "other order", data, quiet=True)
+    assert whole["heads"]["next"]["unknown"] == 0
+    assert whole["heads"]["next"]["events"] == compared["events"] + compared["unknown"]
+    lines = "\n".join(comparison_lines({**whole, "heads": {"next": compared}}))
+    left_out = f"next: {compared['unknown']} events whose category A and B do not both know"
+    assert left_out in lines
 
 
 def test_artifacts_of_other_streams_are_rejected(folder: Path, spec: ModelSpec) -> None:
