@@ -12,6 +12,7 @@ import glob
 import gzip
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ DELTA_LOG = "_delta_log"
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _JSON = (".jsonl", ".ndjson")
 _START_BYTES = 64
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
+"""What reading text in `.gz` raises if it is cut or damaged."""
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """Byte order marks of other encodings than UTF-8."""
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -147,7 +150,7 @@ def _read_file(path: Path, schema: EventSchema | None) -> pl.DataFrame:
             frame = pl.read_csv(path, infer_schema=False, glob=False)
         else:
             frame = pl.read_ndjson(path, infer_schema_length=None)
-    except (OSError, EOFError, pl.exceptions.PolarsError) as error:
+    except (OSError, *_DAMAGED, pl.exceptions.PolarsError) as error:
         raise _unreadable(path, error) from error
     added = {n: v for n, v in partition_values(str(path)).items() if n not in frame.columns}
     frame = frame.with_columns(pl.lit(value, pl.String).alias(n) for n, value in added.items())
@@ -183,7 +186,7 @@ def _check_kind(path: Path) -> str:
     try:
         with _open_text(path) as file:
             check_content(str(path), kind, file.read(_START_BYTES))
-    except (OSError, EOFError) as error:
+    except (OSError, *_DAMAGED) as error:
         raise _unreadable(path, error) from error
     return kind
 
@@ -219,14 +222,17 @@ def check_content(name: str, kind: str, start: bytes) -> None:
 def _unreadable(path: Path, error: Exception) -> DataError:
     """The error of a file that polars cannot read, with its place if that can be found."""
     kind = _suffix_of(path)
-    if path.suffix.lower() == ".gz" and isinstance(error, gzip.BadGzipFile):
-        return DataError(expected=f"{path}: compressed text, by gzip", got=str(error))
-    if kind != ".parquet":
-        check_encoding(path)
-    if kind == ".csv":
-        _check_cells(path)
-    elif kind in _JSON:
-        _check_objects(path)
+    try:
+        if isinstance(error, _DAMAGED):
+            raise error
+        if kind != ".parquet":
+            check_encoding(path)
+        if kind == ".csv":
+            _check_cells(path)
+        elif kind in _JSON:
+            _check_objects(path)
+    except _DAMAGED as damage:
+        return DataError(expected=f"{path}: compressed text, by gzip", got=str(damage))
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(expected=f"{path}: a table in {kind[1:]} form", got=repr(reason))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models.errors import DataError
@@ -101,6 +102,23 @@ def test_malformed_files_of_other_formats_are_rejected(
         read_data(tmp_path / name, schema_of(spec))
     with pytest.raises(DataError, match="an existing file"):
         read_data(tmp_path / "none.csv", schema_of(spec))
+
+
+@pytest.mark.parametrize("name", ["events.csv.gz", "events.jsonl.gz"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damaged_compressed_files_are_rejected(tmp_path: Path, name: str, damage: str) -> None:
+    random = np.random.default_rng(1).integers(0, 10**9, 5000)
+    is_csv = ".csv" in name
+    lines = [str(each) if is_csv else f'{{"id": {each}}}' for each in random]
+    content = bytearray(gzip.compress("\n".join(["id", *lines] if is_csv else lines).encode()))
+    middle = len(content) // 2
+    if damage == "cut":
+        del content[middle:]
+    else:
+        content[middle : middle + 200] = bytes(200)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: compressed text, by gzip, got "):
+        read_data(tmp_path / name, None)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
