@@ -107,7 +107,12 @@ def new_version(name: str, version: Version) -> Artifact:
         spec, frame = read_spec(HERE / name / "spec.yaml"), version.events()
         if spec.training is None:
             raise ModelsError(f"{name}: expected `training`")
-        changed = {"seed": SEED, "epochs": version.epochs, "members": version.members}
+        changed = {
+            "seed": SEED,
+            "seeds": None,
+            "epochs": version.epochs,
+            "members": version.members,
+        }
         training = spec.training.model_copy(update=changed)
         spec = spec.model_copy(update={"training": training})
         artifact = train(spec, frame, path, quiet=True, source=name).artifact

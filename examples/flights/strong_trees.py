@@ -10,14 +10,13 @@ December; the intervals are 95%, by resampling days. Fitted trees are kept in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import models
 from examples.command import BUILT
+from examples.flights.__main__ import OUT
 from models.artifact.artifact import load_artifact
 from models.decoding.losses import score_binary
 from models.events.calendar import zone_table
@@ -101,7 +100,7 @@ def tree_probabilities(
 
 def main() -> None:
     """Fit what is not there, score, print."""
-    artifact = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
+    artifact = load_artifact(OUT)
     frame = flight_events()
     streams = streams_of(artifact.spec, frame, "flights")
     late = streams.frame["dep_delay"].to_numpy() > LATE_MINUTES

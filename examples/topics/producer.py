@@ -3,10 +3,9 @@
     EVENTS_PER_S=20 python producer.py redis://localhost
 
 `day.jsonl.gz` has the departures from New York of 2 January 2013, in the order of their moments.
-They are sent again and again, each time a day later, each with what left its airport just before:
-a producer sees the departures of all streams, the model those of one. The number of the last event
-is in the store: event and position follow from it, so that a producer that is restarted continues,
-and an event that is sent twice is a duplicate.
+They are sent again and again, each time a day later. The number of the last event is in the store:
+event and position follow from it, so that a producer that is restarted continues, and an event
+that is sent twice is a duplicate.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from typing import Any
 import redis
 
 from carry_client import Producer
-from models.pretrained.airport import AirportTraffic
 
 DAY = Path(__file__).with_name("day.jsonl.gz")
 TOPIC = "departures"
@@ -41,21 +39,17 @@ def departures(start: int = 0) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Stream, event and position of each departure, from a number on, endlessly."""
     day = [json.loads(line) for line in gzip.decompress(DAY.read_bytes()).splitlines()]
     per_day = Counter(each["stream"] for each in day)
-    # a day earlier, since the first departures also depend on those of the hour before
-    number = max(0, start - start % len(day) - len(day))
-    traffic = AirportTraffic()
+    number = start - start % len(day)
     while True:
         days = number // len(day)
         for each in day:
             stream, event = each["stream"], each["event"]
             position = days * per_day[stream] + each["position"]
-            departed = datetime.fromisoformat(event["departed"]) + timedelta(days=days)
-            moment_ms = round(departed.timestamp() * 1000)
-            airport = traffic.add(event["origin"], moment_ms, event["dep_delay"])
             if number >= start:
                 # the streams of the README's examples have other events
                 name = f"live-{stream}"
-                yield name, {**event, "departed": departed.isoformat(), **airport}, position
+                departed = datetime.fromisoformat(event["departed"]) + timedelta(days=days)
+                yield name, {**event, "departed": departed.isoformat()}, position
             number += 1
 
 

@@ -2,7 +2,7 @@
 
 The service keeps a state per stream, so what all streams of an airport did is part of the event,
 and its producer computes it, which sees the departures of all streams in the order of their
-moments. Training's data and the example's producer both use this class.
+moments. The data of training and the departures that `examples/topics` produces are of this class.
 
 Invariant: the fields of a departure depend on departures of strictly earlier moments only, also on
 their delays, which are known when they leave. Departures of one moment do not see each other, so

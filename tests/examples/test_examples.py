@@ -11,6 +11,8 @@ import pytest
 
 from carry_client import Carry
 from examples.client import main
+from examples.flights.__main__ import OUT
+from models.artifact.artifact import load_artifact
 from models.events.columns import canonical_bytes
 from models.events.frame import columns_from_frame
 from models.pretrained.departures import flight_events
@@ -36,6 +38,17 @@ def test_example_client_sends_every_departure_once(
     assert [line for line in once if "position" in line] == ends
     assert len(once) > 2 * len(ends)
     assert capsys.readouterr().out.splitlines() == ends
+
+
+def test_the_included_model_is_of_its_specification() -> None:
+    spec, included = read_spec(EXAMPLES / "flights" / "spec.yaml"), load_artifact(OUT).spec
+    assert spec.events is not None
+    assert included.events is not None
+    assert [field.name for field in included.events.fields] == [
+        field.name for field in spec.events.fields
+    ]
+    assert (included.layers, included.heads) == (spec.layers, spec.heads)
+    assert included.training == spec.training
 
 
 def chunks_of(name: str) -> list[dict[str, Any]]:

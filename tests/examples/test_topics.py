@@ -10,7 +10,7 @@ from itertools import islice
 import polars as pl
 
 from examples.topics.producer import departures
-from models.pretrained.airport import AIRPORT_COLUMNS
+from models.pretrained.airport import AIRPORT_COLUMNS, AirportTraffic
 from models.pretrained.departures import EVENT_COLUMNS, TIMEZONE, flight_events
 from models.spec.spec_file import read_spec
 from tests.support.pages import ROOT
@@ -47,4 +47,12 @@ def test_the_departures_are_those_of_the_data() -> None:
         assert set(event) <= set(EVENT_COLUMNS)
         recorded = day.filter(pl.col("stream") == stream.removeprefix("live-"))
         for name in ("dep_delay", *AIRPORT_COLUMNS):
-            assert recorded[name][position] == event[name]
+            assert recorded[name][position] == event.get(name)
+
+
+def test_a_producer_computes_the_airport_fields_from_the_departures_so_far() -> None:
+    traffic = AirportTraffic()
+    for _, event, _ in islice(departures(), EVENTS_PER_DAY + 300):
+        moment_ms = round(datetime.fromisoformat(event["departed"]).timestamp() * 1000)
+        fields = traffic.add(event["origin"], moment_ms, event["dep_delay"])
+        assert fields == {name: event.get(name) for name in AIRPORT_COLUMNS}

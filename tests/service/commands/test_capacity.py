@@ -116,7 +116,7 @@ def test_command_prints_what_streams_need() -> None:
     done = run("flights", "--streams", "1000000", "--rate", "100000")
     assert done.exit_code == 0, done.stderr
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
-    assert rows["raw state"].strip() == "1,952 bytes"
+    assert rows["raw state"].strip() == "1,568 bytes"
     assert "bytes a stream" in rows["valkey: data"]
     assert rows["workers"].strip().startswith("2, each on a core, for 6,250 chunks/s")
     missing = run("none", "--streams", "1")

@@ -190,7 +190,7 @@ def test_a_replaced_graph_file_is_not_run(with_graph: Artifact, exchanged: Any) 
 
 
 @pytest.mark.parametrize(
-    ("name", "version"), [("flights", "46de72b9354a"), ("rivers", "5bb9f1d002d0")]
+    ("name", "version"), [("flights", "cbb88d978926"), ("rivers", "5bb9f1d002d0")]
 )
 def test_a_pretrained_model_has_its_graph(name: str, version: str) -> None:
     artifact = load_artifact(Path(models.__file__).parent / "pretrained" / name)

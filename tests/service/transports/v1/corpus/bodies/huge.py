@@ -1,6 +1,6 @@
 """Bodies of nearly 2 MiB that are cheap to send and expensive to parse.
 
-Each is made when it is asked for. They are for the model `flights` (17 columns, 10 event fields)
+Each is made when it is asked for. They are for the model `flights` (25 columns, 14 event fields)
 under the default limits. The first five are an attack's; the others are of the same kind.
 """
 
@@ -19,8 +19,8 @@ FORK = "/v1/models/flights/streams/huge/fork"
 STATE = "/v1/models/flights/streams/huge/state"
 INFER = "/v2/models/flights/infer"
 
-ROW = b"[" + b",".join([b"0"] * 17) + b"]"
-SHORT_ROW = b"[" + b",".join([b"0"] * 16) + b"]"
+ROW = b"[" + b",".join([b"0"] * 25) + b"]"
+SHORT_ROW = b"[" + b",".join([b"0"] * 24) + b"]"
 
 
 class HugeBody(NamedTuple):
@@ -77,7 +77,7 @@ STATE_LEAD = b'{"fingerprint":"%b","feed":"inputs","position":0,"state":{' % (b"
 
 
 def _state(value: bytes) -> bytes:
-    return _filled(STATE_LEAD + b'"lstm_1_m1.hidden":[', value, b"]}}")
+    return _filled(STATE_LEAD + b'"lstm_1.hidden":[', value, b"]}}")
 
 
 def _members(lead: bytes, value: bytes, tail: bytes) -> Callable[[], bytes]:
@@ -184,9 +184,9 @@ def _json() -> Iterator[HugeBody]:
     for title, (begin, part, *end) in PLACES.items():
         name = b'{"' + begin, part, b"".join(end) + b'":1}'
         yield body(title, lambda name=name: _filled(*name, between=b""))
-    yield body("a tensor of deep lists", _tensor(b"[1,17]", b"[[[[[[[0]]]]]]]"), path=INFER)
-    yield body("a tensor of short lists", _tensor(b"[1000,58,17]", b"[0]"), path=INFER)
-    yield body("a tensor of short lists in one", _tensor(b"[1000,58,17]", b"[[0],[0]]"), path=INFER)
+    yield body("a tensor of deep lists", _tensor(b"[1,25]", b"[[[[[[[0]]]]]]]"), path=INFER)
+    yield body("a tensor of short lists", _tensor(b"[1000,58,25]", b"[0]"), path=INFER)
+    yield body("a tensor of short lists in one", _tensor(b"[1000,58,25]", b"[[0],[0]]"), path=INFER)
     parameters = b'{"inputs":[],"parameters":{'
     for value in (b"[]", b"{}", b"0"):
         title = f"parameters that are each {value.decode()}"
