@@ -44,6 +44,7 @@ from models.events.columns import canonical_bytes
 from models.events.schema import EventSchema
 from service.core.errors import (
     AlreadyApplied,
+    Conflict,
     EpochMismatch,
     InputKindMismatch,
     PositionAhead,
@@ -365,6 +366,13 @@ def stream_exists(stream: str, head: StreamHead) -> StreamExists:
         f'stream {stream!r} exists at position {head.position}; send If-Match: "{head.etag}" '
         "to overwrite it",
         **stream_facts(stream, head),
+    )
+
+
+def stream_conflict(stream: str, attempts: int) -> Conflict:
+    """The error for a stream that other writers kept changing."""
+    return Conflict(
+        f"other writers changed stream {stream!r} {attempts} times in a row", stream=stream
     )
 
 

@@ -15,22 +15,16 @@ from structlog.contextvars import bound_contextvars
 
 from models.detection.causes import Alarm
 from service.access.caller import Caller, Verb
-from service.core.delivery import acknowledged_head, check_position
+from service.core.delivery import acknowledged_head, check_position, stream_conflict
 from service.core.errors import CarryError, InvalidInput
 from service.core.values import Precondition, StreamHead, StreamKey, StreamState
 from service.pipeline.model_versions import ModelVersions
-from service.pipeline.recorder import Audit
+from service.pipeline.rewind import copy_history
 from service.pipeline.served_model import ServedModel
-from service.pipeline.state_cache import StateCache
-from service.pipeline.streams import (
-    CREATE_ATTEMPTS,
-    StreamAdministration,
-    conflict_error,
-    outcome_facts,
-)
-from service.store.base import CLOSED, CommitColumns, CommitResult, Committed, Store, decode_value
+from service.pipeline.streams import CREATE_ATTEMPTS, StreamAdministration
+from service.store.base import Store, decode_value
 from service.store.capabilities import IndexedAlarm
-from service.store.codec import encode_state, pack_head, read_packed_head
+from service.store.codec import encode_state
 from service.store.history import HistoryCopy
 from service.store.layout import CodecError
 
@@ -75,9 +69,7 @@ class Alarms:
     Args:
         streams: reads streams.
         versions: returns the versions of a model; raises ModelNotFound.
-        cache: the state cache of the chunk batches.
         now_ms: wall clock in epoch milliseconds.
-        audit: records what was acknowledged.
 
     Besides the documented errors, each method may raise Forbidden, LimitExceeded, ModelNotFound and
     the store's errors.
@@ -88,17 +80,13 @@ class Alarms:
         streams: StreamAdministration,
         versions: Callable[[str], ModelVersions],
         store: Store,
-        cache: StateCache,
         *,
         now_ms: Callable[[], int],
-        audit: Audit,
     ):
         self._streams = streams
         self._versions = versions
         self._store = store
-        self._cache = cache
         self._now_ms = now_ms
-        self._audit = audit
 
     async def page(
         self, caller: Caller, model: str, prefix: str, cursor: str | None, limit: int
@@ -161,13 +149,12 @@ class Alarms:
         position: int | None = None,
         precondition: Precondition | None = None,
     ) -> tuple[StreamState, bool]:
-        """Close the open alarm of a stream, and let its detection start anew: what the stream does
-        now becomes normal. The state of the network stays, as do epoch and position.
+        """Close the open alarm of a stream, and restart its detection: what the stream does now
+        becomes normal. The state of the network stays, as do epoch and position.
 
         The stream gets the tag of `acknowledged_head`, which an If-Match of before also names: so a
         repeated request, and the next chunk of a client that does not know of this one, are not
-        rejected. Its history begins anew with this state; the events before stay for other
-        versions.
+        rejected. Its history restarts with this state; the events before stay for other versions.
 
         Returns:
             The stream, and whether it had an alarm; nothing is written if it had none.
@@ -195,37 +182,23 @@ class Alarms:
                     updated_ms=self._now_ms(),
                     state=served.acknowledge_alarm(stored.state),
                 )
-                result = await self._write(key, served, stored, new)
-                outcome = outcome_facts(result)
-                if outcome or isinstance(result, Committed):
-                    facts = {"position": new.head.position, **outcome}
-                    self._audit("alarm_acknowledged", model=key.model, stream=key.stream, **facts)
-                if isinstance(result, CarryError):
-                    raise result
-                if isinstance(result, Committed):
+                history: HistoryCopy | None = None
+                if self._versions(key.model).route.keeps_history:
+                    copied = await copy_history(self._store.histories, key, stored.head)
+                    if copied is None:
+                        continue
+                    entries = _without_start(served, copied.entries)
+                    history = HistoryCopy(entries, [encode_state(new)])
+                if await self._streams.replace("alarm_acknowledged", key, stored, new, history):
                     return new, True
-            raise conflict_error(key)
+            raise stream_conflict(key.stream, CREATE_ATTEMPTS)
 
-    async def _write(
-        self, key: StreamKey, served: ServedModel, stored: StreamState, new: StreamState
-    ) -> CommitResult:
-        """Replace the state of a stream, if it is still the stored one."""
-        expected, state = pack_head(stored.head), encode_state(new)
-        if self._versions(key.model).route.champion.history is None:
-            self._cache.drop(key)
-            commit = CommitColumns([key], [expected], [state], [b""], alarms=[CLOSED])
-            return (await self._store.commit(commit))[0]
-        ((value, history),) = await self._store.histories.copy([key])
-        entries = history.entries if history is not None else ()
-        if value is None or read_packed_head(value) != expected:
-            entries = ()  # the write will conflict
-        try:
-            # the initial state does not lead to this one
-            if entries and served.history_codec.decode(entries[0]).starts:
-                entries = entries[1:]
-        except CodecError:
-            entries = ()
-        self._cache.drop(key)
-        return await self._store.histories.write(
-            key, expected, state, HistoryCopy(entries, [state])
-        )
+
+def _without_start(served: ServedModel, entries: Sequence[bytes]) -> Sequence[bytes]:
+    """The entries of a history without the mark of the initial state, which does not lead to an
+    acknowledged one; none if they cannot be read."""
+    try:
+        starts = bool(entries) and served.history_codec.decode(entries[0]).starts
+    except CodecError:
+        return ()
+    return entries[1:] if starts else entries

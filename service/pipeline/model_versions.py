@@ -30,6 +30,11 @@ class Route(NamedTuple):
     challenger: ServedModel | None = None
     share: float = 0.0
 
+    @property
+    def keeps_history(self) -> bool:
+        """Whether the store keeps a history of the model's streams."""
+        return self.champion.history is not None
+
     def answering(self, stream: str) -> ServedModel:
         """The version that answers a stream."""
         if self.challenger is None or not self.share:

@@ -141,9 +141,7 @@ class Pipeline:
             now_ms=now_ms,
             audit=audit,
         )
-        self.alarms = Alarms(
-            self.streams, self._versions, store, self.cache, now_ms=now_ms, audit=audit
-        )
+        self.alarms = Alarms(self.streams, self._versions, store, now_ms=now_ms)
         self.topics = TopicViews(store.topics)
         self.aliases = ModelAliases(
             self.versions, store.models, load_version, policy=settings.on_model_change, audit=audit

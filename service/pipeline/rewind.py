@@ -15,13 +15,14 @@ import structlog
 
 from service.core.delivery import stream_facts
 from service.core.errors import CarryError, PositionUnavailable, StateDamaged
-from service.core.values import StreamKey, StreamState
+from service.core.values import StreamHead, StreamKey, StreamState
 from service.engine.compute import Compute
 from service.pipeline.history_run import HistoryGap, HistoryRun, advance_many, decode_entries
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.served_model import ServedModel
 from service.store.base import decode_stream, decode_value, state_damaged_error
-from service.store.history import Histories, StoredHistory
+from service.store.codec import pack_head, read_packed_head
+from service.store.history import Histories, HistoryCopy, StoredHistory
 from service.store.history_codec import HistoryEntry, entries_from, read_range
 from service.store.layout import CodecError
 
@@ -203,6 +204,14 @@ class History(NamedTuple):
     def _damaged(self, reason: object) -> StateDamaged:
         stream = self.key.stream
         return StateDamaged(f"the history of stream {stream!r} is invalid: {reason}", stream=stream)
+
+
+async def copy_history(store: Histories, key: StreamKey, head: StreamHead) -> HistoryCopy | None:
+    """Read the history that leads to a stream head; None if the stream has another head by now."""
+    ((value, history),) = await store.copy([key])
+    if value is None or read_packed_head(value) != pack_head(head):
+        return None
+    return history or HistoryCopy()
 
 
 async def read_histories(

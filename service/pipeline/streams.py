@@ -21,10 +21,11 @@ from service.core.delivery import (
     check_stored,
     start_epoch,
     state_changed,
+    stream_conflict,
     stream_exists,
     stream_not_found,
 )
-from service.core.errors import CarryError, Conflict, StateDamaged
+from service.core.errors import CarryError, StateDamaged
 from service.core.values import (
     FIRST_TAG,
     Feed,
@@ -39,7 +40,7 @@ from service.engine.compute import Compute
 from service.pipeline.model_versions import ModelVersions
 from service.pipeline.recorder import Audit, no_audit
 from service.pipeline.rewarm import Rewarming
-from service.pipeline.rewind import History, choose_history, read_histories
+from service.pipeline.rewind import History, choose_history, copy_history, read_histories
 from service.pipeline.served_model import ServedModel
 from service.pipeline.state_cache import StateCache
 from service.store.base import (
@@ -50,7 +51,7 @@ from service.store.base import (
     Store,
     decode_value,
 )
-from service.store.codec import encode_state, pack_head, read_packed_head
+from service.store.codec import encode_state, pack_head
 from service.store.history import HistoryCopy
 
 DELETE_BATCH_STREAMS: Final = 100
@@ -254,7 +255,7 @@ class StreamAdministration:
                         keys = page.keys[first : first + DELETE_BATCH_STREAMS]
                         for result in await self._delete_many(keys, caller.quota):
                             if isinstance(result, CarryError):
-                                facts = outcome_facts(result)
+                                facts = _outcome(result)
                                 raise result
                             deleted += isinstance(result, Committed)
                     cursor = page.cursor
@@ -306,7 +307,7 @@ class StreamAdministration:
             source = StreamState(head, feed, fingerprint, None, now_ms, state, since)
             if fingerprint != served.fingerprint:
                 raise served.incompatible(key.stream, source)
-            history = HistoryCopy() if self._keeps_history(key.model) else None
+            history = HistoryCopy() if self._versions(key.model).route.keeps_history else None
             return await self._create("state_written", caller, key, source, history, precondition)
 
     async def fork(
@@ -325,20 +326,49 @@ class StreamAdministration:
                 "stream_forked", caller, target, source, history, precondition
             )
 
-    def _keeps_history(self, model: str) -> bool:
-        return self._versions(model).route.champion.history is not None
-
     async def _load_with_history(self, key: StreamKey) -> tuple[StreamState, HistoryCopy | None]:
         """Read a stream and the history that leads to its state, empty if chunks that come all the
         time keep it from being read; None if the model keeps none."""
         for _ in range(CREATE_ATTEMPTS):
             source = await self.load_compatible(key)
-            if not self._keeps_history(key.model):
+            if not self._versions(key.model).route.keeps_history:
                 return source, None
-            ((value, history),) = await self._store.histories.copy([key])
-            if value is not None and read_packed_head(value) == pack_head(source.head):
-                return source, history or HistoryCopy()
+            history = await copy_history(self._store.histories, key, source.head)
+            if history is not None:
+                return source, history
         return source, HistoryCopy()
+
+    async def replace(
+        self,
+        change: str,
+        key: StreamKey,
+        stored: StreamState | Tombstone | None,
+        new: StreamState,
+        history: HistoryCopy | None,
+        *,
+        keeps_snapshots: bool = False,
+    ) -> bool:
+        """Replace what is stored of a stream, and record that as a change.
+
+        Args:
+            history: that leads to the new state; None if the model keeps none.
+
+        Returns:
+            Whether it was replaced; False after a version conflict with another writer.
+        """
+        self._cache.drop(key)
+        expected, state = pack_head(stored and stored.head), encode_state(new)
+        if history is None:
+            commit = CommitColumns([key], [expected], [state], [b""])
+            (result,) = await self._store.commit(commit)
+        else:
+            result = await self._store.histories.write(
+                key, expected, state, history, keeps_snapshots=keeps_snapshots
+            )
+        self._record(change, key, result, position=new.head.position)
+        if isinstance(result, CarryError):
+            raise result
+        return isinstance(result, Committed)
 
     async def _create(
         self,
@@ -355,20 +385,9 @@ class StreamAdministration:
             if caller.quota is not None and not isinstance(replaced, StreamState):
                 served = self._versions(key.model).writer(source.fingerprint)
                 await caller.quota.admit(key, served.state_bytes)
-            self._cache.drop(key)
-            expected = pack_head(replaced and replaced.head)
-            state = encode_state(new)
-            if history is not None:
-                result = await self._store.histories.write(key, expected, state, history)
-            else:
-                commit = CommitColumns([key], [expected], [state], [b""])
-                (result,) = await self._store.commit(commit)
-            self._record(change, key, result, position=new.head.position)
-            if isinstance(result, CarryError):
-                raise result
-            if isinstance(result, Committed):
+            if await self.replace(change, key, replaced, new, history):
                 return new
-        raise conflict_error(key)
+        raise stream_conflict(key.stream, CREATE_ATTEMPTS)
 
     async def histories(
         self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
@@ -403,22 +422,14 @@ class StreamAdministration:
                         now_ms=self._now_ms(),
                         position=position,
                     )
-                    self._cache.drop(key)
-                    result = await self._store.histories.write(
-                        key,
-                        pack_head(chosen.stream.head),
-                        encode_state(new),
-                        HistoryCopy(chosen.entries_until(position)),
-                        keeps_snapshots=True,
-                    )
-                    self._record("stream_rewound", key, result, position=position)
-                    if isinstance(result, CarryError):
-                        raise result
-                    if isinstance(result, Committed):
+                    history = HistoryCopy(chosen.entries_until(position))
+                    if await self.replace(
+                        "stream_rewound", key, chosen.stream, new, history, keeps_snapshots=True
+                    ):
                         # an output of a new epoch follows only with the next chunk
                         self._store.outputs.publish(key, 0, b"")
                         return new
-            raise conflict_error(key)
+            raise stream_conflict(key.stream, CREATE_ATTEMPTS)
 
     async def _load_histories(
         self, key: StreamKey, position: int | None, precondition: Precondition | None
@@ -434,7 +445,7 @@ class StreamAdministration:
 
     def _record(self, change: str, key: StreamKey, result: CommitResult, **facts: int) -> None:
         """Report a change that was made, or may have been made."""
-        outcome = outcome_facts(result)
+        outcome = _outcome(result)
         if outcome or isinstance(result, Committed):
             self._audit(change, model=key.model, stream=key.stream, **facts, **outcome)
 
@@ -476,21 +487,13 @@ class StreamAdministration:
         return stored
 
 
-def conflict_error(key: StreamKey) -> Conflict:
-    """The error for a stream that other writers kept changing."""
-    return Conflict(
-        f"other writers changed stream {key.stream!r} {CREATE_ATTEMPTS} times in a row",
-        stream=key.stream,
-    )
-
-
 def _releasing(
     quota: StreamQuota | None, keys: Sequence[StreamKey]
 ) -> AbstractAsyncContextManager[list[StreamKey]]:
     return nullcontext([]) if quota is None else quota.releasing(keys)
 
 
-def outcome_facts(result: CommitResult) -> dict[str, str]:
+def _outcome(result: CommitResult) -> dict[str, str]:
     """The code of an error after which the change may have been made; nothing otherwise."""
     if isinstance(result, CarryError) and result.needs_position:
         return {"outcome": result.code}
