@@ -32,8 +32,9 @@ from models.errors import ModelsError
 from models.pretrained.departures import flight_events
 from models.spec.heads import LabelHead
 from models.spec.spec_file import read_spec
-from models.training.data import Streams, labels_of, split_of, streams_of
+from models.training.data import Streams, split_of, streams_of
 from models.training.evaluate import run_network
+from models.training.labels import labels_of
 from models.training.measurements import measure
 from models.training.scores import score_outputs
 from models.training.trainer import train

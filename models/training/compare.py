@@ -24,9 +24,10 @@ from models.events.schema import CategoricalField, NumericField
 from models.spec.heads import AnomalyHead, ClassificationHead, Head, LabelHead
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
-from models.training.data import Streams, labels_of, moment_ms, split_of, streams_of, training_of
+from models.training.data import Streams, moment_ms, split_of, streams_of, training_of
 from models.training.evaluate import run_chunks, score_heads
 from models.training.horizon import table_lines
+from models.training.labels import labels_of
 from models.training.scores import (
     DRAWS,
     MODEL,

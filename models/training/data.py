@@ -1,4 +1,4 @@
-"""Converts a table of events to encoded streams, with their labels and their split.
+"""Converts a table of events to encoded streams, with their split.
 
 `models.training.files` reads the table from a file, and `models.events.frame` its columns as
 fields, the same for training, evaluation and replay. Rows of one stream are put in the order of
@@ -6,21 +6,17 @@ fields, the same for training, evaluation and replay. Rows of one stream are put
 
 Errors name the file, the column and the row (data rows counted from 1).
 
-Either by two times, the same for all streams, or by shares of each stream's events. What is
+The split is by two times, the same for all streams, or by shares of each stream's events. What is
 compared is `Streams.split_keys`: the time of an event, or its position within its stream. In both
 cases every stream's validation events follow its training events, and its test events follow those.
 By shares, one stream's test events can be at the time of another's training events: split by time
 if streams depend on each other.
-
-A label is a value of the event itself that the event does not carry
-(`models.spec.heads.LabelHead`). Here each becomes a number: the index of its class, or 1 and 0 if
-there are no classes; NaN if the cell is empty.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -37,14 +33,13 @@ from models.events.columns import EventColumns
 from models.events.encode import Clock, encode, event_times
 from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame, resolve_forms
-from models.events.parse import TRUTH
 from models.events.schema import (
     CategoricalField,
     EventSchema,
     NumericField,
     TimestampField,
 )
-from models.spec.heads import DEFAULT_TOP, MAX_ALL, ClassificationHead, LabelHead
+from models.spec.heads import DEFAULT_TOP, MAX_ALL, ClassificationHead
 from models.spec.model import ModelSpec, schema_of
 from models.spec.resets import find_resets, segments_of
 from models.spec.training import ResolvedTraining, TrainingSpec
@@ -436,81 +431,3 @@ def split_of(spec: ModelSpec) -> Split:
             f"({validate_from!r}), got {test_from!r}"
         )
     return split
-
-
-Labels = Mapping[str, NDArray[np.float32]]
-"""Head name -> float32 [rows]."""
-
-
-def label_heads(spec: ModelSpec) -> tuple[LabelHead, ...]:
-    """The spec's label heads, in their order."""
-    return tuple(head for head in spec.heads if isinstance(head, LabelHead))
-
-
-def labels_of(
-    spec: ModelSpec,
-    frame: pl.DataFrame,
-    source: str = "data",
-    rows: NDArray[np.int64] | None = None,
-) -> Labels:
-    """Read the column of every label head.
-
-    Args:
-        spec: the model.
-        frame: one row per event; the labels are in its order.
-        source: what errors call the table.
-        rows: int64, index of each row in the table, for errors; by default the frame is the
-            table.
-
-    Raises:
-        DataError: a column is not there, or a cell is neither empty nor a class of its head
-            (true, false, 1 or 0 if it has no classes).
-    """
-    return {head.name: _column(head, frame, source, rows) for head in label_heads(spec)}
-
-
-def _column(
-    head: LabelHead, frame: pl.DataFrame, source: str, rows: NDArray[np.int64] | None
-) -> NDArray[np.float32]:
-    if head.source not in frame.columns:
-        raise DataError(
-            field=head.source,
-            expected=f"{source}: a column of the labels of {head.name!r}",
-            got=f"{frame.columns}",
-        )
-    if head.classes:
-        codes = {name: float(at) for at, name in enumerate(head.classes)}
-        return _codes(frame[head.source].cast(pl.String), codes, source, rows)
-    return read_truth(frame[head.source], source, rows)
-
-
-def read_truth(
-    column: pl.Series, source: str = "data", rows: NDArray[np.int64] | None = None
-) -> NDArray[np.float32]:
-    """Read a column of true and false as 1 and 0, also if it is text; NaN where a cell is empty.
-
-    Args:
-        source, rows: as in `labels_of`.
-
-    Raises:
-        DataError: a cell is neither empty nor true, false, 1 or 0.
-    """
-    text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
-    return _codes(text, {name: float(is_true) for name, is_true in TRUTH.items()}, source, rows)
-
-
-def _codes(
-    text: pl.Series, codes: Mapping[str, float], source: str, rows: NDArray[np.int64] | None
-) -> NDArray[np.float32]:
-    labels = text.replace_strict(codes, default=None, return_dtype=pl.Float32)
-    invalid = text.is_not_null() & labels.is_null()
-    if invalid.any():
-        at = invalid.arg_true().to_numpy()
-        numbers = at if rows is None else rows[at]
-        first = int(np.argmin(numbers))
-        raise DataError(
-            field=text.name,
-            expected=f"{source}, row {numbers[first] + 1}: one of {list(codes)}, or nothing",
-            got=repr(text[int(at[first])]),
-        )
-    return labels.fill_null(float("nan")).to_numpy().astype(np.float32)

@@ -36,16 +36,8 @@ from models.spec.layout import (
     output_spec,
 )
 from models.spec.model import ModelSpec, schema_of
-from models.training.data import (
-    Labels,
-    Streams,
-    labels_of,
-    moment_ms,
-    read_truth,
-    split_of,
-    streams_of,
-    training_of,
-)
+from models.training.data import Streams, moment_ms, split_of, streams_of, training_of
+from models.training.labels import Labels, labels_of, read_truth
 from models.training.scores import add_scaled, score_outputs, stream_scales, values_of
 
 DETECTION_STEPS = 256

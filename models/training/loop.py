@@ -28,8 +28,9 @@ from models.networks.build import Forward, StepNetwork
 from models.spec.decoder import DECODER
 from models.spec.layout import weight_shapes
 from models.spec.model import ModelSpec
-from models.training.data import Labels, training_of
+from models.training.data import training_of
 from models.training.decoder_training import Anchors, DecoderTrainer, mean_loss
+from models.training.labels import Labels
 from models.training.plan import Plan, Window, groups_of, windows_of
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7

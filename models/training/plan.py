@@ -36,8 +36,9 @@ from models.spec.decoder import DecoderSpec
 from models.spec.heads import ClassificationHead, Head, LabelHead
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
-from models.training.data import Labels, Streams, split_of, training_of
+from models.training.data import Streams, split_of, training_of
 from models.training.evaluate import scored_rows, target_rows
+from models.training.labels import Labels
 
 FEW_EVENTS = 10
 """Fewer of a class say little of it."""

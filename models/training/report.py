@@ -31,7 +31,6 @@ from models.training.baselines import baselines_of
 from models.training.burn_in import burn_in_lines, measure_burn_in
 from models.training.data import (
     Streams,
-    labels_of,
     moment_ms,
     split_of,
     streams_of,
@@ -49,6 +48,7 @@ from models.training.evaluate import (
     target_rows,
 )
 from models.training.horizon import horizon_lines, horizon_report, table_lines
+from models.training.labels import labels_of
 from models.training.plan import trained_network
 from models.training.scores import (
     DRAWS,

@@ -52,7 +52,8 @@ from models.spec.heads import (
 )
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
-from models.training.data import Labels, Streams
+from models.training.data import Streams
+from models.training.labels import Labels
 
 MODEL = "model"
 DRAWS = 1000

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from models.decoding.losses import Floats, Scored
 from models.spec.model import ModelSpec
-from models.training.data import Labels, Streams
+from models.training.data import Streams
+from models.training.labels import Labels
 from models.training.trees import TimeBudget, Trees, tree_features
 
 

@@ -20,8 +20,9 @@ from models.errors import ArtifactError, VerdictError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
 from models.training.burn_in import burn_in_lines
-from models.training.data import labels_of, split_of, streams_of
+from models.training.data import split_of, streams_of
 from models.training.evaluate import events_to_score
+from models.training.labels import labels_of
 from models.training.measurements import measure
 from models.training.progress import Progress
 

@@ -37,10 +37,11 @@ from models.errors import ArtifactError
 from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining
 from models.training.checkpoint import read_checkpoint, write_checkpoint
-from models.training.data import Labels, fitted_spec, labels_of, split_of, streams_of, training_of
+from models.training.data import fitted_spec, split_of, streams_of, training_of
 from models.training.defaults import calendar_warning, resolve_detection, resolve_training
 from models.training.detection import check_detection, fitted_detection
 from models.training.ensemble import Networks, check_members, merge_members
+from models.training.labels import Labels, labels_of
 from models.training.loop import Loop
 from models.training.plan import check_targets, plan_of, trained_network
 from models.training.progress import Advance, Progress

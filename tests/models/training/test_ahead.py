@@ -16,9 +16,10 @@ from models.events.calendar import DAY_MS
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec, parse_spec
 from models.training import label_baselines
-from models.training.data import fitted_spec, labels_of, streams_of
+from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import run_chunks
 from models.training.label_baselines import BASE, BOTH, LAST_EVENTS
+from models.training.labels import labels_of
 from models.training.plan import plan_of
 from models.training.train_frame import train_frame
 from models.training.trainer import train

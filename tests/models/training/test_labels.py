@@ -16,8 +16,9 @@ from models.artifact.artifact import load_artifact
 from models.errors import ArtifactError, DataError, SpecError
 from models.spec.model import ModelSpec, parse_spec
 from models.training import label_baselines
-from models.training.data import fitted_spec, labels_of, streams_of
+from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import target_rows
+from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.plan import plan_of
 from models.training.table import Table

@@ -14,10 +14,11 @@ pytest.importorskip("tensorflow")
 
 from models.errors import DataError
 from models.spec.model import ModelSpec, parse_spec, schema_of
-from models.training.data import fitted_spec, labels_of, split_of, streams_of
+from models.training.data import fitted_spec, split_of, streams_of
 from models.training.defaults import resolve_training
 from models.training.evaluate import evaluate
 from models.training.files import read_data
+from models.training.labels import labels_of
 from models.training.plan import check_targets
 from models.training.train_frame import train_frame
 from models.training.trainer import train
