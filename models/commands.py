@@ -97,7 +97,7 @@ def train(
     Raises:
         SpecError: with the line of what cannot be trained, as for what cannot be read.
         VerdictError: with `strict`, the report's verdict is not to serve the model for a head, or
-            there is no report. The artifact is written.
+            there is no report or no verdict. The artifact is written.
     """
     from models.spec.model import schema_of
     from models.spec.spec_file import add_line_number, read_spec

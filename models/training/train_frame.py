@@ -121,14 +121,18 @@ def check_verdicts(out: Path) -> None:
     """Reject a trained artifact that its report says not to serve for one of its heads.
 
     Raises:
-        VerdictError: it does, or there is no report.
+        VerdictError: it does, or there is no report, or none of its heads is scored.
     """
     from models.training.verdicts import verdict_lines
 
     path = Path(out) / REPORT
     if not path.is_file():
         raise VerdictError(f"{out}: expected a report, got no events held out")
-    lines = verdict_lines(orjson.loads(path.read_bytes()))
+    report = orjson.loads(path.read_bytes())
+    if not report["verdicts"]:
+        why = "; ".join(["got none", *report["warnings"]])
+        raise VerdictError(f"{out}: expected a verdict on a head, {why}")
+    lines = verdict_lines(report)
     if worse := [line for line, is_worse in lines if is_worse]:
         raise VerdictError(f"{out}: {'; '.join(worse)}")
 

@@ -165,6 +165,11 @@ def test_parts_of_a_time_budget_share_the_remaining_time() -> None:
 def test_a_strict_training_fails_by_its_verdicts(tmp_path: Path) -> None:
     with pytest.raises(VerdictError, match="expected a report, got no events held out"):
         check_verdicts(tmp_path)
+    remark = "next is not scored: none of its targets from 2026 on"
+    unscored = json.dumps({"heads": {}, "warnings": [remark], "verdicts": []})
+    (tmp_path / "report.json").write_text(unscored)
+    with pytest.raises(VerdictError, match=f"expected a verdict on a head, got none; {remark}"):
+        check_verdicts(tmp_path)
     for model, is_rejected in ((0.3, False), (0.5, True)):
         report = report_of(model, last_value=0.4, boosted_trees=0.2)
         text = json.dumps({**report, "verdicts": verdicts(report)})
