@@ -24,6 +24,9 @@ from service.store.settings import StoreSettings
 AT_ONCE: Final = 256
 """Indexes that one call reads, so that no commit waits long behind it."""
 
+LEAST_ENTRIES: Final = 4
+"""Entries that are read of each index at first, and so many times its share of a page."""
+
 
 class PackedChanges(NamedTuple):
     """What the changes of the index add to the call of a script that commits.
@@ -86,26 +89,43 @@ class RedisAlarms(StoredAlarms):
     async def page(
         self, model: str, before_ms: int | None, limit: int, deadline_s: float = math.inf
     ) -> list[IndexedAlarm]:
+        # the newest ones are spread over all indexes
+        most = LEAST_ENTRIES + LEAST_ENTRIES * limit // self._keys.partitions
+        while True:
+            most = min(most, limit)
+            entries, complete_from = await self._read(model, before_ms, most, deadline_s)
+            found = [each for each in entries if each.opened_ms >= complete_from]
+            if len(found) >= limit or complete_from == -math.inf:
+                break
+            most *= 2
+        newest = sorted(found, key=lambda each: (-each.opened_ms, each.key.stream))
+        if len(newest) > limit:
+            last_ms = newest[limit - 1].opened_ms
+            newest = [each for each in newest if each.opened_ms >= last_ms]
+        return newest
+
+    async def _read(
+        self, model: str, before_ms: int | None, most: int, deadline_s: float
+    ) -> tuple[set[IndexedAlarm], float]:
+        """The newest entries of each partition's index, and the time from which on they are all."""
         by_slot: dict[int, list[str]] = {}
         for partition in range(self._keys.partitions):
             name = self._keys.alarm_index(partition, model)
             by_slot.setdefault(self._router.slot(name), []).append(name)
-        arguments = ("+inf" if before_ms is None else before_ms, limit)
+        arguments = ("+inf" if before_ms is None else before_ms, most)
         commands = [
             PendingCommand.for_script(self._read_script, names[at : at + AT_ONCE], arguments, slot)
             for slot, names in by_slot.items()
             for at in range(0, len(names), AT_ONCE)
         ]
         found: set[IndexedAlarm] = set()
+        complete_from = -math.inf
         for outcome in await self._router.execute(*commands, deadline_s=deadline_s):
             values: list[bytes] = read_value(outcome)
-            for stream, time_ms in zip(values[::2], values[1::2], strict=True):
+            complete_from = max(complete_from, float(values[0]))
+            for stream, time_ms in zip(values[1::2], values[2::2], strict=True):
                 found.add(IndexedAlarm(StreamKey(model, stream.decode()), int(float(time_ms))))
-        newest = sorted(found, key=lambda each: (-each.opened_ms, each.key.stream))
-        if len(newest) > limit:
-            last_ms = newest[limit - 1].opened_ms
-            newest = [each for each in newest if each.opened_ms >= last_ms]
-        return newest
+        return found, complete_from
 
     async def drop(self, alarms: Mapping[IndexedAlarm, bytes]) -> None:
         commands: list[PendingCommand] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 import pytest
 
 from service.core.values import StreamKey
@@ -12,6 +13,7 @@ from service.store.base import CLOSED, CONTINUING, CommitColumns, Committed, Con
 from service.store.capabilities import IndexedAlarm
 from service.store.codec import encode_state
 from service.store.history import HistoryColumns
+from service.store.keys import KeySpace
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied
 from tests.support.streams import Commit, OpenStore, Streams, columns, key
@@ -61,6 +63,31 @@ async def test_entries_of_one_partition_with_the_same_time_come_together(
     first = await store.alarms.page(MODEL, None, 2)
     assert [each.key.stream for each in first] == ["s0", "s1", "s2", "s3"]
     assert await store.alarms.page(MODEL, 9, 2) == [IndexedAlarm(key("s4"), 8)]
+
+
+async def test_pages_are_whole_if_the_newest_entries_are_in_one_partition(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    """They are more than the share of a page that is read of each index at first."""
+    store, space = await open_on(partitions=64), KeySpace("carry", 64)
+    keys = [key(f"s{at}") for at in range(1200)]
+    crowded = [each for each in keys if space.partition(each) == 7]
+    random = np.random.default_rng(1)
+    times = {each: int(random.integers(60)) + 40 * (each in crowded) for each in keys[:300]}
+    times |= {each: 40 + int(random.integers(60)) for each in crowded}
+    creations = [streams.creation(each) for each in times]
+    await store.commit(with_alarms(creations, *map(str, times.values())))
+    expected = sorted(times, key=lambda each: (-times[each], each.stream))
+    for limit in (1, 9, 1000):
+        found: list[StreamKey] = []
+        before_ms = None
+        while len(found) < len(times):
+            page = await store.alarms.page(MODEL, before_ms, limit)
+            assert len(page) >= min(limit, len(times) - len(found))
+            found += [each.key for each in page]
+            assert len({each.opened_ms for each in page[limit - 1 :]}) <= 1
+            before_ms = page[-1].opened_ms
+        assert found == expected
 
 
 @pytest.mark.parametrize("has_history", [False, True])
