@@ -259,7 +259,7 @@ def evaluate(
 
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="The artifact to compare with.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The artifact that is judged.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The artifact that is compared with it.")],
     data: DataFile,
     *,
     since: Since = None,

@@ -126,7 +126,7 @@ class AlarmState:
 
 
 def acknowledge_alarm(spec: ModelSpec, floats: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The packed floats of a state after its alarm was acknowledged: detection begins anew, as in a
+    """The packed floats of a state after its alarm was acknowledged: detection restarts, as in a
     new stream, and opens no alarm over `MUTED_EVENTS`; all else is as it was."""
     after, slices = floats.copy(), state_spec(spec).slices
     for part in detection_state(spec).parts:

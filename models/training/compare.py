@@ -41,7 +41,8 @@ from models.training.scores import (
 from models.training.verdicts import HIGHER_IS_BETTER, direction
 
 OTHER: Final = "other"
-Own = tuple[ModelSpec, Mapping[str, Floats]]
+Scales = tuple[ModelSpec, Mapping[str, Floats]]
+"""The spec of A, and its `stream_scales`."""
 Verdict = Literal["better", "worse", "level"]
 """Of B: whether the interval of its difference to A is on one side of zero."""
 
@@ -84,7 +85,7 @@ def compare_artifacts(
             "of both artifacts",
             got=" and ".join(str(training_of(spec).stream) for spec in specs),
         )
-    streams, from_key, shown = _from_key(specs, streams, since)
+    streams, from_key, scored_range = _select_scored(specs, streams, since)
     scored = []
     for artifact, own in zip(artifacts, streams, strict=True):
         labels = labels_of(artifact.spec, own.frame, source, own.table_rows)
@@ -93,7 +94,7 @@ def compare_artifacts(
     heads, not_compared = _common_heads(specs)
     for name in [name for name in heads if name not in scored[0] or name not in scored[1]]:
         heads.remove(name)
-        not_compared[name] = f"no events with a value {shown}"
+        not_compared[name] = f"no events with a value {scored_range}"
     unknown: dict[str, int] = {}
     for name in [*heads]:
         kept = _known_to_both(specs, name, streams[0], scored[0][name][1])
@@ -102,7 +103,7 @@ def compare_artifacts(
             each[name] = _select(each[name][0], kept), each[name][1][kept]
         if not kept.any():
             heads.remove(name)
-            not_compared[name] = f"no events {shown} with a category that both know"
+            not_compared[name] = f"no events {scored_range} with a category that both know"
     if not heads:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_compared.items())
         raise SpecError(
@@ -111,7 +112,7 @@ def compare_artifacts(
     rows = [scored[0][name][1] for name in heads]
     units = resampled_units(specs[0], streams[0], rows, from_key)
     scale = specs[0], stream_scales(specs[0], streams[0])
-    found = {}
+    head_reports = {}
     for name, at in zip(heads, rows, strict=True):
         days = DayDraws.make(units.of_event[at], DRAWS, seed)
         head = next(each for each in specs[0].heads if each.name == name)
@@ -119,25 +120,25 @@ def compare_artifacts(
             _rescale(spec, head, each[name][0], of, at, scale)
             for spec, each, of in zip(specs, scored, streams, strict=True)
         )
-        compared = _head(compare_scored(of_a, {OTHER: of_b}, days))
-        found[name] = {"events": len(at), "unknown": unknown[name], **compared}
-    verdicts = {head["verdict"] for head in found.values()}
+        compared = _add_verdict(compare_scored(of_a, {OTHER: of_b}, days))
+        head_reports[name] = {"events": len(at), "unknown": unknown[name], **compared}
+    verdicts = {head["verdict"] for head in head_reports.values()}
     verdict = next((each for each in ("worse", "better") if each in verdicts), "level")
     return {
         **{
             name: {"model": each.spec.name, "version": each.version}
             for name, each in zip("ab", artifacts, strict=True)
         },
-        "from": shown,
+        "from": scored_range,
         "days": units.days,
         "resampled": units.named,
-        "heads": found,
+        "heads": head_reports,
         "not_compared": not_compared,
         "verdict": verdict,
     }
 
 
-def _from_key(
+def _select_scored(
     specs: tuple[ModelSpec, ModelSpec], streams: list[Streams], since: str | None
 ) -> tuple[list[Streams], int, str]:
     """The streams, the key of the split from which on they are scored, and that in words."""
@@ -218,15 +219,17 @@ def _select(scored: Scored, kept: NDArray[np.bool_]) -> Scored:
 
 
 def _rescale(
-    spec: ModelSpec, head: Head, scored: Scored, streams: Streams, at: NDArray[np.int64], own: Own
+    spec: ModelSpec,
+    head: Head,
+    scored: Scored,
+    streams: Streams,
+    at: NDArray[np.int64],
+    of_a: Scales,
 ) -> Scored:
     """The losses of A or B on a scale that both have.
 
     Those in deviations of a stream are in A's deviations; nats of an anomaly head are of values in
     the units of their fields.
-
-    Args:
-        own: the spec of A, and its `stream_scales`.
     """
     losses = {name: loss for name, loss in scored.losses.items() if not name.startswith("scaled_")}
     if isinstance(head, AnomalyHead):
@@ -235,10 +238,10 @@ def _rescale(
             if isinstance(field, NumericField) and field.std is not None:
                 present = streams.columns.present[target][at]
                 losses["nll"] = losses["nll"] + np.where(present, np.log(field.std), 0.0)
-    return add_scaled(own[0], head, replace(scored, losses=losses), own[1], at)
+    return add_scaled(of_a[0], head, replace(scored, losses=losses), of_a[1], at)
 
 
-def _head(compared: dict[str, Any]) -> dict[str, Any]:
+def _add_verdict(compared: dict[str, Any]) -> dict[str, Any]:
     """The comparison of one head, with its verdict by the first metric."""
     scores, difference = compared["scores"], compared["difference"][OTHER]
     metric = next(iter(scores[MODEL]))

@@ -69,7 +69,7 @@ def verdict_line(verdict: dict[str, Any]) -> str:
     if verdict.get("is_for_detection"):
         return (
             f"{line}forecasts of {head}. That says nothing of its alarms, which compare each event "
-            "with its stream's past in further ways: judge them by `carry evaluate --anomalies`"
+            "with its stream's past in further ways: score them by `carry evaluate --anomalies`"
         )
     return (
         f"{line}{head}. Let the head read the features besides the recurrent layers "

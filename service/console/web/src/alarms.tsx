@@ -26,7 +26,7 @@ interface AlarmList {
 const acknowledge = (model: string, { stream }: OpenAlarm): Change => ({
   title: "Acknowledge",
   text:
-    `The alarm of ${stream} closes, and what the stream does now becomes normal: its detection starts anew, ` +
+    `The alarm of ${stream} closes, and what the stream does now becomes normal: its detection restarts, ` +
     "and opens no alarm over the next 64 events. It cannot be rewound to before.",
   apply: () => post(`${streamPath(model, stream)}/acknowledge`, {}),
 });

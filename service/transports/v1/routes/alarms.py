@@ -103,7 +103,7 @@ async def get_alarms(call: Call) -> Response:
 async def post_acknowledge(call: Call) -> Response:
     """Close the open alarm of a stream, and take what it does now as normal.
 
-    Detection of the stream starts anew, as for a new stream; the network's state, epoch and
+    Detection of the stream restarts, as for a new stream; the network's state, epoch and
     position stay. The tag changes, but an `If-Match` with the one before names this state too, so
     that clients that send chunks do not notice. Nothing changes if no alarm is open.
 
