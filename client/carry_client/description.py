@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from carry_client.types import Json
 
-_KINDS: Final = {"number": "numeric", "string": "categorical", "boolean": "boolean"}
+_KINDS: Final = {
+    ("boolean",): "boolean",
+    ("integer", "string"): "timestamp",
+    ("number",): "numeric",
+    ("number", "string"): "timestamp",
+    ("string",): "categorical",
+}
 _RESERVED_LABELS: Final = ("<unknown>", "<absent>")
 _RESET: Final = "reset"
 
@@ -191,10 +197,9 @@ def _fields(
 def _kind(value: Mapping[str, Any]) -> str:
     """The kind of field that a property describes; a null type only says that it is optional."""
     alternatives = list(_alternatives(value))
-    if any(each.get("format") == "date-time" for each in alternatives):
-        return "timestamp"
-    (kind,) = {str(each["type"]) for each in alternatives if each["type"] != "null"}
-    return _KINDS[kind]
+    if any("enum" in each for each in alternatives):  # the forms of a boolean with `coerce`
+        return "boolean"
+    return _KINDS[tuple(sorted({str(each["type"]) for each in alternatives} - {"null"}))]
 
 
 def _alternatives(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

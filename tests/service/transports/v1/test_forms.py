@@ -6,23 +6,28 @@ from pathlib import Path
 
 import pytest
 
+from carry_client.description import read_description
 from models.artifact.writing import write_artifact
 from tests.service.transports.v1.harness import EVENT, EVENT_MS, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.servers import RealServer
 
 
-@pytest.mark.parametrize("fast_path", [True, False], ids=["fast path", "slow path"])
-async def test_other_forms_are_replayed_as_the_usual_ones(
-    pipeline_server: RealServer, tmp_path: Path, *, fast_path: bool
-) -> None:
+def write_model_of_other_forms(folder: Path) -> dict[str, Path]:
     spec = small_spec()
     assert spec.events is not None
     options = {"at": {"without_offset": "local", "epoch": "s"}, "heavy": {"coerce": True}}
     fields = [field.model_copy(update=options.get(field.name, {})) for field in spec.events.fields]
     schema = spec.events.model_copy(update={"fields": tuple(fields), "timezone": "UTC"})
     spec = spec.model_copy(update={"events": schema})
-    models = {"small": write_artifact(tmp_path / "small", spec, random_weights(spec))}
+    return {"small": write_artifact(folder / "small", spec, random_weights(spec))}
+
+
+@pytest.mark.parametrize("fast_path", [True, False], ids=["fast path", "slow path"])
+async def test_other_forms_are_replayed_as_the_usual_ones(
+    pipeline_server: RealServer, tmp_path: Path, *, fast_path: bool
+) -> None:
+    models = write_model_of_other_forms(tmp_path)
     usual = {**EVENT, "at": "1970-01-01T00:00:10Z", "heavy": True}
     forms = [
         {"at": 10},
@@ -43,3 +48,12 @@ async def test_other_forms_are_replayed_as_the_usual_ones(
         )
         assert wrong.status_code == 422
         assert "epoch seconds" in wrong.text
+
+
+async def test_the_client_reads_the_kinds_of_fields_of_other_forms(
+    pipeline_server: RealServer, tmp_path: Path
+) -> None:
+    async with harness(pipeline_server, write_model_of_other_forms(tmp_path)) as api:
+        description = read_description((await api.client.get("/v1/models/small")).json())
+    kinds = {field.name: field.kind for field in description.fields or ()}
+    assert (kinds["at"], kinds["heavy"]) == ("timestamp", "boolean")
