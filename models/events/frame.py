@@ -381,7 +381,10 @@ def _from_local(
     def skipped(row: int) -> str:
         return f"{np.datetime64(int(local_ms[row]), 'ms')}, which clocks skipped"
 
-    expected = f"a local time that exists in {schema.timezone}"
+    expected = (
+        f"a local time that exists in {schema.timezone} (name the zone of the table, such as UTC, "
+        "as `timezone`, or write offsets)"
+    )
     _reject(invalid, column, present & ~exists, expected, got=skipped)
     return moments
 

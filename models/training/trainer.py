@@ -18,7 +18,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from models.artifact.fingerprint import canonical_json
 from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from models.spec.model import ModelSpec
+from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from models.spec.training import ResolvedTraining
 from models.training.checkpoint import read_checkpoint, write_checkpoint
 from models.training.data import fitted_spec, split_of, streams_of, training_of
@@ -141,6 +142,17 @@ def updates_warning(windows_per_epoch: int, training: ResolvedTraining) -> str |
         f"{FEW_UPDATES} or more: raise `training.epochs` (now {training.epochs}), or lower "
         f"`training.batch_streams` (now {training.batch_streams}) or `training.window_steps` "
         f"(now {training.window_steps})"
+    )
+
+
+def names_warning(names: Sequence[str]) -> str | None:
+    """A line about streams whose names no request may have."""
+    wrong = [name for name in names if not is_stream_name(name)]
+    if not wrong:
+        return None
+    return (
+        f"{len(wrong)} of {len(names)} streams have a name that no request may have, such as "
+        f"{wrong[0][:100]!r}; expected {STREAM_NAME_RULE}: serve them by other names"
     )
 
 
@@ -264,6 +276,7 @@ def train(
     if resume:
         run.resume()
     loop = Loop(network, plan, training.seed)
+    warnings.append(names_warning(streams.names))
     warnings.append(updates_warning(loop.windows_per_epoch, training))
     for warning in filter(None, warnings):
         progress.say(f"warning: {warning}", "yellow")

@@ -17,9 +17,9 @@ from models.events.columns import BoolArray, EventColumns
 from models.events.frame import InvalidRows, canonical_frame, columns_from_canonical, find_overflows
 from models.events.parse import RESET, can_mark_resets
 from models.events.schema import BooleanField, EventSchema, TimestampField
+from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from service.backfill.plan import Plan, Source
 from service.backfill.source import Batch
-from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.source_mark import source_name
 
 BEFORE_FIRST_EVENT: Final = -(2**63)

@@ -22,6 +22,7 @@ from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
 from models.spec.model import ModelSpec
+from models.spec.stream_name import STREAM_NAME
 from service.codec.decoding import MAX_MEMBERS, WRONG_LENGTH, invalid, undecoded_type
 from service.codec.field_rules import (
     EPOCH,
@@ -42,7 +43,6 @@ from service.codec.reply_types import (
 )
 from service.codec.settings import Limit, ModelLimits
 from service.core.errors import InvalidInput
-from service.core.values import STREAM_NAME
 
 NAMED_COLUMNS: Final = 8
 """How many columns an error names before it says `...`."""

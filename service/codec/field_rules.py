@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from service.core.errors import InvalidName, InvalidPrecondition
-from service.core.values import STREAM_NAME_RULE, Precondition, is_stream_name
+from service.core.values import Precondition
 
 EPOCH: Final = "[0-9a-f]{16}"
 TAG: Final = "[0-9a-f]{32}"

@@ -7,11 +7,12 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from models.spec.stream_name import is_stream_name
 from service.codec.body_types import FrameId
 from service.codec.decoding import load_json
 from service.codec.media import Media
 from service.core.errors import CarryError
-from service.core.values import Chunk, is_stream_name
+from service.core.values import Chunk
 
 MAX_SCALAR_BYTES: Final = 2048
 """Longest value of an id or of a stream's name, before it is decoded."""

@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 import simdjson
 
+from models.spec.stream_name import is_stream_name
 from service.codec.field_rules import MAX_FRAME_ID_CHARS, MAX_POSITION, is_epoch
-from service.core.values import Feed, FloatRows, Steps, is_stream_name
+from service.core.values import Feed, FloatRows, Steps
 
 MAX_BYTES: Final = 256 * 1024
 """Longest body for the parser of each model, which keeps the memory of the longest. Longer ones

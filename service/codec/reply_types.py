@@ -11,8 +11,8 @@ from typing import Annotated, Any, Final, Literal, NotRequired
 from pydantic import ConfigDict, Field, GetPydanticSchema, with_config
 from typing_extensions import TypedDict
 
+from models.spec.stream_name import STREAM_NAME
 from service.codec.field_rules import EPOCH, FINGERPRINT, TAG
-from service.core.values import STREAM_NAME
 
 EXAMPLE_STREAM: Final = "EWR-UA"
 EXAMPLE_EPOCH: Final = "5f0c1e7ab2d34896"

@@ -15,6 +15,7 @@ import msgspec
 from models.artifact.artifact import Artifact
 from models.events.columns import EventColumns
 from models.events.reader import EventReader
+from models.spec.stream_name import is_stream_name
 from service.codec.body_types import (
     AcknowledgeBody,
     AliasBody,
@@ -58,7 +59,6 @@ from service.core.values import (
     SequenceInput,
     Steps,
     StreamKey,
-    is_stream_name,
 )
 
 

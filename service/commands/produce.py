@@ -88,7 +88,8 @@ def _entries(lines: Iterable[bytes], topic: str, model: str, space: Any) -> Iter
     """The entries of lines; with the key space of a store, those of its partitions."""
     import msgspec
 
-    from service.core.values import STREAM_NAME_RULE, StreamKey, is_stream_name
+    from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
+    from service.core.values import StreamKey
     from service.store.topics import TopicEntry
 
     decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode

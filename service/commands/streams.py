@@ -139,6 +139,7 @@ def list_alarms(
 ) -> None:
     """Print the open alarms of a model, one per line, the newest first."""
     with open_service(url) as client:
+        alarm = None
         for alarm in islice(client.model(model).alarms(prefix), limit or None):
             opened = datetime.fromtimestamp(alarm.opened_ms / 1000, UTC).isoformat(" ", "seconds")
             facts = [alarm.stream, opened]
@@ -147,6 +148,8 @@ def list_alarms(
                 facts.append(f"severity {alarm.severity:.1f}")
                 facts.append(str(alarm.cause))
             typer.echo("\t".join(facts))
+        if alarm is None:
+            typer.echo("no open alarms (a model without detection never has any)", err=True)
 
 
 @streams_app.command("delete")

@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
+from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from service.consumers.kafka_config import (
     PREFIX,
     KafkaTopic,
@@ -27,7 +28,6 @@ from service.consumers.kafka_config import (
 )
 from service.consumers.webhook_config import Secret, WebhookConfig
 from service.core.errors import OperatorError
-from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.keys import KeySpace
 from service.store.source_mark import parse_offset
 from service.store.topics import TopicKeys, TopicRegistration

@@ -11,13 +11,14 @@ import numpy as np
 import structlog
 
 from models.artifact.artifact import Artifact
+from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from service.codec.field_rules import MAX_POSITION
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
 from service.codec.settings import RequestSettings
 from service.consumers.config import ConsumerConfig
 from service.core.errors import CarryError, InternalError, InvalidInput, InvalidName, MalformedBody
-from service.core.values import STREAM_NAME_RULE, Chunk, SourceMark, StreamKey, is_stream_name
+from service.core.values import Chunk, SourceMark, StreamKey
 from service.store.source_mark import parse_offset, source_name
 from service.store.topics import Entry
 

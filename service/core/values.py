@@ -7,10 +7,9 @@ are structs of msgspec, which are created in C: a named tuple takes four times a
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -29,16 +28,6 @@ TAG_BYTES = 16
 DIGEST_BYTES = 16
 FIRST_TAG = bytes(TAG_BYTES)
 """The tag of a stream at the start of an epoch."""
-
-
-STREAM_NAME: Final = (
-    r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
-)
-"""`.` and `..` are excluded: clients remove them from a URL (RFC 3986, 5.2.4), and the request
-would reach another stream. Written without lookahead, which some regex engines lack."""
-STREAM_NAME_RULE: Final = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and neither . nor .."
-
-is_stream_name = re.compile(STREAM_NAME[1:-1]).fullmatch
 
 
 class StreamKey(msgspec.Struct, frozen=True, gc=False):

@@ -35,9 +35,10 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import ormsgpack
 
 from models.spec.model import MODEL_NAME
+from models.spec.stream_name import is_stream_name
 from service.core.delivery import start_epoch
 from service.core.errors import CarryError, OperatorError, StateDamaged
-from service.core.values import StreamHead, StreamKey, StreamState, is_stream_name
+from service.core.values import StreamHead, StreamKey, StreamState
 from service.store.base import (
     CommitColumns,
     CommitResult,

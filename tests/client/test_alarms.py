@@ -56,6 +56,9 @@ def use_alarms(url: str) -> None:
         assert alarm.severity is not None
         assert alarm.severity > 1
         assert [each.stream for each in model.alarms("b")] == ["b"]
+        none = CliRunner().invoke(app, ["alarms", "sensors", "--prefix", "z", "--url", url])
+        assert (none.exit_code, none.stdout) == (0, "")
+        assert none.stderr.startswith("no open alarms")
         lines = carry("alarms", "sensors", "--prefix", "a").splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("a\t2023-11-14 22:13:20+00:00\tevent 60, 4 since\tseverity ")

@@ -45,8 +45,8 @@ from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
 from models.offline.steps import FloatArray
 from models.offline.verification import ABSOLUTE, excess
+from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from service.core.errors import OperatorError
-from service.core.values import STREAM_NAME_RULE, is_stream_name
 
 
 class ReplayError(OperatorError):

@@ -23,6 +23,7 @@ import msgspec
 from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
+from models.spec.stream_name import STREAM_NAME
 from service.access.caller import Caller
 from service.codec.field_rules import parse_if_match
 from service.codec.media import Media, encode_json, encode_msgpack, media_of, negotiate_media
@@ -31,7 +32,7 @@ from service.codec.reply_writer import EVERY_STEP, server_timing
 from service.core.errors import CarryError, Forbidden, Overloaded
 from service.core.memo import Memo
 from service.core.tracing import PROPAGATED, RequestSpan
-from service.core.values import STREAM_NAME, Chunk, Precondition, Reply, StreamKey
+from service.core.values import Chunk, Precondition, Reply, StreamKey
 from service.pipeline.pipeline import EnqueuedChunk, OnReply
 from service.server.heads import MAX_HEADERS, is_host
 from service.server.interface import MAX_FAST_REQUEST_BYTES, FastRoute, IncompleteRequest

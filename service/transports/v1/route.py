@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
+from models.spec.stream_name import STREAM_NAME
 from service.access.caller import Verb
 from service.codec.media import SERVED
 from service.codec.reply_types import EXAMPLE_STREAM, EXAMPLE_VERSION
-from service.core.values import STREAM_NAME
 from service.transports.v1.call import Call
 
 Parameter = dict[str, Any]

@@ -10,11 +10,11 @@ from msgspec import Meta
 
 from models.events.reader import EXPECTED
 from models.spec.detection import MAX_ALARM_RATE
+from models.spec.stream_name import is_stream_name
 from service.codec.body_types import NonNegativeInt
 from service.codec.decoding import decode_element, invalid
 from service.codec.field_rules import EPOCH, stream_name
 from service.codec.media import Media
-from service.core.values import is_stream_name
 
 Parameter = bool | int | float | str
 """The value of a request's or a reply's parameter."""

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from models.spec.training import ResolvedTraining
-from models.training.trainer import best_epoch, reason_to_stop, stopping_warning, updates_warning
+from models.training.trainer import (
+    best_epoch,
+    names_warning,
+    reason_to_stop,
+    stopping_warning,
+    updates_warning,
+)
 
 
 def training(**options: Any) -> ResolvedTraining:
@@ -81,6 +87,14 @@ def test_few_updates_of_the_weights_are_a_warning() -> None:
     assert "updated 20 times, 2 an epoch" in text
     assert "`training.batch_streams` (now 64)" in text
     assert updates_warning(10, training(epochs=10)) is None
+
+
+def test_names_of_streams_that_no_request_may_have_are_a_warning() -> None:
+    text = names_warning(["pump-1", "pump 2", "pump/3"])
+    assert text is not None
+    assert text.startswith("2 of 3 streams")
+    assert "such as 'pump 2'; expected 1 to 256 characters of A-Z" in text
+    assert names_warning(["pump-1"]) is None
 
 
 def test_seeds_are_as_many_as_members_or_more() -> None:
