@@ -20,13 +20,13 @@ from typing import Any
 
 import uvloop
 
+from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from service.access.caller import PREDICT
 from service.build import PipelineService, build_pipeline
 from service.codec.media import Media, dumps
 from service.codec.reply_writer import EVERY_STEP, ReplyWriter
 from service.codec.request_reader import RequestReader
 from service.core.errors import BodyTooLarge, CarryError, InvalidName, MalformedBody
-from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.settings import Settings
 from service.telemetry.logs import configure_logs
 
