@@ -131,7 +131,7 @@ def compare_artifacts(
         },
         "from": scored_range,
         "days": units.days,
-        "resampled": units.named,
+        "resampled": units.kind,
         "heads": head_reports,
         "not_compared": not_compared,
         "verdict": verdict,

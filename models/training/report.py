@@ -259,7 +259,7 @@ def make_report(
         "run": {
             "seed": seed,
             "draws": draws,
-            "resampled": units.named,
+            "resampled": units.kind,
             **chunk_settings(spec, {"chunk": chunk, "seed": seed}),
         },
         "heads": head_reports,

@@ -243,12 +243,12 @@ class Units(NamedTuple):
     Attributes:
         of_event: int64 [rows], the unit of each event.
         days: days with scored events.
-        named: what the units are.
+        kind: what the units are, in words.
     """
 
     of_event: NDArray[np.int64]
     days: int
-    named: str
+    kind: str
 
 
 def resampled_units(

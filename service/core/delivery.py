@@ -345,7 +345,11 @@ def check_precondition(
 def check_stored(
     key: StreamKey, stored: StreamState | Tombstone | None, precondition: Precondition | None
 ) -> StreamHead | None:
-    """The head of what is stored of a stream, None if there is no stream; `check_precondition`."""
+    """Check an If-Match against what is stored; returns the stream's head, None without a stream.
+
+    Raises:
+        StateChanged: it does not name the state of the stream.
+    """
     head = stored.head if isinstance(stored, StreamState) else None
     check_precondition(key.stream, precondition, head)
     return head

@@ -41,7 +41,7 @@ from service.pipeline.inference import Inference
 from service.pipeline.model_versions import ModelVersions, Route
 from service.pipeline.recorder import Recorder
 from service.pipeline.rewarm import Rewarming
-from service.pipeline.served_model import AlarmPlaces, ServedModel
+from service.pipeline.served_model import AlarmLayout, ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.pipeline.shadow import Shadow
 from service.pipeline.shards import Shards
@@ -318,7 +318,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         """The bytes that the store compares and writes for each job."""
         jobs, packed = computed.jobs, list(map(pack_head, computed.heads))
         route, updated_ms = self._versions.route, self._now_ms()
-        history, places = route.champion.history, computed.served.alarm
+        history, layout = route.champion.history, computed.served.alarm
         states = encode_states(
             [job.payload.steps.feed for job in jobs],
             packed,
@@ -336,7 +336,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             states,
             encode_replies(packed, computed.outputs),
             self._histories(computed, history) if history or route.challenger else None,
-            None if places is None else _alarm_changes(computed, places, states, updated_ms),
+            None if layout is None else _alarm_changes(computed, layout, states, updated_ms),
         )
 
     def _histories(self, computed: ComputedBatch, history: HistorySpec | None) -> HistoryColumns:
@@ -467,10 +467,10 @@ def _reject_unknown_codes(served: ServedModel, jobs: list[ChunkJob]) -> list[Chu
 
 
 def _alarm_changes(
-    computed: ComputedBatch, places: AlarmPlaces, states: Sequence[bytes], updated_ms: int
+    computed: ComputedBatch, layout: AlarmLayout, states: Sequence[bytes], updated_ms: int
 ) -> list[AlarmChange] | None:
     """The changes of the index of open alarms; None if no stream has or had one."""
-    at, column = places
+    at, column = layout
     before = [job.base is not None and job.base.value[at] > 127 for job in computed.jobs]
     after = [state[at] > 127 for state in states]
     if True not in after and True not in before:

@@ -71,7 +71,7 @@ class Segment(NamedTuple):
     final: bool = True
 
 
-class AlarmPlaces(NamedTuple):
+class AlarmLayout(NamedTuple):
     """Where the alarms of a model are.
 
     Attributes:
@@ -139,7 +139,7 @@ class ServedModel:
             self.state_bytes *= 1 + history.snapshots
             self.state_bytes += self.history_codec.estimate_bytes(history.events)
         detection = spec.detection
-        self.alarm: AlarmPlaces | None = None
+        self.alarm: AlarmLayout | None = None
         self._alarm_at: int | None = None
         self._alarm_rate_at: int | None = None
         self._causes: Causes | None = None
@@ -150,7 +150,7 @@ class ServedModel:
             self._alarm_rate_at = layout.slices[f"{head}.{ALARM_RATE}"].start
             # the byte with the sign of a float32
             sign_at = HEADER_BYTES + 8 * layout.int_size + 4 * self._alarm_at + 3
-            self.alarm = AlarmPlaces(sign_at, self.outputs.slices[f"{head}.alarm"].start)
+            self.alarm = AlarmLayout(sign_at, self.outputs.slices[f"{head}.alarm"].start)
 
     def warm(self) -> None:
         """Warm the runtimes up; once, before use."""
