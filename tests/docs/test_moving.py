@@ -15,14 +15,17 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tritonclient.http
 
 from carry_client import Carry
+from models.onnx.library import onnxruntime
 from tests.support.needs import needs_tools
 from tests.support.pages import DEFAULT_URL, ROOT, blocks
 from tests.support.servers import RealServer, real_server
 from tests.support.service import running
 
 EXAMPLES = ROOT / "examples" / "onnx"
+DEFAULT_ADDRESS = DEFAULT_URL.removeprefix("http://")
 STORE_URL = "redis://localhost:6379"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SEED = 20261130
@@ -42,10 +45,15 @@ class Page:
         self.folder, self.store_url, self.url = folder, store_url, DEFAULT_URL
         self._blocks = blocks(path)
 
+    @property
+    def address(self) -> str:
+        """Host and port of the service."""
+        return self.url.removeprefix("http://")
+
     def block(self, language: str, index: int) -> str:
         """A block, with the addresses of the test's servers."""
         text = [text for each, text in self._blocks if each == language][index]
-        return text.replace(STORE_URL, self.store_url).replace(DEFAULT_URL, self.url)
+        return text.replace(STORE_URL, self.store_url).replace(DEFAULT_ADDRESS, self.address)
 
     def run(self, *command: str) -> str:
         """Run a command in the folder, and return what it prints."""
@@ -121,3 +129,60 @@ def test_pickled_states_of_a_fastapi_service_continue(
             sent = [pool.submit(client.post, chunks, json=body) for _ in range(RACING)]
         assert {each.result().status_code for each in sent} == {200}
         assert model.stream("ann").refresh().position == 6 + RACING
+
+
+class CountingGru:
+    """The graph of the example, whose states a caller carries as Triton does."""
+
+    def __init__(self) -> None:
+        path = EXAMPLES / "triton" / "counting_gru"
+        self._session = onnxruntime.InferenceSession(path / "1" / "model.onnx")
+        memory = np.fromfile(path / "initial_state" / "memory.bin", "<f4")
+        self.states = [memory[None], np.zeros((1, 1), np.int64)]
+
+    def step(self, row: Any) -> float:
+        """The output of the next event."""
+        feed = dict(zip(("STATE", "SEEN"), self.states, strict=True))
+        feed["INPUT"] = np.array([row], np.float32)
+        output, *self.states = self._session.run(["OUTPUT", "MEMORY", "COUNT"], feed)
+        return float(output.item())
+
+
+@needs_tools("sh")
+def test_sequences_of_triton_continue(tmp_path: Path, store: RealServer) -> None:
+    page = Page("docs/how-to/move-from-triton.md", tmp_path, store.url)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    assert page.block("text", 0) in page.shell(0)
+    gru, events = CountingGru(), np.random.default_rng(SEED).uniform(-1, 1, (6, 4))
+    models, options = page.options(1)
+    with running(tmp_path, models, *options) as service:
+        page.url = service.url
+        outputs = list(map(float, page.python(0).split()))
+        rows = [[0.5, -1.0, 0.25, 2.0], [1.0, 0.0, -0.5, 0.75], [0.25, 0.5, 0.0, -1.0]]
+        np.testing.assert_allclose(outputs, [gru.step(row) for row in rows], **CLOSE)
+        triton = list(map(float, page.block("text", 1).split()))
+        np.testing.assert_allclose(outputs, triton, **CLOSE)
+
+        service.kill()
+        service.start()
+        page.url = service.url
+        memory, count = gru.states
+        scope: dict[str, Any] = {}
+        exec(page.block("python", 1), scope)
+        scope["restore"](43, 3, memory, count)
+        expected = [gru.step(row) for row in events]
+        for sequence in (42, 43):
+            for position in (3, 3, *range(4, 9)):
+                output, replayed = infer(page, sequence, position, events[position - 3])
+                np.testing.assert_allclose(output, expected[position - 3], **CLOSE)
+            assert not replayed
+
+
+def infer(page: Page, sequence: int, position: int, row: Any) -> tuple[float, bool]:
+    """Send one event of a sequence as the page's client does."""
+    with tritonclient.http.InferenceServerClient(page.address, network_timeout=60) as client:
+        tensor = tritonclient.http.InferInput("inputs", [1, 4], "FP32")
+        tensor.set_data_from_numpy(np.array([row], np.float32))
+        parameters = {"position": position}
+        result = client.infer("counting-gru", [tensor], sequence_id=sequence, parameters=parameters)
+        return result.as_numpy("OUTPUT").item(), result.get_response()["parameters"]["replayed"]
