@@ -387,6 +387,16 @@ def import_model(
         int | None,
         typer.Option(min=1, help="ONNX: columns of a row, if the graph does not declare them."),
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="ONNX: values of earlier rows that it reads before each row."),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OUT=NAME,NAME", help="ONNX: classes of an output, also OUT=FILE.txt."
+        ),
+    ] = None,
     axes: Annotated[
         Axes | None, typer.Option(help="ONNX: order of the axes, if it is ambiguous.")
     ] = None,
@@ -414,14 +424,19 @@ def import_model(
             initial=initial or (),
             constants=constant or (),
             features=features,
+            context=context,
+            labels=labels or (),
             axes=axes,
             triton=triton,
         )
         imported = import_onnx_model(model, out, options=options, **chosen)
-    elif any((state, input_, output, lengths, mask, initial, constant, features, axes, triton)):
+    elif any(
+        (state, input_, output, lengths, mask, initial, constant, features, context, labels)
+    ) or (axes or triton):
         raise ImportedModelError(
             f"{model}: expected a .onnx file with --state, --input, --output, --lengths, --mask, "
-            "--initial, --constant, --features, --axes and --triton; they describe ONNX graphs"
+            "--initial, --constant, --features, --context, --labels, --axes and --triton; they "
+            "describe ONNX graphs"
         )
     else:
         imported = import_keras_model(model, out, **chosen)

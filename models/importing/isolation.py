@@ -52,7 +52,9 @@ class OnnxOptions(BaseModel):
         initial: initial values by state input: a number, or the bytes of a `.npy` file in
             base 64.
         constants: values of inputs that are the same in every call, such as a sampling rate.
-        features: F, the columns of the input of features, if the graph does not declare it.
+        features: F, the columns of a row, if the graph does not declare them.
+        context: C, the values of earlier rows that the graph reads in front of each row.
+        labels: names along the last axis by output.
         axes: order of the axes; found by the importer by default.
         triton: content of Triton's `config.pbtxt`.
         triton_folder: folder of the Triton model, where the files of initial states are.
@@ -68,6 +70,8 @@ class OnnxOptions(BaseModel):
     initial: dict[str, float | str] = {}
     constants: dict[str, float] = {}
     features: Annotated[int, Field(ge=1, le=16384)] | None = None
+    context: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    labels: dict[str, tuple[str, ...]] = {}
     axes: Axes | None = None
     triton: str | None = None
     triton_folder: str | None = None

@@ -8,7 +8,8 @@ follows the steps is the axis of time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -101,13 +102,10 @@ def find_network(roles: Roles, axes: Axes | None = None) -> OnnxNetwork:
     Raises:
         ImportedModelError: no order of axes fits, or several do.
     """
-    fitting: list[OnnxNetwork] = []
-    reasons: list[str] = []
-    for each in [axes] if axes else _possible_axes(roles):
-        try:
-            fitting.append(_probe(_read(each, roles), roles))
-        except _UnfitError as error:
-            reasons.append(f"{each}: {error}")
+    possible = [axes] if axes else possible_axes(roles)
+    fitting, reasons = _fit(possible, roles)
+    if not fitting:
+        fitting, _ = _fit(possible, roles, batch=1)  # the export fixed the batch of some node
     if not fitting:
         raise ImportedModelError(
             "expected features [B, T, F] (batch_major), [T, B, F] (time_major), [B, F] (step) or "
@@ -123,12 +121,31 @@ def find_network(roles: Roles, axes: Axes | None = None) -> OnnxNetwork:
     return fitting[0]
 
 
-def _possible_axes(roles: Roles) -> list[Axes]:
+def _fit(
+    possible: Sequence[Axes], roles: Roles, batch: int | None = None
+) -> tuple[list[OnnxNetwork], list[str]]:
+    """The networks with orders of axes that fit, and the reasons of the others.
+
+    Args:
+        batch: the size of the batch, if the graph does not fix it.
+    """
+    fitting: list[OnnxNetwork] = []
+    reasons: list[str] = []
+    for axes in possible:
+        try:
+            reading = _read(axes, roles)
+            fitting.append(_probe(replace(reading, batch=reading.batch or batch), roles))
+        except _UnfitError as error:
+            reasons.append(f"{axes}: {error}")
+    return fitting, reasons
+
+
+def possible_axes(roles: Roles) -> list[Axes]:
     """The orders of axes to try: the one whose batch has the name of the states' batch, or both."""
     shape = roles.features[0].shape
     if len(shape) == 1 or (len(shape) == 2 and isinstance(shape[1], int)):
         sizes = [size for state in roles.states for size in state.shape]
-        is_one_row = not isinstance(shape[0], int) and all(isinstance(size, int) for size in sizes)
+        is_one_row = bool(sizes) and not isinstance(shape[0], int) and all(map(_is_fixed, sizes))
         return ["unbatched"] if is_one_row else ["step"]
     names = {size for state in roles.states for size in state.shape if isinstance(size, str)}
     has_name = [size in names for size in shape[:2]]
@@ -141,7 +158,8 @@ def _read(axes: Axes, roles: Roles) -> _Reading:
     first, leading = roles.features[0], 1 if axes in ("step", "unbatched") else 2
     for tensor in roles.features:
         if not tensor.is_usable or len(tensor.shape) - leading not in (0, 1):
-            raise _UnfitError(f"the input {tensor}")
+            values = prod(size for size in tensor.shape[1:] if isinstance(size, int))
+            raise _UnfitError(f"the input {tensor}; if a row is all of it, `--features {values}`")
         if len(tensor.shape) > leading and not isinstance(tensor.shape[-1], int):
             raise _UnfitError(f"{tensor.name} has no fixed number of features")
     if axes == "unbatched":
@@ -151,7 +169,7 @@ def _read(axes: Axes, roles: Roles) -> _Reading:
     if isinstance(step_size, int) and step_size != 1:
         raise _UnfitError(
             f"{first.name} takes exactly {step_size} steps; export it for any number of steps, or "
-            f"for one: {_DYNAMIC}"
+            f"for one: {_DYNAMIC}{first.window_hint}"
         )
     if not isinstance(batch_size, int) and any(
         all(isinstance(size, int) for size in state.shape) for state in roles.states

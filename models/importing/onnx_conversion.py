@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pydantic import ValidationError
 
 from models.errors import ImportedModelError
 from models.importing.isolation import Conversion, OnnxOptions
-from models.importing.onnx_axes import Roles, find_network
+from models.importing.onnx_axes import Roles, find_network, possible_axes
+from models.importing.onnx_edits import add_context
 from models.importing.onnx_proof import Prover
 from models.importing.onnx_signature import (
     Signature,
@@ -24,13 +26,14 @@ from models.importing.onnx_signature import (
     find_pairs,
     read_signature,
     require_one_input,
+    signature_of,
 )
 from models.importing.triton_config import TritonConfig, TritonControl
 from models.onnx.bounded_work import find_unbounded_work
 from models.onnx.library import onnxruntime
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec
-from models.spec.onnx_network import ControlInput, StepsInput
+from models.spec.onnx_network import Axes, ControlInput, OnnxNetwork, StepsInput
 from models.spec.state import StatePart, StateSpec
 
 MAX_LONG_VALUES = 65_535
@@ -58,14 +61,14 @@ def convert_onnx(
         MemoryError: the process reached its memory limit.
     """
     options, initial, controls = _with_triton(options)
-    signature = read_signature(path, folder, options.constants)
-    roles = _find_roles(signature, options, controls)
+    roles = _find_roles(read_signature(path, folder, options.constants), options, controls)
+    signature = roles.signature
     fed = {*roles.pairs, *(x.name for x in roles.features), *(x.name for x in roles.controls)}
     lengths = None if roles.steps is None else roles.steps.name
     if reason := find_unbounded_work(signature.model, fed, lengths):
         raise ImportedModelError(reason)
     try:
-        network = find_network(roles, options.axes)
+        network = _with_labels(find_network(roles, options.axes), options.labels)
         spec = ModelSpec(name=name, features=network.features, onnx=network, layers=(), heads=())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -129,32 +132,75 @@ def _find_roles(
                 f"{option} {unknown[0]}: expected an input of the graph{signature}"
             )
     others = [*options.inputs, *([steps.name] if steps else []), *(c.name for c in control_inputs)]
-    pairs = find_pairs(signature, options.states, others)
+    context = options.context or 0
+    pairs = find_pairs(
+        signature,
+        options.states,
+        others,
+        has_context=context > 0,
+        has_features=bool(options.inputs),
+    )
     known = {*pairs, *others, *signature.defaults}
     remaining = [tensor for tensor in signature.inputs if tensor.name not in known]
     features = [by_name[name] for name in options.inputs]
     if not features or remaining:
         features += remaining
         require_one_input(signature, features, pairs)
-    if options.features is not None:
-        features = [_with_columns(signature, features, options.features)]
     served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
-    return Roles(signature, pairs, features, steps, control_inputs, served)
+    roles = Roles(signature, pairs, features, steps, control_inputs, served)
+    if context or options.features is not None:
+        return _with_columns(roles, options.features, context, options.axes)
+    return roles
 
 
-def _with_columns(signature: Signature, features: list[Tensor], columns: int) -> Tensor:
-    """The input of features, whose last axis has that size."""
-    if len(features) > 1 or len(features[0].shape) < 2:
+def _with_columns(roles: Roles, columns: int | None, context: int, axes: Axes | None) -> Roles:
+    """The roles, with an input of features that takes rows of that many columns.
+
+    The graph is changed if it reads a context in front of each row, or a row in several axes.
+    """
+    signature = roles.signature
+    options = "" if columns is None else f"--features {columns}"
+    options += f" --context {context}" if context else ""
+    if len(roles.features) > 1 or len(roles.features[0].shape) < 2:
         raise ImportedModelError(
-            f"--features {columns}: expected one input of features with an axis for them, got "
-            f"{', '.join(map(str, features))}{signature}"
+            f"{options}: expected one input of features with an axis for them, got "
+            f"{', '.join(map(str, roles.features))}{signature}"
         )
-    (tensor,) = features
-    if isinstance(tensor.shape[-1], int) and tensor.shape[-1] != columns:
+    (tensor,) = roles.features
+    if columns is not None and not isinstance(tensor.shape[-1], int):
+        tensor = replace(tensor, shape=(*tensor.shape[:-1], columns + context))
+        roles = replace(roles, features=[tensor])
+    own = [size for size in tensor.shape[1:] if isinstance(size, int)]
+    possible = [axes] if axes else possible_axes(roles)
+    is_fixed = len(own) == len(tensor.shape) - 1 and "unbatched" not in possible
+    wanted = None if columns is None else columns + context
+    is_step = is_fixed and (wanted == prod(own) if wanted else context > 0)
+    if wanted is not None and not is_step and wanted != tensor.shape[-1]:
         raise ImportedModelError(
-            f"--features {columns}: the input {tensor.name} has {tensor.shape[-1]}{signature}"
+            f"{options}: the input {tensor.name} has {tensor.shape[-1]}{signature}"
         )
-    return replace(tensor, shape=(*tensor.shape[:-1], columns))
+    if not context and (not is_step or len(own) == 1):
+        return roles
+    if not is_step and (len(possible) > 1 or not isinstance(tensor.shape[-1], int)):
+        missing = "`--axes`" if len(possible) > 1 else "`--features F`, its columns"
+        raise ImportedModelError(f"{options}: give {missing} for the input {tensor}{signature}")
+    graph = signature.model.graph
+    order: Axes = "step" if is_step else possible[0]
+    pair = add_context(graph, tensor.name, tensor.shape, context, order)
+    changed = signature_of(signature.model, signature.model.SerializeToString())
+    taken = [each for each in changed.inputs if each.name == tensor.name]
+    return replace(roles, signature=changed, pairs={**roles.pairs, **pair}, features=taken)
+
+
+def _with_labels(network: OnnxNetwork, labels: Mapping[str, tuple[str, ...]]) -> OnnxNetwork:
+    """The network with names along the last axis of outputs."""
+    names = [each.name for each in network.outputs]
+    if unknown := [name for name in labels if name not in names]:
+        raise ImportedModelError(f"--labels {unknown[0]}: expected one of the outputs {names}")
+    outputs = [
+        each.model_copy(update={"labels": labels.get(each.name, ())}) for each in network.outputs
+    ]
+    return network.model_copy(update={"outputs": tuple(outputs)})
 
 
 def _control(signature: Signature, tensor: Tensor | None, control: TritonControl) -> ControlInput:

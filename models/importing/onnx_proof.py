@@ -4,7 +4,7 @@ On random rows, from states that earlier random rows have led to:
 
     finite         outputs and states are finite
     deterministic  the same call gives the same bits
-    batch          each row of a batch has the values that it has alone
+    batch          each row of a batch has the values that it has alone, whatever its scale
     cut            chunks, with the state carried between them, give the values of the whole;
                    otherwise the model is `per_chunk`
     padding        rows padded with random values have the values of unpadded rows; otherwise the
@@ -162,17 +162,23 @@ class Prover:
         self.verified["deterministic"] = True
 
     def _check_batch(self, rows: Floats, states: Floats, whole: Result) -> None:
+        """Compare rows in a batch with the same rows alone, also rows of different scales."""
+        scales = np.logspace(0, -6, ROWS, dtype=np.float32)[:, np.newaxis, np.newaxis]
         gap = 0.0
-        for at in range(ROWS):
-            own = slice(at, at + 1)
-            alone = self._run(self._network, rows[own], states[own])
-            gap = max(gap, self._gap(alone, (whole[0][own], whole[1][own])))
+        for values, together in ((rows, whole), (rows * scales, None)):
+            expected = together or self._run(self._network, values, states)
+            for at in range(ROWS):
+                own = slice(at, at + 1)
+                alone = self._run(self._network, values[own], states[own])
+                gap = max(gap, self._gap(alone, (expected[0][own], expected[1][own])))
         if not gap <= self._tolerance:
             raise ImportedModelError(
                 f"expected each row of a batch to have the values that it has alone, they differ "
                 f"by {gap:.1e}: the graph mixes rows (a statistic over the batch?) or the batch "
                 "axis of a state is another; export the model for inference, with one dynamic axis "
-                "for the batch"
+                "for the batch; or fix the batch, so that each row is a call of its own: `python "
+                "-m onnxruntime.tools.make_dynamic_shape_fixed --dim_param NAME_OF_THE_AXIS "
+                "--dim_value 1 MODEL.onnx FIXED.onnx`"
             )
         self.verified["batch_equals_alone"] = gap
 

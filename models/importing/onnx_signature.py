@@ -15,18 +15,18 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.files import inside, open_regular
 from models.errors import ArtifactError, ImportedModelError
+from models.importing.onnx_edits import fix_input
 from models.onnx.library import open_session
 from models.onnx.messages import (
-    DataType,
     DecodingError,
     NodeProto,
     TensorProto,
@@ -35,7 +35,6 @@ from models.onnx.messages import (
     operator_name,
     parse_model,
     tensor_array,
-    tensor_of,
 )
 
 MAX_GRAPH_BYTES = 2**31 - 1
@@ -73,6 +72,18 @@ class Tensor:
     def is_usable(self) -> bool:
         """Whether it is a tensor of numbers or booleans."""
         return self.dtype in _TYPES.values()
+
+    @property
+    def window_hint(self) -> str:
+        """How to serve a graph that reads a window of rows in this input; "" if it does not."""
+        fixed = [size for size in self.shape[1:] if isinstance(size, int)]
+        if not 1 < len(fixed) == len(self.shape) - 1 or fixed[0] < 2:
+            return ""
+        row = prod(fixed[1:])
+        return (
+            f"; or let {self.name} be a window of rows that each stream keeps: "
+            f"`--features {row} --context {prod(fixed) - row}`"
+        )
 
     def __str__(self) -> str:
         sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
@@ -145,10 +156,22 @@ def read_signature(
             f"protobuf message, got {model.ByteSize()}; store the weights as float16"
         )
     for name, value in constants.items():
-        _fix_input(model.graph, name, value)
+        fix_input(model.graph, name, value)
     if tensors or constants:
         data = model.SerializeToString()
     _check_operators(model)
+    return signature_of(model, data)
+
+
+def signature_of(model: Any, data: bytes) -> Signature:
+    """What a ModelProto declares, and a session of it.
+
+    Args:
+        data: the ModelProto as an ONNX file, with all its data.
+
+    Raises:
+        ImportedModelError: ONNX Runtime rejects the graph.
+    """
     try:
         session = open_session(data, 1, "graph")
     except ArtifactError as error:
@@ -169,29 +192,6 @@ def read_signature(
         model,
         data,
     )
-
-
-def _fix_input(graph: Any, name: str, value: float) -> None:
-    """Replace an input of the graph by a constant."""
-    named = [at for at, each in enumerate(graph.input) if each.name == name]
-    if not named:
-        names = [each.name for each in graph.input]
-        raise ImportedModelError(f"--constant {name}: expected one of the inputs {names}")
-    declared = graph.input[named[0]].type.tensor_type
-    try:
-        dtype = DataType(declared.elem_type).name.lower()
-    except ValueError:
-        raise ImportedModelError(f"--constant {name}: expected an input of numbers") from None
-    # a dynamic axis, usually the batch's, is broadcast
-    shape = [max(1, size.dim_value) for size in declared.shape.dim]
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = np.full(shape, value).astype(dtype)
-    if not (array == value).all() and not dtype.startswith("float"):
-        raise ImportedModelError(f"--constant {name}={value:g}: expected a value of {dtype}")
-    del graph.input[named[0]]
-    for tensor in [each for each in graph.initializer if each.name == name]:
-        graph.initializer.remove(tensor)
-    graph.initializer.append(tensor_of(name, array))
 
 
 def _tensor(declared: Any) -> Tensor:
@@ -285,13 +285,20 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
 def find_pairs(
-    signature: Signature, known: Mapping[str, str], others: Collection[str]
+    signature: Signature,
+    known: Mapping[str, str],
+    others: Collection[str],
+    *,
+    has_context: bool = False,
+    has_features: bool = False,
 ) -> dict[str, str]:
     """State output by state input, in the order of the graph's inputs.
 
     Args:
         known: pairs that the user names.
         others: inputs that are not states.
+        has_context: whether the input of features gets a state pair of its own.
+        has_features: whether the others include the inputs of features.
 
     Raises:
         ImportedModelError: a known pair does not exist or cannot be one, or there is none.
@@ -309,19 +316,20 @@ def find_pairs(
                 pairs[before[0].name] = after[0].name
     pairs.update(_pairs_by_affix(*_find_unpaired(signature, pairs, others)))
     inputs, outputs = _find_unpaired(signature, pairs, others)
-    if len(inputs) > 1:
+    if len(inputs) > 1 or has_features:
         pairs.update(_pairs_by_shape(inputs, outputs))
-    if not pairs and _candidates(inputs, outputs):
+    if not pairs and not has_context and _candidates(inputs, outputs):
         raise ImportedModelError(
             "the state pairs are ambiguous: several outputs fit an input, and names do not tell "
             f"which; name the pairs, {_suggestion(inputs, outputs)}{signature}"
         )
-    if not pairs:
+    if not pairs and not has_context:
         raise ImportedModelError(
             "expected state inputs and state outputs, found no pair of them; a model whose state "
             "is inside the graph starts every chunk from the same state. Export it with its "
             "states as inputs and outputs, in PyTorch `forward(x, h0, c0) -> y, hn, cn`; or name "
-            f"the pairs: {_suggestion(inputs, outputs)}{signature}"
+            f"the pairs: {_suggestion(inputs, outputs)}"
+            f"{''.join(each.window_hint for each in inputs[:1])}{signature}"
         )
     return {each.name: pairs[each.name] for each in signature.inputs if each.name in pairs}
 
@@ -337,8 +345,8 @@ def require_one_input(
     known = ", ".join(f"{before}={after}" for before, after in pairs.items())
     if not remaining:
         raise ImportedModelError(
-            f"expected an input of features besides the states ({known}); name it with "
-            f"`--input NAME`, and the state pairs with `--state IN=OUT`{signature}"
+            f"expected an input of features besides the states ({known}); name it, such as "
+            f"`--input {next(iter(pairs))}`{signature}"
         )
     if len(remaining) > 1:
         names = [tensor.name for tensor in remaining]

@@ -27,6 +27,7 @@ from models.spec.model import parse_spec
 from models.spec.onnx_network import Axes, OnnxNetwork
 
 MAX_INITIAL_BYTES = 2**24
+MAX_LABEL_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,8 @@ def onnx_options(
     initial: Sequence[str] = (),
     constants: Sequence[str] = (),
     features: int | None = None,
+    context: int | None = None,
+    labels: Sequence[str] = (),
     axes: Axes | None = None,
     triton: Path | None = None,
 ) -> OnnxOptions:
@@ -137,6 +140,8 @@ def onnx_options(
         states: state pairs, `IN=OUT`.
         initial: initial values, `IN=NUMBER` or `IN=FILE.npy`.
         constants: values of inputs, `IN=NUMBER`.
+        labels: names along the last axis of outputs, `OUT=NAME,NAME`, or a text file with one name
+            a line, `OUT=FILE.txt`.
         triton: Triton's `config.pbtxt` of the model.
 
     Raises:
@@ -165,6 +170,11 @@ def onnx_options(
         initial=values,
         constants=fixed,
         features=features,
+        context=context,
+        labels={
+            output: _read_labels(value)
+            for output, value in _split("--labels", labels, "OUTPUT=NAME,NAME").items()
+        },
         axes=axes,
         triton=text,
         triton_folder=None if triton is None else str(triton.parent.resolve()),
@@ -256,6 +266,14 @@ def _split(option: str, given: Sequence[str], form: str) -> dict[str, str]:
             raise ImportedModelError(f"{option} {each}: expected {form}, each name once")
         values[name] = value
     return values
+
+
+def _read_labels(value: str) -> tuple[str, ...]:
+    """Names separated by commas, or the lines of a text file."""
+    if not value.endswith(".txt"):
+        return tuple(value.split(","))
+    text = _read(Path(value), MAX_LABEL_BYTES).decode("utf-8", "replace")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _read(file: Path, most_bytes: int) -> bytes:

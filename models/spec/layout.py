@@ -212,7 +212,8 @@ def network_state(spec: ModelSpec) -> StateSpec:
 def output_spec(spec: ModelSpec) -> OutputSpec:
     """The outputs, one per head, in the order of the heads; or those of an imported graph."""
     if spec.onnx is not None:
-        return OutputSpec(tuple(Output(each.name, each.shape) for each in spec.onnx.outputs))
+        own = spec.onnx.outputs
+        return OutputSpec(tuple(Output(each.name, each.shape, each.labels) for each in own))
     found = network_outputs(spec)
     if spec.detection is None:
         return found

@@ -424,11 +424,13 @@ class ModelSpec(Frozen):
         gap_s = self.session_gap_s
         return ResetPolicy(self.reset_every, None if gap_s is None else gap_s * 1000)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[Column, ...]:
         """The F columns of a row of `inputs`."""
         if self.events is not None:
             return self.events.columns
+        if self.onnx is not None:
+            return tuple(map(Column, self.onnx.column_names))
         embedded = {own.column: own for own in self.embeddings}
         return tuple(
             Column(f"feature_{index}", None, own.codes, own.units)

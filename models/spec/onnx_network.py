@@ -54,12 +54,27 @@ class GraphOutput(Frozen):
         shape: shape of one step, without the axes of batch and time.
         has_time: whether it has an axis of time.
         state_axis: for an output that is a state output too, the batch axis of the pair.
+        labels: names along the last axis, such as classes.
     """
+
+    later_options = frozenset({"labels"})
 
     name: Name
     shape: tuple[Size, ...]
     has_time: bool = True
     state_axis: int | None = None
+    labels: Annotated[tuple[Name, ...], Field(max_length=65536)] = ()
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> GraphOutput:
+        if self.labels and (
+            self.shape[-1:] != (len(self.labels),) or len(set(self.labels)) < len(self.labels)
+        ):
+            raise ValueError(
+                f"labels of {self.name!r}: expected a distinct one for each place of the last axis "
+                f"of {list(self.shape)}, got {len(self.labels)}"
+            )
+        return self
 
 
 class StatePair(Frozen):
@@ -192,3 +207,12 @@ class OnnxNetwork(Frozen):
     def features(self) -> int:
         """F, the number of columns of a row."""
         return sum(each.columns for each in self.inputs)
+
+    @property
+    def column_names(self) -> list[str]:
+        """A name for each column: that of its input, with its place if there are several."""
+        return [
+            each.name if each.columns == 1 else f"{each.name}[{at}]"
+            for each in self.inputs
+            for at in range(each.columns)
+        ]

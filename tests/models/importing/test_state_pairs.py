@@ -72,6 +72,12 @@ def test_an_output_of_the_features_own_name_and_shape_is_no_state() -> None:
     assert find_pairs(given, {}, ("x",)) == {"h_in": "h_out"}
 
 
+def test_shape_pairs_the_one_state_besides_named_inputs_of_features() -> None:
+    x, y = Tensor("x", (1, 1, 5), "float32"), Tensor("y", (1, 1, 5), "float32")
+    given = Signature((x, state("a", 1, 2, 5)), (y, state("p", 1, 2, 5)), {}, None, None, b"")
+    assert find_pairs(given, {}, ("x",), has_features=True) == {"a": "p"}
+
+
 CONFIG = EXAMPLES / "triton" / "counting_gru" / "config.pbtxt"
 
 
