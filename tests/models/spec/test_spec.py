@@ -60,7 +60,7 @@ def test_columns_of_events_and_of_raw_features() -> None:
     assert small_spec().input_features == 13
     assert spec.input_features == 3
     assert [column.name for column in spec.columns] == ["feature_0", "feature_1", "feature_2"]
-    assert spec.columns is spec.columns  # read for every chunk
+    assert spec.columns is spec.columns  # computed once
 
 
 @pytest.mark.parametrize(
