@@ -58,10 +58,13 @@ class AlarmFields:
 
 
 def describe_alarm(output: Mapping[str, Any]) -> str | None:
-    """A line about an output that opens or closes an alarm; None for others."""
+    """A line about an output that opens or closes an alarm; None for others.
+
+    The name of the stream is marked as code: chat tools would find emoji, mentions and links in it.
+    """
     if "alarm" not in output:
         return None
-    line = f"{output.get('stream')}: alarm {output['alarm']}"
+    line = f"`{output.get('stream')}`: alarm {output['alarm']}"
     if "severity" in output:
         line += f", severity {output['severity']}"
     return f"{line}: {output['cause']}" if "cause" in output else line
