@@ -126,4 +126,5 @@ async def test_an_alarm_of_a_consumer_is_indexed_and_its_webhook_reads_as_text(
     body = json.loads(receiver.accepted[0].body)
     (output,) = body["data"]
     assert output["severity"] == float(record["severity"])
-    assert body["text"] == (f"`pump`: alarm opened, severity {output['severity']}: {record['cause']}")
+    line = f"`pump`: alarm opened, severity {output['severity']}: {record['cause']}"
+    assert body["text"] == line

@@ -16,8 +16,9 @@ from carry_client.replies import read_reply
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
 from models.spec.model import ModelSpec, parse_spec
+from service.access.caller import ANYONE
 from service.backfill.run import run_backfill
-from service.core.errors import VersionRejected
+from service.core.errors import AlreadyApplied, VersionRejected
 from service.pipeline.model_record import check_accepts_same_requests
 from service.pipeline.served_model import ServedModel
 from service.transports.v1 import reply_types
@@ -28,6 +29,7 @@ from tests.support.backfill import Recording, job_of
 from tests.support.models import random_weights
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import oracle_step
+from tests.support.pipelines import chunk_of, worker
 from tests.support.servers import RealServer
 
 NAMES = ["a", "b", "Österreich", "航空"]
@@ -115,3 +117,21 @@ def test_versions_with_other_categories_are_rejected(artifact: Artifact, tmp_pat
     served: list[Any] = [ServedModel(each, NumpyRuntime(each)) for each in (artifact, other)]
     with pytest.raises(VersionRejected, match="categories"):
         check_accepts_same_requests(*served)
+
+
+async def test_a_reply_with_categories_of_a_version_that_is_not_loaded_is_not_repeated(
+    pipeline_server: RealServer, artifact: Artifact, tmp_path: Path
+) -> None:
+    """The same codes are other names, as after a deployment with a vocabulary in another order."""
+    spec = next_spec(NAMES[::-1])
+    other = write_artifact(tmp_path / "next", spec, random_weights(spec))
+    rows = np.zeros((2, artifact.spec.input_features), np.float32)
+    chunk = chunk_of(f"deployed-{tmp_path.name}", rows, 0, model="next")
+    async with worker(pipeline_server.url, artifact) as pipeline:
+        first = await pipeline.process(ANYONE, chunk)
+        again = await pipeline.process(ANYONE, chunk)
+        assert again.replayed
+        np.testing.assert_array_equal(again.outputs, first.outputs)
+    async with worker(pipeline_server.url, other) as pipeline:
+        with pytest.raises(AlreadyApplied):
+            await pipeline.process(ANYONE, chunk)
