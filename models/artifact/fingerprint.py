@@ -110,7 +110,8 @@ def _relevant_spec(spec: ModelSpec) -> dict[str, Any]:
         if (value := getattr(spec, name)) is not None:
             sections[name] = value
     if spec.onnx is not None:
-        sections["onnx"] = spec.onnx.model_dump(exclude={"batching"}, exclude_defaults=True)
+        without_effect: dict[str, Any] = {"batching": True, "outputs": {"__all__": {"labels"}}}
+        sections["onnx"] = spec.onnx.model_dump(exclude=without_effect, exclude_defaults=True)
     return {
         "numerics": _NUMERICS,
         **sections,

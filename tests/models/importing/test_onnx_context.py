@@ -238,11 +238,13 @@ def test_places_of_an_output_are_named_by_labels(tmp_path: Path) -> None:
     write_window(tmp_path / "m.onnx", 2, F)
     (tmp_path / "classes.txt").write_text("walk\nrun\n\nrest\n")
     window = {"features": F, "context": F}
+    unnamed = import_here(tmp_path / "m.onnx", tmp_path / "unnamed", **window).artifact
     for at, labels in enumerate((["y=walk,run,rest"], [f"y={tmp_path / 'classes.txt'}"])):
         own = {**window, "labels": labels}
         artifact = import_here(tmp_path / "m.onnx", tmp_path / f"out{at}", **own).artifact
         (output,) = output_spec(artifact.spec).outputs
         assert output.column_names() == ["y[walk]", "y[run]", "y[rest]"]
+        assert artifact.fingerprint == unnamed.fingerprint
     for labels, message in (
         ("y=walk,run", r"labels of 'y': expected a distinct one for each .* \[3\], got 2"),
         ("y=walk,run,run", r"labels of 'y': expected a distinct one"),
