@@ -77,7 +77,10 @@ def train(
     out: OutDir,
     *,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first result: a quarter of the epochs, no trees.")
+        bool,
+        typer.Option(
+            "--quick", help="A first result: a quarter of the epochs, one network, no trees."
+        ),
     ] = False,
     resume: Resume = False,
     trees: Trees = True,
@@ -295,7 +298,9 @@ def compare(
         typer.echo("\n".join(comparison_lines(compared)))
     verdict = compared["verdict"]
     if fail_if == verdict or (fail_if == "not-better" and verdict != "better"):
-        raise VerdictError(f"{b}: expected none that is {fail_if} than {a}, got {verdict}")
+        wanted = "no worse" if fail_if == "worse" else "better"
+        got = ", ".join(f"{each['verdict']} for {head}" for head, each in compared["heads"].items())
+        raise VerdictError(f"{b}: expected a model {wanted} than {a}, got {got}")
     return compared
 
 

@@ -150,6 +150,17 @@ def calendar_warning(spec: ModelSpec, streams: Streams, before_key: int) -> str 
     )
 
 
+def index_warning(spec: ModelSpec, streams: Streams) -> str | None:
+    """A line if the timestamps count rows or events, from 0 or 1, instead of milliseconds."""
+    time = schema_of(spec).timestamp
+    if time is None or int(np.max(streams.moments_ms)) > streams.events:
+        return None
+    return (
+        f"the values of {time.name!r} are read as milliseconds of 1970-01-01, got at most "
+        f"{streams.events}: if they count events, multiply them by the milliseconds between two"
+    )
+
+
 def _lengths_before(streams: Streams, before_key: int) -> list[int]:
     """Events of each session before a key of the split."""
     past = np.append(0, np.cumsum(streams.split_keys < before_key))

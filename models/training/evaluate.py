@@ -270,8 +270,12 @@ def evaluate(
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     scored = events_to_score(spec, streams, labels, from_key)
     if scored == 0:
+        range_ = f" from {since} on" if since else ""
+        if held_out:
+            range_ = f" {split_of(spec).test_range}"
         raise DataError(
-            expected=f"{source}: events to score, each after another of its stream or labelled",
+            expected=f"{source}: events to score{range_}, each after another of its stream or "
+            "labelled",
             got="none",
         )
     outputs = run_chunks(artifact, streams, **cuts)

@@ -21,7 +21,7 @@ from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
 from models.training.burn_in import burn_in_lines
 from models.training.data import split_of, streams_of
-from models.training.evaluate import events_to_score
+from models.training.evaluate import anomalous_events, events_to_score
 from models.training.labels import labels_of
 from models.training.measurements import measure
 from models.training.progress import Progress
@@ -75,6 +75,8 @@ def train_frame(
     progress = Progress(Console(quiet=quiet))
     if out.exists() and any(out.iterdir()) and not overwrite and not resume:
         raise ArtifactError(f"{out}: is not empty; expected a new path, or --overwrite")
+    if anomalies is not None:  # a label that cannot be read is an error before training
+        anomalous_events(spec, streams_of(spec, frame, source), anomalies, source)
     result = train(
         spec,
         frame,

@@ -39,7 +39,12 @@ from models.spec.stream_name import STREAM_NAME_RULE, is_stream_name
 from models.spec.training import ResolvedTraining
 from models.training.checkpoint import read_checkpoint, write_checkpoint
 from models.training.data import fitted_spec, split_of, streams_of, training_of
-from models.training.defaults import calendar_warning, resolve_detection, resolve_training
+from models.training.defaults import (
+    calendar_warning,
+    index_warning,
+    resolve_detection,
+    resolve_training,
+)
 from models.training.detection import check_detection, fitted_detection
 from models.training.ensemble import Networks, check_members, merge_members
 from models.training.labels import Labels, labels_of
@@ -276,7 +281,7 @@ def train(
     if resume:
         run.resume()
     loop = Loop(network, plan, training.seed)
-    warnings.append(names_warning(streams.names))
+    warnings += [names_warning(streams.names), index_warning(spec, streams)]
     warnings.append(updates_warning(loop.windows_per_epoch, training))
     for warning in filter(None, warnings):
         progress.say(f"warning: {warning}", "yellow")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.commands.common import DataDir, RedisUrl, run_on_store
-from service.commands.serve import Models
+from service.commands.serve import Models, one_directory
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def consume(
     if shows_status:
         _show_status(Path(paths[0]) if paths else None, overrides, redis_url, data_dir)
         return
-    flags = {"redis_url": redis_url, "models_dir": models, "data_dir": data_dir}
+    flags = {"redis_url": redis_url, "models_dir": one_directory(models), "data_dir": data_dir}
     if repartition:
         overrides["to"] = sink or "-"
     if reset_offsets not in (None, "beginning", "end"):

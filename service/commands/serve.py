@@ -14,8 +14,19 @@ if TYPE_CHECKING:
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Models = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="An artifact, or a directory of artifacts.")
+    list[Path] | None, typer.Option(metavar="DIR", help="An artifact, or a directory of artifacts.")
 ]
+
+
+def one_directory(models: list[Path] | None) -> Path | None:
+    """The directory of models; a second one would replace the first without a word.
+
+    Raises:
+        BadParameter: there are several.
+    """
+    if models and len(models) > 1:
+        raise typer.BadParameter("expected one directory, which may have several artifacts in it")
+    return models[0] if models else None
 
 
 def serve(
@@ -41,7 +52,7 @@ def serve(
             "grpc_port": grpc_port,
             "workers": workers,
             "redis_url": redis_url,
-            "models_dir": models,
+            "models_dir": one_directory(models),
             "data_dir": data_dir,
         }
     )
@@ -89,7 +100,12 @@ def check(
     from service.start_checks import CheckResult, run_checks
     from service.telemetry.logs import configure_logs
 
-    flags = {"host": host, "redis_url": redis_url, "models_dir": models, "data_dir": data_dir}
+    flags = {
+        "host": host,
+        "redis_url": redis_url,
+        "models_dir": one_directory(models),
+        "data_dir": data_dir,
+    }
     configure_logs("warning", "console")
     try:
         settings = Settings.load(flags)

@@ -14,6 +14,7 @@ from models.training.data import streams_of, training_of
 from models.training.defaults import (
     TAIL_LEVELS,
     calendar_warning,
+    index_warning,
     resolve_detection,
     resolve_training,
 )
@@ -109,6 +110,13 @@ def test_less_than_a_week_of_timestamps_causes_a_warning() -> None:
     assert warning is not None
     assert "span 6.0 days" in warning
     assert calendar_warning(spec, streams, 7 * 24 * HOUR_MS) is None
+
+
+def test_timestamps_that_count_rows_cause_a_warning() -> None:
+    spec, frame = spec_of(), frame_of(2, 400)
+    assert index_warning(spec, streams_of(spec, frame)) is None
+    counted = frame.with_columns(pl.int_range(1, 801).alias("at"))
+    assert "multiply them" in str(index_warning(spec, streams_of(spec, counted)))
 
 
 def test_events_of_a_single_moment_have_no_split() -> None:

@@ -168,6 +168,15 @@ def test_the_report_compares_detection_with_its_baselines(
         assert f">latch: {each['stream']}<" in text
 
 
+def test_labels_that_cannot_be_read_are_an_error_before_training(
+    frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    spec = latch_spec(epochs=1, heads=["odd"]).model_copy(update={"detection": DETECTION})
+    with pytest.raises(DataError, match=r"field 'anomaly': .*a column of the labels"):
+        train_frame(spec, frame, tmp_path / "out", anomalies="anomaly")
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_reports_alarms_on_the_held_out_events(
     frame: pl.DataFrame,
     tmp_path: Path,

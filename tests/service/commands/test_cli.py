@@ -72,3 +72,10 @@ def test_unexpected_errors_are_left_to_typer(monkeypatch: pytest.MonkeyPatch) ->
     error = BrokenPipeError(errno.EPIPE, "Broken pipe")
     done = CliRunner().invoke(cli.app, ["version"])
     assert (done.exit_code, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("words", [["serve"], ["check"], ["consume", "--from", "a", "--to", "b"]])
+def test_a_second_directory_of_models_is_rejected(words: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*words, "--models", "a", "--models", "b"])
+    assert result.exit_code == 2
+    assert "expected one directory" in result.output
