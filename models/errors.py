@@ -7,7 +7,7 @@
       StateError             state parts that do not match the model's layout
       DataError              a sequence of events or rows that the model's schema rejects
       ImportedModelError     a Keras model that cannot be imported
-      VerdictError           a model that is worse than it has to be
+      VerdictError           a model that does not pass a required verdict
 
 The service wraps these at its boundary; none of them knows about HTTP.
 """
@@ -40,7 +40,7 @@ class ImportedModelError(ModelsError):
 
 
 class VerdictError(ModelsError):
-    """A model is worse than it has to be; `carry` exits with a status of its own."""
+    """A model does not pass a required verdict; `carry` exits with a status of its own."""
 
     exit_status = 3
 

@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 
 MINUTE_MS = 60_000
 WINDOWS_MIN = (15, 60)
-"""Minutes looked back on."""
+"""Lengths of the windows, in minutes."""
 
 AIRPORT_COLUMNS = tuple(
     f"airport_{what}_{minutes}m" for minutes in WINDOWS_MIN for what in ("departures", "delay")

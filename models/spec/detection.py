@@ -88,8 +88,8 @@ class AlarmSpec(Frozen):
         hold_events: consecutive usual events that close it: alarms that follow each other within
             as many events are one.
         close_above: events with a larger tail probability are usual again, if it is also above the
-            threshold. An alarm with it has a severity and a cause, in the state. None is
-            `hysteresis`.
+            threshold. An alarm with it has a severity and a cause, in the state. None:
+            `hysteresis` decides.
         hysteresis: the factor by which events have to be more probable than the threshold to be
             usual again; 1 is one threshold.
     """
@@ -250,7 +250,9 @@ class DetectionSpec(Frozen):
     @model_validator(mode="after")
     def _check_alarm(self) -> DetectionSpec:
         if self.alarm.close_above is None and (named := set(self.outputs) & set(OF_THE_ALARM)):
-            raise ValueError(f"outputs: expected `alarm.close_above` with {sorted(named)}")
+            raise ValueError(
+                f"outputs: expected `alarm.close_above` with {sorted(named)}, got none"
+            )
         return self
 
     @model_validator(mode="after")

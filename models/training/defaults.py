@@ -39,7 +39,7 @@ UPDATES = 2000
 """Windows of a whole training: fewer leave small networks undertrained."""
 MIN_EPOCHS, MAX_EPOCHS = 20, 150
 QUICK_SHARE = 4
-"""A quick training has so many times fewer epochs, and one network."""
+"""Divisor of the epochs of a quick training, which has one network."""
 MIN_PATIENCE = 3
 LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0

@@ -41,7 +41,7 @@ from models.training.evaluate import scored_rows, target_rows
 from models.training.labels import Labels
 
 FEW_EVENTS = 10
-"""Fewer of a class say little of it."""
+"""With fewer events of a class in training, validation or test there is a warning."""
 LENGTHS_PER_WINDOW = 4
 """Padded window lengths are multiples of a quarter window: few shapes, little padding."""
 

@@ -57,7 +57,7 @@ from models.training.labels import Labels
 
 MODEL = "model"
 DRAWS = 1000
-"""Resamples of days."""
+"""Number of resamples."""
 MIN_DAYS, BLOCKS = 8, 20
 """With fewer days, so many blocks of equally many events are resampled."""
 NO_SCALES: Mapping[str, Floats] = {}
@@ -238,7 +238,7 @@ def interval(draws: Floats) -> list[float]:
 
 
 class Units(NamedTuple):
-    """What is drawn again for intervals.
+    """The units that are resampled for intervals: days, or blocks of time.
 
     Attributes:
         of_event: int64 [rows], the unit of each event.

@@ -79,7 +79,7 @@ FALLING_SHARE = 0.05
 FEW_UPDATES = 100
 MEASURED_WINDOWS = 5
 VALIDATION_SHARE = 0.4
-"""Time of a validation, of the time of training an epoch: it runs, and does not differentiate."""
+"""A validation takes this share of the time of an epoch's training: it has no gradients."""
 
 
 def best_epoch(history: list[dict[str, Any]]) -> int:

@@ -10,7 +10,7 @@ from models.training.scores import MODEL
 
 HIGHER_IS_BETTER = frozenset({"auc", "vus_pr"})
 NAIVE = ("last value", "base rate", "random")
-"""Baselines that need no model: one that is worse than them is of no use."""
+"""Baselines without a model: a network that is worse than one of them is not to be served."""
 
 
 def direction(metric: str) -> str:

@@ -12,7 +12,7 @@ engine, the number of processes, the machine.
     OUT/states/bucket-NNNNN.backup       the states after them, as `carry backup` writes them
     OUT/done/bucket-NNNNN.json           the record of a finished bucket
     OUT/heads/part-NNNNN.parquet         the heads of live streams, for another version's states
-    OUT/report.json                      the report
+    OUT/report.json, throughput.png      the report, and a plot of the events done over time
 
 A file is written under a temporary name, synced and renamed, so that none is ever incomplete.
 """

@@ -1,4 +1,4 @@
-"""What a person reads of an alarm in the outputs that open or close it."""
+"""Describes alarms in the outputs that open or close them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANGES: Final = {OPENED: "opened", CLOSED: "closed"}
 
 
 class AlarmFields:
-    """The further fields of such outputs, for a model with detection.
+    """Fields of outputs that open or close an alarm: which of both, severity, cause.
 
     Attributes:
         output: the name of the output of alarms.
