@@ -19,10 +19,12 @@ import tritonclient.http
 
 from carry_client import Carry
 from models.onnx.library import onnxruntime
+from tests.support.consumers import ConsumerProcess
+from tests.support.kafka import running_broker
 from tests.support.needs import needs_tools
 from tests.support.pages import DEFAULT_URL, ROOT, blocks
-from tests.support.servers import RealServer, real_server
-from tests.support.service import running
+from tests.support.servers import RealServer, real_server, until
+from tests.support.service import Service, running
 
 EXAMPLES = ROOT / "examples" / "onnx"
 DEFAULT_ADDRESS = DEFAULT_URL.removeprefix("http://")
@@ -42,18 +44,15 @@ class Page:
     """One page: its blocks, by language, with the addresses of the test's servers."""
 
     def __init__(self, path: str, folder: Path, store_url: str):
-        self.folder, self.store_url, self.url = folder, store_url, DEFAULT_URL
+        self.folder, self.addresses = folder, {STORE_URL: store_url}
         self._blocks = blocks(path)
-
-    @property
-    def address(self) -> str:
-        """Host and port of the service."""
-        return self.url.removeprefix("http://")
 
     def block(self, language: str, index: int) -> str:
         """A block, with the addresses of the test's servers."""
         text = [text for each, text in self._blocks if each == language][index]
-        return text.replace(STORE_URL, self.store_url).replace(DEFAULT_ADDRESS, self.address)
+        for written, used in self.addresses.items():
+            text = text.replace(written, used)
+        return text
 
     def run(self, *command: str) -> str:
         """Run a command in the folder, and return what it prints."""
@@ -85,6 +84,11 @@ class Page:
         return self.folder / folder, others
 
 
+def address_of(service: Service) -> str:
+    """Host and port of a service."""
+    return service.url.removeprefix("http://")
+
+
 @needs_tools("sh", "curl")
 def test_pickled_states_of_a_fastapi_service_continue(
     tmp_path: Path, store: RealServer, monkeypatch: pytest.MonkeyPatch
@@ -102,7 +106,7 @@ def test_pickled_states_of_a_fastapi_service_continue(
         predict(user, rows[:3])
     models, options = page.options(1)
     with running(tmp_path, models, *options) as service, Carry(service.url) as carry:
-        page.url, model = service.url, carry.model("lstm")
+        page.addresses[DEFAULT_ADDRESS], model = address_of(service), carry.model("lstm")
         (tmp_path / "move.py").write_text(page.block("python", 1), encoding="utf-8")
         assert page.shell(2) == "moved 3, kept 0\n"
         position, outputs = page.python(2).split(" ", 1)
@@ -156,7 +160,7 @@ def test_sequences_of_triton_continue(tmp_path: Path, store: RealServer) -> None
     gru, events = CountingGru(), np.random.default_rng(SEED).uniform(-1, 1, (6, 4))
     models, options = page.options(1)
     with running(tmp_path, models, *options) as service:
-        page.url = service.url
+        page.addresses[DEFAULT_ADDRESS] = address_of(service)
         outputs = list(map(float, page.python(0).split()))
         rows = [[0.5, -1.0, 0.25, 2.0], [1.0, 0.0, -0.5, 0.75], [0.25, 0.5, 0.0, -1.0]]
         np.testing.assert_allclose(outputs, [gru.step(row) for row in rows], **CLOSE)
@@ -165,7 +169,7 @@ def test_sequences_of_triton_continue(tmp_path: Path, store: RealServer) -> None
 
         service.kill()
         service.start()
-        page.url = service.url
+        page.addresses[DEFAULT_ADDRESS] = address_of(service)
         memory, count = gru.states
         scope: dict[str, Any] = {}
         exec(page.block("python", 1), scope)
@@ -173,16 +177,50 @@ def test_sequences_of_triton_continue(tmp_path: Path, store: RealServer) -> None
         expected = [gru.step(row) for row in events]
         for sequence in (42, 43):
             for position in (3, 3, *range(4, 9)):
-                output, replayed = infer(page, sequence, position, events[position - 3])
+                output, replayed = infer(service, sequence, position, events[position - 3])
                 np.testing.assert_allclose(output, expected[position - 3], **CLOSE)
             assert not replayed
 
 
-def infer(page: Page, sequence: int, position: int, row: Any) -> tuple[float, bool]:
+def infer(service: Service, sequence: int, position: int, row: Any) -> tuple[float, bool]:
     """Send one event of a sequence as the page's client does."""
-    with tritonclient.http.InferenceServerClient(page.address, network_timeout=60) as client:
+    address = address_of(service)
+    with tritonclient.http.InferenceServerClient(address, network_timeout=60) as client:
         tensor = tritonclient.http.InferInput("inputs", [1, 4], "FP32")
         tensor.set_data_from_numpy(np.array([row], np.float32))
         parameters = {"position": position}
         result = client.infer("counting-gru", [tensor], sequence_id=sequence, parameters=parameters)
         return result.as_numpy("OUTPUT").item(), result.get_response()["parameters"]["replayed"]
+
+
+@needs_tools("sh")
+def test_records_of_a_stream_processor_are_consumed(tmp_path: Path, store: RealServer) -> None:
+    page = Page("docs/how-to/move-from-stream-processors.md", tmp_path, store.url)
+    (tmp_path / "lstm.onnx").write_bytes((EXAMPLES / "torch_lstm.onnx").read_bytes())
+    page.shell(0)
+    events, recorded = (json.loads(page.block("json", index)) for index in range(2))
+    with running_broker() as broker:
+        page.addresses["localhost:9092"] = broker.servers
+        (tmp_path / "consumer.yaml").write_text(page.block("yaml", 0))
+        for topic in ("readings", "scores-of-carry"):
+            broker.create(topic, 1)
+        _, _, *words = shlex.split(page.block("sh", 1))
+        words = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in words]
+
+        sent = [{"key": "pump-1", "value": json.dumps(event)} for event in events]
+        broker.produce("readings", *sent)
+
+        def outputs() -> dict[tuple[bytes, int], Any]:
+            records = broker.read_all("scores-of-carry", 1)
+            places = [(each.key(), int(dict(each.headers())["position"])) for each in records]
+            values = [json.loads(each.value())["y"] for each in records]
+            return dict(zip(places, values, strict=True))
+
+        consumer = ConsumerProcess(tmp_path / "log", *words, CARRY_STORE_WAIT_S="60")
+        try:
+            until(lambda: len(outputs()) >= len(events), "the outputs", poll_s=0.2)
+        finally:
+            consumer.fork.kill()
+        found = outputs()
+    assert sorted(found) == [(b"pump-1", position) for position in range(len(events))]
+    np.testing.assert_allclose([found[place] for place in sorted(found)], recorded, **CLOSE)
