@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.events.schema import NumericField
-from models.spec.detection import ChannelKind, ordered_targets
+from models.spec.detection import ALARM_RATE, ChannelKind, ordered_targets
 from models.spec.layout import detection_of, state_spec
 from models.spec.model import ModelSpec
 
@@ -44,7 +44,7 @@ class Alarm(NamedTuple):
     Attributes:
         is_open: false once it has closed.
         events: from the one that opened it to the stream's last one, or to the one that closed it.
-        severity: nats of its most unusual event, as a multiple of those of the threshold.
+        severity: nats of its most unusual event, as a multiple of those of the latest threshold.
         probability: tail probability of its last event.
         cause: of its most unusual event.
     """
@@ -67,16 +67,13 @@ class Causes:
         numeric = [field for field in fields if isinstance(field, NumericField)]
         self._numeric = {field.name for field in numeric}
         self._unitless = {field.name for field in numeric if field.normalisation is not None}
-        self._nats = (
-            -math.log(detection.fit.threshold(detection.alarm.false_alarms_per_day))
-            if detection.fit is not None
-            else 1.0
-        )
+        self._fit, self._rate = detection.fit, detection.alarm.false_alarms_per_day
         slices = state_spec(spec).slices
         self._parts = [
             slices.get(f"{head.name}.{name}")
             for name in ("alarm", "alarm_events", "alarm_nats", "alarm_cause")
         ]
+        self._rate_at = slices[f"{head.name}.{ALARM_RATE}"].start
 
     def of_event(
         self,
@@ -119,10 +116,16 @@ class Causes:
         return Alarm(
             is_open=bool(floats[alarm.start] < 0),
             events=int(floats[events.start]),
-            severity=peak / self._nats,
+            severity=peak / self._threshold_nats(float(floats[self._rate_at])),
             probability=math.exp(-max(latest, 0.0)),
             cause=self._cause(place, float(excess), channel.target in self._unitless, stream),
         )
+
+    def _threshold_nats(self, rate: float) -> float:
+        """Nats of the threshold for a chunk's rate; of the model's if it asked for none."""
+        if self._fit is None:
+            return 1.0
+        return -math.log(self._fit.threshold(rate if rate > 0 else self._rate))
 
     def _cause(self, place: int, excess: float, is_deviation: bool, stream: str) -> Cause:
         channel = self._channels[place]

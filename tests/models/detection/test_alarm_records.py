@@ -90,6 +90,11 @@ def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
     assert alarm.severity == pytest.approx(2.0)
     assert alarm.probability == pytest.approx(0.3)
     assert alarm.cause == ("heat", "level", "level of pump_3.heat 6.1 below its usual")
+    # as in the outputs of a chunk that asks for a fifth of the rate, and so of the threshold
+    floats[parts["odd.alarm_rate"]] = 0.01
+    asked = causes.of_state(floats)
+    assert asked is not None
+    assert asked.severity == pytest.approx(2 * np.log(0.2) / np.log(0.2 / 5))
     floats[parts["odd.alarm"]] = 0
     closed = causes.of_state(floats)
     assert closed is not None
@@ -104,6 +109,7 @@ def test_any_restored_state_has_a_record(model: ModelSpec, stored: float) -> Non
         state[:, columns[name]] = stored
     complete = state_spec(model).zero().floats
     complete[len(complete) - state.size :] = state[0]
+    complete[state_spec(model).slices["odd.alarm_rate"]] = -abs(stored)
     assert stored <= 0 or Causes(model).of_state(complete) is not None
     scored, after = Detector(model).step(
         rows[np.newaxis], np.array([40]), outputs[np.newaxis], state
