@@ -93,7 +93,7 @@ def _find_files(path: Path) -> Iterable[Path]:
         return files_below(path)
     if glob.has_magic(str(path)) and not path.exists():
         if not (names := glob.glob(str(path), recursive=True)):
-            raise DataError(expected="files of that form", got=str(path))
+            raise DataError(expected=f"{path}: files that match", got="none")
         return chain.from_iterable(_find_files(Path(name)) for name in names)
     return [path]
 

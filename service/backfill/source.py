@@ -116,7 +116,7 @@ def _expand_argument(argument: str) -> Iterator[Source]:
         yield from map(_local_source, files_below(path))
     elif glob.has_magic(argument) and not path.exists():
         if not (names := glob.glob(argument, recursive=True)):
-            raise BackfillError(f"{argument}: expected files of that form, got none")
+            raise BackfillError(f"{argument}: expected files that match, got none")
         for name in names:
             yield from _expand_argument(name)
     else:

@@ -95,7 +95,7 @@ def test_sources_are_found_and_sorted(tmp_path: Path) -> None:
     assert find_sources([str(tmp_path / "a")])[0].rows == 3
     for argument, message in {
         "none.csv": r"none\.csv: expected an existing file that may be read, got No such file",
-        "*.json": r"expected files of that form, got none",
+        "*.json": r"expected files that match, got none",
         "a/_SUCCESS": r"expected a file ending in \.csv, ",
     }.items():
         with pytest.raises((BackfillError, DataError), match=message):
