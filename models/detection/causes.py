@@ -8,6 +8,7 @@ with `normalisation`, or from the outputs of an event without `residual`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -97,6 +98,10 @@ class Causes:
                 excess = float(residual[self._residuals.index(channel.target)])
                 is_deviation = channel.target in self._unitless
         return self._cause(place, excess, is_deviation, stream)
+
+    def severity_of(self, probability: float) -> float:
+        """The nats of a tail probability, as a multiple of those of the model's threshold."""
+        return -math.log(max(probability, sys.float_info.min)) / self._threshold_nats(0)
 
     def of_state(self, floats: NDArray[np.float32], stream: str = "") -> Alarm | None:
         """The latest alarm of a stream, by the packed floats of its complete state.

@@ -27,6 +27,7 @@ class AlarmFields:
         self.output = f"{head}.alarm"
         self._outputs, self._causes = artifact.outputs, Causes(artifact.spec)
         self._column = artifact.outputs.slices[self.output].start
+        self._probability = artifact.outputs.slices[f"{head}.probability"].start
         self._names = [f"{head}.{name}" for name in ("share", "deviation", "residual")]
 
     def of_chunk(self, rows: FloatRows, state: bytes) -> dict[int, tuple[str, ...]]:
@@ -43,14 +44,29 @@ class AlarmFields:
         latest = self._causes.of_state(decode_stream(state).state.floats)
         start = max(np.flatnonzero(codes == OPENED), default=0)
         fields: dict[int, tuple[str, ...]] = {}
-        for row in changed:
+        earlier: tuple[str, ...] = ()
+        for row, following in zip(changed, [*changed[1:], len(codes)], strict=True):
             code = int(codes[row])
             fields[row] = ("alarm", CHANGES[code])
             if latest is not None and row >= start:
                 fields[row] += ("severity", f"{latest.severity:.2f}", "cause", latest.cause.words)
-            elif code == OPENED and (values := self._named(rows[row]))[0] is not None:
-                fields[row] += ("cause", self._causes.of_event(*values).words)
+                continue
+            if code == OPENED:
+                stop = row + 1 if latest is None else following
+                earlier = self._of_rows(rows[row:stop], has_severity=latest is not None)
+            if code == OPENED or latest is not None:
+                fields[row] += earlier
         return fields
+
+    def _of_rows(self, rows: FloatRows, *, has_severity: bool) -> tuple[str, ...]:
+        """The same of an alarm whose record the state does not have, by its most unusual event."""
+        peak = rows[int(np.argmin(rows[:, self._probability]))]
+        severity = self._causes.severity_of(float(peak[self._probability]))
+        fields = ("severity", f"{severity:.2f}") if has_severity else ()
+        values = self._named(peak)
+        if values[0] is None:
+            return fields
+        return (*fields, "cause", self._causes.of_event(*values).words)
 
     def _named(self, row: FloatRows) -> list[Any]:
         slices = self._outputs.slices

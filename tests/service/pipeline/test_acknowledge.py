@@ -11,6 +11,7 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from models.detection.alarms import MUTED_EVENTS, NONE
+from models.detection.causes import Causes
 from service.access.caller import ANYONE
 from service.consumers.alarms import AlarmFields
 from service.core.delivery import acknowledged_head
@@ -91,17 +92,28 @@ async def test_an_alarm_that_reopens_within_a_chunk_is_the_newest(
         opening = np.concatenate([noise(QUIET), raised(OPENING)])
         for stream in ("a", "b"):
             await send_to(stream, opening)
-        again = np.concatenate([noise(300, seed=6), raised(OPENING, by=40)])
+        between = [raised(1, by=4), raised(OPENING, seed=7), noise(80, seed=8)]
+        again = np.concatenate([noise(300, seed=6), *between, raised(OPENING, by=40)])
         outputs = await send_to("a", again)
         page = await pipeline.alarms.page(ANYONE, "sensors", "", None, 10)
         assert [alarm.key.stream for alarm in page.alarms] == ["a", "b"]
-        # the record in the state is of the latest alarm only
+        # the record in the state is of the latest alarm only; of the first one, the opening is
+        # in an earlier chunk
         state = encode_state(await pipeline.streams.load(StreamKey("sensors", "a")))
-        found = AlarmFields(artifact, "surprise").of_chunk(outputs, state).values()
-        *earlier, (_, change, *names) = [each[::2][:1] + each[1:2] + each[2::2] for each in found]
-        assert (change, names) == ("opened", ["severity", "cause"])
-        assert ("alarm", "closed") in earlier
-        assert set(earlier) <= {("alarm", "closed"), ("alarm", "opened", "cause")}
+        found = AlarmFields(artifact, "surprise").of_chunk(outputs, state)
+        closing, *others = (
+            dict(zip(each[::2], each[1::2], strict=True)) for each in found.values()
+        )
+        assert closing == {"alarm": "closed"}
+        assert [each["alarm"] for each in others[-3:]] == ["opened", "closed", "opened"]
+        rows, column = list(found)[1:], artifact.outputs.slices["surprise.probability"].start
+        for at in range(0, len(others) - 1, 2):
+            opened, closed = others[at : at + 2]
+            assert opened == {**closed, "alarm": "opened"}
+            least = float(np.min(outputs[rows[at] : rows[at + 1], column]))
+            assert opened["severity"] == f"{Causes(artifact.spec).severity_of(least):.2f}"
+            assert float(opened["severity"]) >= 1
+        assert all("value" in each["cause"] for each in others)
 
 
 async def test_a_worker_with_a_cached_state_continues_the_acknowledged_one(
