@@ -197,8 +197,11 @@ class Alarms:
 def _without_start(served: ServedModel, entries: Sequence[bytes]) -> Sequence[bytes]:
     """The entries of a history without the mark of the initial state, which does not lead to an
     acknowledged one; none if they cannot be read."""
+    codec = served.history_codec
     try:
-        starts = bool(entries) and served.history_codec.decode(entries[0]).starts
+        first = codec.decode(entries[0]) if entries else None
     except CodecError:
         return ()
-    return entries[1:] if starts else entries
+    if first is None or not first.starts:
+        return entries
+    return [codec.encode(first.start, first.steps, final=first.final), *entries[1:]]
