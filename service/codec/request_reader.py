@@ -17,17 +17,13 @@ from models.events.columns import EventColumns
 from models.events.reader import EventReader
 from models.spec.stream_name import is_stream_name
 from service.codec.body_types import (
-    AcknowledgeBody,
     AliasBody,
     ChunkBody,
     ForecastBody,
-    ForkBody,
     FrameBody,
     ItemBody,
-    RewindBody,
     SequenceBody,
     StateBody,
-    VersionBody,
     build_body_types,
     known_future_schema,
 )
@@ -351,38 +347,6 @@ class RequestReader:
         if size > max_bytes:
             raise invalid(f"state.{name}", f"at most {max_bytes} bytes", f"{size} bytes")
         return decode_element(Media.MSGPACK, raw, Any, f"state.{name}")
-
-    def fork(self, body: bytes, media: Media) -> ForkBody:
-        """The name of the new stream of a fork.
-
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        return decode(media, body, ForkBody)
-
-    def rewind(self, body: bytes, media: Media) -> RewindBody:
-        """The position that a stream is rewound to.
-
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        return decode(media, body, RewindBody)
-
-    def acknowledgement(self, body: bytes, media: Media) -> AcknowledgeBody:
-        """The position at which an alarm is acknowledged.
-
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        return decode(media, body, AcknowledgeBody)
-
-    def version(self, body: bytes, media: Media) -> VersionBody:
-        """The version to load.
-
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        return decode(media, body, VersionBody)
 
     def alias(self, body: bytes, media: Media) -> AliasBody:
         """A change of the aliases.

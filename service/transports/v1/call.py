@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from service.access.caller import Verb
+from service.codec.decoding import decode
 from service.codec.field_rules import parse_if_match, stream_name
 from service.codec.media import Media, media_of, negotiate_media
 from service.codec.reply_writer import EVERY_STEP, ReplyOptions, ReplyWriter
@@ -117,9 +118,9 @@ class Call:
         """
         api = self.api
         content = await read_body(self._request, api.limits.max_body_bytes)
-        decode = partial(read, content, self._media, *args)
+        read_content = partial(read, content, self._media, *args)
         if len(content) < LONG_BYTES:
-            return decode()
+            return read_content()
         if queues:
             left_s = self.deadline_s - time.monotonic()
             rejection = api.pipeline.check_admission(
@@ -128,8 +129,16 @@ class Call:
             if rejection is not None:
                 raise rejection.copy()
         return await self.until_disconnect(
-            api.long_bodies.read(len(content), self.deadline_s, decode)
+            api.long_bodies.read(len(content), self.deadline_s, read_content)
         )
+
+    async def read_as(self, kind: type[T]) -> T:
+        """Receive the body, and decode it as a type.
+
+        Raises:
+            MalformedBody, InvalidInput, and what `read` raises
+        """
+        return await self.read(lambda content, media: decode(media, content, kind))
 
     async def until_disconnect(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work, which is cancelled if the client disconnects.

@@ -8,6 +8,7 @@ from pydantic import Field
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
+from service.codec.body_types import AcknowledgeBody
 from service.codec.field_rules import stream_prefix
 from service.codec.reply_types import (
     EpochText,
@@ -111,7 +112,7 @@ async def post_acknowledge(call: Call) -> Response:
     names: a request that is repeated later is then not applied to the next alarm. The stream cannot
     be rewound to before an acknowledgement.
     """
-    body = await call.read(call.codec.reader.acknowledgement)
+    body = await call.read_as(AcknowledgeBody)
     record, was_open = await call.api.pipeline.alarms.acknowledge(
         call.caller, call.key, body.position, call.precondition
     )

@@ -16,6 +16,7 @@ from models.events.encode import MAX_RESTORED_SEEN, Clock
 from models.events.values import check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
+from service.codec.body_types import ForkBody, RewindBody
 from service.codec.decoding import invalid
 from service.codec.field_rules import MAX_POSITION, stream_name, stream_prefix
 from service.codec.media import Media
@@ -111,7 +112,7 @@ async def post_fork(call: Call) -> Response:
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
     of the stream `to`. 201 if it was created, 200 if it was overwritten.
     """
-    body = await call.read(call.codec.reader.fork)
+    body = await call.read_as(ForkBody)
     to = StreamKey(call.key.model, stream_name(body.to, "to"))
     streams = call.api.pipeline.streams
     record = await streams.fork(call.caller, call.key, to.stream, call.precondition)
@@ -152,7 +153,7 @@ async def post_rewind(call: Call) -> Response:
     With `If-Match` only if the stream is in the state that it names, so that a repeated request is
     not applied to what came after it.
     """
-    body = await call.read(call.codec.reader.rewind)
+    body = await call.read_as(RewindBody)
     record = await call.api.pipeline.streams.rewind(
         call.caller, call.key, body.position, call.precondition
     )

@@ -8,6 +8,7 @@ from typing import Literal
 from starlette.responses import Response
 
 from models.artifact.fingerprint import version_of
+from service.codec.body_types import VersionBody
 from service.pipeline.model_aliases import ModelStatus
 from service.transports.v1.call import Call
 from service.transports.v1.reply_types import VersionInfo, VersionList
@@ -27,7 +28,7 @@ async def post_version(call: Call) -> Response:
     It is loaded and warmed up beside those that answer, by the process that answers this request;
     then the others load it. Rejected with the reason if it cannot serve the model.
     """
-    body = await call.read(call.codec.reader.version)
+    body = await call.read_as(VersionBody)
     aliases, model = call.api.pipeline.aliases, call.served.name
     fingerprint = await aliases.load(call.caller, model, body.path, body.label)
     return call.reply(_version(model, fingerprint, await aliases.describe(call.caller, model)))
