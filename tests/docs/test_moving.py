@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -224,3 +225,29 @@ def test_records_of_a_stream_processor_are_consumed(tmp_path: Path, store: RealS
         found = outputs()
     assert sorted(found) == [(b"pump-1", position) for position in range(len(events))]
     np.testing.assert_allclose([found[place] for place in sorted(found)], recorded, **CLOSE)
+
+
+@needs_tools("sh")
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_states_that_clients_hold_continue(tmp_path: Path, store: RealServer) -> None:
+    keras = pytest.importorskip("keras")
+    page = Page("docs/how-to/move-from-tf-serving.md", tmp_path, store.url)
+    scope: dict[str, Any] = {}
+    with contextlib.chdir(tmp_path):
+        keras.utils.set_random_seed(SEED)
+        exec(page.block("python", 0), scope)
+    page.shell(0)
+    for index in (1, 2):
+        exec(page.block("python", index), scope)
+    rows = np.random.default_rng(SEED).uniform(-1, 1, (9, 4)).astype(np.float32)
+    zeros = np.zeros((1, 8), np.float32)
+    whole, *_ = scope["model"]([rows[None], zeros, zeros])
+    _, h, c = map(np.asarray, scope["model"]([rows[None, :3], zeros, zeros]))
+    models, options = page.options(1)
+    with running(tmp_path, models, *options) as service, Carry(service.url) as carry:
+        scope["hand_over"](carry, "ann", 3, h, c)
+        np.testing.assert_allclose(scope["send"](carry, "ann", rows[3:]), whole[0, 3:], **CLOSE)
+        assert carry.model("lstm").stream("ann").refresh().position == len(rows)
+        first, token = scope["predict"](carry, rows[:4])
+        second, _ = scope["predict"](carry, rows[4:], token)
+        np.testing.assert_allclose([*first, *second], whole[0], **CLOSE)
