@@ -46,7 +46,12 @@ REQUIRED_COMMANDS: Final = {
         *("HSET {key} f v", "HDEL {key} f", "HKEYS {key}"),
         *("RPUSH {key} v", "LRANGE {key} 0 1", "LTRIM {key} 0 1", "LLEN {key}", "LINDEX {key} 0"),
     ),
-    "open alarms": ("ZADD {key} 1 s", "ZREM {key} s", "ZREVRANGEBYSCORE {key} 1 0"),
+    "open alarms": (
+        "ZADD {key} 1 s",
+        "ZREM {key} s",
+        "ZREMRANGEBYRANK {key} 0 0",
+        "ZREVRANGEBYSCORE {key} 1 0",
+    ),
     "the topics of consumers": (
         *("TYPE {key}", "HVALS {key}", "HMGET {key} f", "XINFO GROUPS {key}", "XLEN {key}"),
         *("XPENDING {key} g", "XRANGE {key} - +", "XREVRANGE {key} + -"),

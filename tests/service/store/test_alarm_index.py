@@ -65,6 +65,15 @@ async def test_entries_of_one_partition_with_the_same_time_come_together(
     assert await store.alarms.page(MODEL, 9, 2) == [IndexedAlarm(key("s4"), 8)]
 
 
+async def test_an_index_keeps_the_newest_streams(open_on: OpenStore, streams: Streams) -> None:
+    """Streams that expire in alarm are not removed one by one."""
+    store = await open_on(partitions=1)
+    commits = [streams.creation(key(f"s{at}")) for at in range(4098)]
+    await store.commit(with_alarms(commits, *(str(at + 1) for at in range(4098))))
+    entries = await store.alarms.page(MODEL, None, 5000)
+    assert [each.opened_ms for each in entries] == [*range(4098, 2, -1)]
+
+
 async def test_pages_are_whole_if_the_newest_entries_are_in_one_partition(
     open_on: OpenStore, streams: Streams
 ) -> None:

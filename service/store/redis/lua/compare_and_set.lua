@@ -18,6 +18,7 @@ end
 
 -- Change an index of open alarms, a sorted set of streams by the time at which the alarm opened.
 -- An error is ignored: the state is written by then, and the next chunk in alarm adds the stream.
+-- The newest 4,096 streams stay: those that expired or were deleted in alarm would grow without end.
 --
 -- change  "-" removes the stream; a time in milliseconds sets it; "+" and a time adds it if it is
 --         missing
@@ -31,6 +32,7 @@ local function index_alarm(index_key, stream, change)
   else
     redis.pcall('ZADD', index_key, change, stream)
   end
+  redis.pcall('ZREMRANGEBYRANK', index_key, 0, -4097)
   if idle_ms ~= '0' then
     redis.pcall('PEXPIRE', index_key, idle_ms)
   end
