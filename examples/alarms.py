@@ -45,9 +45,11 @@ LEVELS: Final = (0.01, 0.001)
 THRESHOLDS: Final = 80
 ZERO: Final = np.zeros(1)
 ALARM: Final = AlarmSpec(hold_events=HOLD_EVENTS, close_above=CLOSE_ABOVE)
+STREAM_TAILS: Final = {"tail_memory_events": 10_000, "tail_levels": TAIL_LEVELS}
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
-    "a tail for each stream": {"tail_memory_events": 10_000, "tail_levels": TAIL_LEVELS},
-    "one tail for all": {"tail_memory_events": None},
+    "a tail for each stream, raw levels": {**STREAM_TAILS, "raw_levels": True},
+    "a tail for each stream": {**STREAM_TAILS, "raw_levels": False},
+    "one tail for all": {"tail_memory_events": None, "raw_levels": False},
 }
 
 

@@ -155,11 +155,12 @@ def _fit_stream_tails(
     statistics."""
     columns = detection_columns(spec)
     rows = columns["long_weight"].stop - columns["long_weight"].start
-    unknown = LongMeans(spec, memory, np.ones(rows), None)
+    with_spread = slice(rows - 1 if detection_of(spec)[0].raw_levels else 0, rows)
+    unknown = LongMeans(spec, memory, np.ones(rows)[with_spread], None)
     _, states = _follow(spec, streams, partial(_long, channels, unknown))
     exact = states.astype(np.float64)
     weight = np.maximum(exact[:, columns["long_weight"]], SMALLEST)
-    roots = np.median(exact[:, columns["long_spread"]] / weight, axis=0)
+    roots = np.median(exact[:, columns["long_spread"]] / weight, axis=0)[with_spread]
     spreads = np.maximum(np.square(roots / ROOT_OF_NORMAL), SMALLEST)
     mean = float(np.median((exact[:, columns["long_mean"]] / weight)[:, -1]))
     known = LongMeans(spec, memory, spreads, mean)

@@ -11,8 +11,18 @@ the targets of the nats of their forecasts, each at most `NATS_LIMIT`:
 
 as `models.detection.statistics` has them. A new stream's level is compared with no usual mean, and
 its z is shrunk by W / (W + prior_events) instead; joint nats are comparable between streams, so
-that their mean starts from the usual one, with weight `prior_events`. The statistics are |z| of
-each level, and of the joint nats z and its means over `JOINT_SCALES`, plus `SHIFT`, at least 0.
+that their mean starts from the usual one, with weight `prior_events`.
+
+Levels of values as they come (`raw_levels`) have the units of their streams, so that there is no
+usual spread: the spread of each is the fourth root of the stream's mean (v - m_before)^4. It is
+large where the stream is often far from its mean, and small where it never is, so that what is far
+from there is beyond all of the past (its tail is light) rather than as unusual as in other streams.
+Their mean is stored as two float32, and followed relative to that before the chunk, so that a large
+offset of a stream costs no digits. One value that is far out of all others makes the spread large
+for several times the memory.
+
+The statistics are |z| of each level, and of the joint nats z and its means over `JOINT_SCALES`,
+plus `SHIFT`, at least 0.
 """
 
 from __future__ import annotations
@@ -45,6 +55,9 @@ from models.spec.model import ModelSpec
 NATS_LIMIT: Final = 50.0
 LEAST_Z: Final = -10.0
 SHIFT: Final = 3.0
+RESOLVED: Final = 1e-7
+"""Smallest spread of values as they come, as a share of their size: float32 resolves no less."""
+LEAST_SPREAD: Final = 1e-12
 
 
 class LongMeans:
@@ -53,7 +66,8 @@ class LongMeans:
     Args:
         spec: a model whose `detection` has `tail_memory_events`.
         memory_events: these.
-        spreads: usual ones, of the level of each numeric target and of the joint nats.
+        spreads: usual ones, of the level of each numeric target, without `raw_levels`, and of the
+            joint nats.
         joint_mean: the usual joint nats; None if it is not known.
     """
 
@@ -65,7 +79,16 @@ class LongMeans:
         fields = [events.field(name) for name in head.targets]
         numeric = [d for d, field in enumerate(fields) if isinstance(field, NumericField)]
         self._numeric, self._levels = columns_of(numeric), len(numeric)
-        self._prior = detection.prior_events
+        self._prior, self._is_raw = detection.prior_events, detection.raw_levels
+        # 0 for values as they come, of which no spread is usual
+        spreads = np.concatenate([np.zeros(self._levels + 1 - len(spreads)), spreads])
+        self._is_in_spreads = np.array(
+            [
+                detection.raw_levels and field.normalisation is not None
+                for field in fields
+                if isinstance(field, NumericField)
+            ]
+        )
         self._roots = (np.sqrt(spreads) * ROOT_OF_NORMAL)[:, np.newaxis, np.newaxis]
         self._minimum = (spreads * detection.minimum_spread)[:, np.newaxis, np.newaxis]
         self._known = np.zeros((len(spreads), 1, 1))
@@ -77,8 +100,8 @@ class LongMeans:
         self, events: Events, nats: Floats, lengths: NDArray[Any], state: FloatRows
     ) -> tuple[Floats, Floats, FloatRows]:
         """The statistics [levels + 1 + scales, B, T] of the next events of each stream, how far
-        each level [levels, B, T] is from its mean, both 0 where an event has none, and the state
-        after them.
+        each level [levels, B, T] is from its mean, encoded, or in spreads where values as they come
+        differ from encoded ones; both 0 where an event has none; and the state after them.
 
         Args:
             nats: [D, B, T], of each target, 0 where it is missing.
@@ -86,7 +109,7 @@ class LongMeans:
             state: [B, S].
         """
         values = np.empty((self._levels + 1, *nats.shape[1:]))
-        _limit(events.values[self._numeric], -DEVIATION_LIMIT, DEVIATION_LIMIT, values[:-1])
+        _limit(events.levels, -DEVIATION_LIMIT, DEVIATION_LIMIT, values[:-1])
         np.minimum(nats, NATS_LIMIT).sum(axis=0, out=values[-1])
         present = None if events.is_complete else self.present(events)
         if values.shape[-1] <= MAX_STEPS:
@@ -114,6 +137,11 @@ class LongMeans:
         steps, rows = values.shape[-1], len(values)
         parts = StateParts(state, lengths, steps, self._parts)
         decay = decay_matrix(self._memory_events, steps)
+        start = np.zeros((rows, values.shape[1], 1))
+        if self._is_raw:
+            start[:-1, :, 0] = parts.before("long_mean")[:-1] + parts.before("long_rest")
+            resolved = RESOLVED * np.abs(values[:-1]) + LEAST_SPREAD
+            values = values - start
         counted = np.empty((2 * rows, *values.shape[1:]))
         if present is None:
             counted[:rows], counted[rows:] = 1.0, values
@@ -121,9 +149,17 @@ class LongMeans:
             counted[:rows] = present
             np.multiply(values, present, out=counted[rows:])
         before = np.concatenate([parts.before("long_weight"), parts.before("long_mean")])
+        if self._is_raw:
+            before[rows:-1] = 0.0
         both = sums(decay, before, counted)
         parts.store("long_weight", both[:rows])
-        parts.store("long_mean", both[rows:])
+        stored = both[rows:]
+        if self._is_raw:
+            stored = stored.copy()
+            stored[:-1] /= np.maximum(both[: rows - 1], SMALLEST)
+            stored += start
+            parts.store("long_rest", stored[:-1] - stored[:-1].astype(np.float32))
+        parts.store("long_mean", stored)
         own, total = both[:rows, :, :-1], both[rows:, :, :-1]
         known = own + self._known
         errors = total + self._known * self._joint_mean
@@ -138,14 +174,26 @@ class LongMeans:
             errors *= has
             roots = np.sqrt(np.abs(errors))
             roots += (~has if present is None else present ^ has) * self._roots
-        roots = sums(decay, parts.before("long_spread"), roots)
-        parts.store("long_spread", roots)
+        before = parts.before("long_spread")
+        if self._is_raw:
+            roots[:-1] = errors[:-1] ** 4
+            # stored as the fourth root, since float32 has no fourth power of small values
+            before[:-1] **= 4
+        roots = sums(decay, before, roots)
         trusted = own + self._prior
         spread = roots[..., :-1] + self._prior * self._roots
         spread /= trusted * ROOT_OF_NORMAL
         np.square(spread, out=spread)
+        if self._is_raw:
+            fourth = roots[:-1, :, :-1] / np.maximum(own[:-1], SMALLEST)
+            spread[:-1] = np.maximum(np.sqrt(np.sqrt(fourth)), resolved)
+            roots[:-1] = np.sqrt(np.sqrt(roots[:-1]))
+        parts.store("long_spread", roots)
         z = errors / np.maximum(spread, self._minimum, out=spread)
         level, joint = z[:-1], z[-1:]
+        errors = errors[:-1]
+        if self._is_raw:
+            errors[self._is_in_spreads] = level[self._is_in_spreads]
         level *= own[:-1] / trusted[:-1]
         statistics = np.empty((rows + len(JOINT_SCALES), *z.shape[1:]))
         np.minimum(np.abs(level), Z_LIMIT, out=statistics[: self._levels])
@@ -158,7 +206,7 @@ class LongMeans:
         np.maximum(raised, 0.0, out=raised)
         if present is not None:
             raised *= present[-1:]
-        return statistics, errors[:-1], parts.after
+        return statistics, errors, parts.after
 
 
 def _limit(values: Floats, least: float, most: float, out: Floats) -> None:

@@ -196,17 +196,20 @@ class Events(NamedTuple):
         present: bool [D, B, T], whether the event has the target.
         parameters: [P, B, T], the forecasts.
         is_complete: whether every target is present in every event.
+        levels: [N, B, T], the values of the numeric targets whose long means are followed.
     """
 
     values: Floats
     present: Bools
     parameters: Floats
     is_complete: bool
+    levels: Floats
 
     def part(self, steps: slice) -> Events:
         """Some of the steps."""
-        values, present, parameters, is_complete = self
-        return Events(values[..., steps], present[..., steps], parameters[..., steps], is_complete)
+        values, present, parameters, is_complete, levels = self
+        numbers = (values[..., steps], present[..., steps], parameters[..., steps])
+        return Events(*numbers, is_complete, levels[..., steps])
 
 
 class Deviations(NamedTuple):
@@ -255,6 +258,10 @@ class Channels:
         fields = [events.field(name) for name in head.targets]
         numeric = [d for d, field in enumerate(fields) if isinstance(field, NumericField)]
         self._numeric = columns_of(numeric)
+        self._raw: slice | NDArray[np.int64] | None = None
+        if detection.raw_levels:
+            names = [head.targets[d] for d in numeric]
+            self._raw = columns_of([columns.get(f"{n}.value", columns[n]) for n in names])
         self._target = np.array([head.targets.index(each.target) for each in channels])
         self._of_kind = {
             kind: columns_of([c for c, each in enumerate(channels) if each.kind == kind])
@@ -327,7 +334,12 @@ class Channels:
             is_complete = False
         for index, column in self._missing:
             present[index] &= rows[..., column] == 0
-        return Events(values, present, exact, is_complete or bool(present.all()))
+        levels = values[self._numeric]
+        if self._raw is not None:
+            levels = _steps_last(rows[..., self._raw])
+            if int(lengths.min()) < steps:
+                levels = np.where(valid, levels, 0.0)
+        return Events(values, present, exact, is_complete or bool(present.all()), levels)
 
     def _follow(
         self, events: Events, lengths: NDArray[Any], state: FloatRows

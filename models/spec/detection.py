@@ -133,7 +133,7 @@ class StreamTailsFit(Frozen):
     """What a new stream's own tails and long means start from.
 
     Attributes:
-        spreads: of each numeric target's long level, and of the joint nats.
+        spreads: of each numeric target's long level, without `raw_levels`, and of the joint nats.
         joint_mean: the usual joint nats.
         tails: pooled over streams: of each long level, of the joint nats and their means over
             `JOINT_SCALES`, and of the statistics together of each target that has channels.
@@ -205,6 +205,8 @@ class DetectionSpec(Frozen):
             these.
         tail_levels: ascending nats, multiples of `LEVEL_STEP` from 0 on, above which a stream's own
             tails count its events.
+        raw_levels: whether levels with `tail_memory_events` are those of values as they come rather
+            than of encoded ones, which `normalisation` limits and which follow what lasts.
         season_events: events per season; adds the channel `season`.
         minimum_spread: the smallest spread, as a share of the usual one; bounds the deviations of a
             constant stream.
@@ -227,6 +229,7 @@ class DetectionSpec(Frozen):
         21.0,
         30.0,
     )
+    raw_levels: bool = False
     scales: tuple[Scale, ...] = (12, 36)
     channels: Annotated[tuple[Literal["forecast", "level", "change"], ...], Field(min_length=1)] = (
         "forecast",
@@ -260,6 +263,8 @@ class DetectionSpec(Frozen):
         levels = self.tail_levels
         if levels[0] != 0 or list(levels) != sorted(set(levels)):
             raise ValueError(f"tail_levels: expected ascending ones from 0, got {list(levels)}")
+        if self.raw_levels and self.tail_memory_events is None:
+            raise ValueError("raw_levels: expected `tail_memory_events` with it")
         if self.fit is not None:
             is_pooled = self.tail_memory_events is None
             if is_pooled != (self.fit.streams is None) or is_pooled == (self.fit.combined is None):
@@ -335,6 +340,8 @@ def detection_parts(
             "tail_pending": (tails, len(spec.tail_levels)),
             "tail_filled": (1,),
         }
+        if spec.raw_levels:
+            shapes["long_rest"] = (numeric,)
     return tuple(
         StatePart(f"{spec.head}.{name}", shape, "float32") for name, shape in shapes.items()
     )

@@ -176,12 +176,18 @@ class DetectionOracle:
         assert self.tails is not None
         where = {column.name: i for i, column in enumerate(self._columns())}
         scales, combined, of = len(self.detection.scales), {}, {}
+        raw = self.detection.raw_levels
         for name in self.head.targets:
             of[name] = [c for c, channel in enumerate(self.channels) if channel.target == name]
             count = sum(1 + scales + scales * (c in quiet) for c in of[name])
             combined[name] = math.log(inverses[:, of[name]].sum() / count)
         own, weights = self.tails.step(
-            {name: float(row[where[name]]) if present[name] else None for name in present},
+            {
+                name: float(row[where.get(f"{name}.value" if raw else "", where[name])])
+                if present[name]
+                else None
+                for name in present
+            },
             {name: nats[name] if present[name] else None for name in present},
             combined,
         )

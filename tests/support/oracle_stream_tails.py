@@ -30,6 +30,8 @@ class StreamTailsOracle:
     ):
         assert detection.tail_memory_events is not None
         assert fit.streams is not None
+        self.is_raw = detection.raw_levels
+        self.normalised = {field.name for field in fields if getattr(field, "normalisation", None)}
         self.memory, self.prior = detection.tail_memory_events, detection.prior_events
         self.least, self.fit, self.tail = detection.minimum_spread, fit.streams, tail
         self.numeric = [field.name for field in fields if isinstance(field, NumericField)]
@@ -51,7 +53,8 @@ class StreamTailsOracle:
         """The nats of the next event, and the weight of each level, target and of the joint nats.
 
         Args:
-            values: encoded, of each numeric target; None where it is missing.
+            values: of each numeric target, encoded, or as they come with `raw_levels`; None where
+                it is missing.
             nats: by the forecast of each target; None where it is missing.
             by_target: -log of the harmonic mean of the tail probabilities of its statistics.
         """
@@ -82,7 +85,10 @@ class StreamTailsOracle:
         return max(largest - math.log(len(groups)), 0.0), weights
 
     def _z(self, at: int, value: float | None, is_joint: bool) -> float:
-        long, usual = self.long[at], self.fit.spreads[at]
+        long = self.long[at]
+        if self.is_raw and not is_joint:
+            return self._raw_z(long, self.numeric[at], value)
+        usual = self.fit.spreads[-1 if is_joint else at]
         known = long.weight + (self.prior if is_joint else 0.0)
         z, root, error = 0.0, 0.0, 0.0
         if value is not None:
@@ -101,6 +107,21 @@ class StreamTailsOracle:
         long.roots = decay * long.roots + root
         if not is_joint:
             self.errors[self.numeric[at]] = error
+        return z
+
+    def _raw_z(self, long: _Long, name: str, value: float | None) -> float:
+        error, z = 0.0, 0.0
+        if value is not None and long.weight > 0:
+            mean = long.total / long.weight
+            error = value - mean
+            spread = max((long.fourths / long.weight) ** 0.25, 1e-7 * abs(value) + 1e-12)
+            z = error / spread
+        self.errors[name] = z if name in self.normalised else error
+        z *= long.weight / (long.weight + self.prior)
+        decay = math.exp(-1 / self.memory)
+        long.weight = decay * long.weight + (value is not None)
+        long.total = decay * long.total + (value or 0.0)
+        long.fourths = decay * long.fourths + error**4
         return z
 
     def _own(self, at: int, value: float | None) -> float:
@@ -131,4 +152,4 @@ class StreamTailsOracle:
 
 class _Long:
     def __init__(self) -> None:
-        self.weight = self.total = self.roots = 0.0
+        self.weight = self.total = self.roots = self.fourths = 0.0

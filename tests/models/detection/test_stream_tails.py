@@ -37,10 +37,40 @@ OPTIONAL_TARGETS = spec_of(
 ONE_TARGET = spec_of(["flow"], tail_memory_events=10_000)
 
 
+def raw_levels(targets: list[str], memory: int, **alarm: float) -> ModelSpec:
+    """A model of raw levels, with a running normalisation of `flow`."""
+    spec = spec_of(
+        targets,
+        prior_events=5,
+        tail_memory_events=memory,
+        tail_levels=TAIL_LEVELS,
+        raw_levels=True,
+        alarm=alarm,
+        outputs=["nats", "share"],
+    )
+    assert spec.events is not None
+    normalised = spec.events.field("flow").model_copy(update={"normalisation": {"std": 1.0}})
+    fields = [normalised if each.name == "flow" else each for each in spec.events.fields]
+    return spec.model_copy(update={"events": spec.events.model_copy(update={"fields": fields})})
+
+
 def fitted_to(spec: ModelSpec, streams: list[Stream]) -> ModelSpec:
     assert spec.detection is not None
     detection = {**spec.detection.model_dump(), "fit": fit_detection(spec, streams).model_dump()}
     return spec.model_copy(update={"detection": DetectionSpec.model_validate(detection)})
+
+
+def events_with_values(
+    random: np.random.Generator, spec: ModelSpec, steps: int, offset: float = 5.0
+) -> tuple[FloatRows, FloatRows]:
+    """Events whose values of `flow` as they come, if the model sees them, are not the encoded
+    ones."""
+    rows, outputs = events(random, spec, steps)
+    assert spec.events is not None
+    column = spec.events.column_index.get("flow.value")
+    if column is not None:
+        rows[:, column] = offset + 0.01 * random.standard_t(3, steps)
+    return rows, outputs
 
 
 def parameters_of(spec: ModelSpec) -> slice:
@@ -51,7 +81,7 @@ def fitted_to_events(spec: ModelSpec) -> ModelSpec:
     random = np.random.default_rng(5)
     streams = []
     for _ in range(6):
-        rows, outputs = events(random, spec, 200)
+        rows, outputs = events_with_values(random, spec, 200)
         streams.append(Stream(rows, outputs[:, parameters_of(spec)], np.ones(200, np.bool_), 2.0))
     return fitted_to(spec, streams)
 
@@ -67,8 +97,13 @@ def optional_targets() -> ModelSpec:
     return fitted_to_events(OPTIONAL_TARGETS)
 
 
+@pytest.fixture(scope="module")
+def raw_level() -> ModelSpec:
+    return fitted_to_events(raw_levels(["mode", "flow", "heat"], MEMORY))
+
+
 def check_against_oracle(spec: ModelSpec, cuts: list[int]) -> None:
-    rows, outputs = events(np.random.default_rng(11), spec, 150)
+    rows, outputs = events_with_values(np.random.default_rng(11), spec, 150)
     scored, _ = run(spec, rows, outputs, cuts, more=len(cuts) % 3)
     oracle, parameters = DetectionOracle(spec), parameters_of(spec)
     expected = [
@@ -82,6 +117,80 @@ def check_against_oracle(spec: ModelSpec, cuts: list[int]) -> None:
 @pytest.mark.parametrize("cuts", [[150], [1] * 150, [31, 1, 32, 33, 53], [5, 70, 75]])
 def test_outputs_are_the_oracles_for_any_chunks(every_target: ModelSpec, cuts: list[int]) -> None:
     check_against_oracle(every_target, cuts)
+
+
+@pytest.mark.parametrize("cuts", [[150], [1] * 150, [31, 1, 32, 33, 53]])
+def test_raw_levels_are_the_oracles_for_any_chunks(raw_level: ModelSpec, cuts: list[int]) -> None:
+    check_against_oracle(raw_level, cuts)
+
+
+def test_raw_levels_of_a_large_offset_are_the_same_for_any_chunks(raw_level: ModelSpec) -> None:
+    """Deviations a hundred thousand times smaller than the values themselves."""
+    rows, outputs = events_with_values(np.random.default_rng(13), raw_level, 600, offset=1000.0)
+    whole, _ = run(raw_level, rows, outputs, [600])
+    single, _ = run(raw_level, rows, outputs, [1] * 600)
+    probability = whole["odd.probability"]
+    np.testing.assert_allclose(single["odd.probability"], probability, rtol=1e-3)
+    assert float(np.min(probability)) < 0.01
+
+
+def test_raw_levels_see_beyond_the_limit_of_encoded_values() -> None:
+    """Streams with units of their own, in which one value is far from all others. Its encoded
+    value is the limit of `normalisation`, as many others are."""
+    random = np.random.default_rng(14)
+    raw = raw_levels(["flow"], 10_000)
+    assert raw.events is not None
+    where, streams = raw.events.column_index, []
+    for number in range(12):
+        rows = np.zeros((2000, len(where)), np.float32)
+        noise = random.standard_t(2, 2000)
+        rows[:, where["flow"]] = np.clip(3 * noise, -10, 10)
+        rows[:, where["flow.value"]] = 10.0 ** (number % 5 - 4) * noise
+        counted = np.arange(2000) >= 500
+        streams.append(Stream(rows, np.zeros((2000, 2), np.float32), counted, 15.0))
+    encoded = raw.model_copy(
+        update={"detection": {**raw.detection.model_dump(), "raw_levels": False}}  # type: ignore[union-attr]
+    )
+    found = {}
+    for spec in (raw, encoded):
+        is_raw = spec is raw
+        fitted_spec, found[is_raw] = fitted_to(spec, streams), np.empty(len(streams))
+        for at, stream in enumerate(streams):
+            rows = stream.rows.copy()
+            usual = np.abs(rows[:, where["flow.value"]])
+            rows[1990, where["flow.value"]] = 20 * usual.max()
+            rows[1990, where["flow"]] = 10.0
+            outputs = np.zeros((len(rows), network_outputs(spec).size), np.float32)
+            scored, _ = run(fitted_spec, rows, outputs, [500] * 4)
+            found[is_raw][at] = scored["odd.probability"][1990]
+    assert (found[True] < 0.1 * found[False]).all(), found
+
+
+def test_the_cause_of_an_alarm_has_the_spreads_of_a_raw_level() -> None:
+    spec = fitted_to_events(raw_levels(["flow"], 10_000, close_above=0.05, false_alarms_per_day=5))
+    rows, outputs = events_with_values(np.random.default_rng(16), spec, 400)
+    assert spec.events is not None
+    values = rows[:, spec.events.column_index["flow.value"]]
+    values[399] = 5.3
+    scored, state = run(spec, rows, outputs, [400])
+    assert scored["odd.alarm"][399] > 0
+    distances = np.array([values[at] - values[:at].mean() for at in range(1, 399)])
+    channel, excess = state[detection_columns(spec)["alarm_cause"]]
+    assert channel == 1
+    assert excess == pytest.approx(0.3 / np.mean(distances**4) ** 0.25, rel=0.1)
+
+
+def test_a_constant_stream_has_no_raw_level(raw_level: ModelSpec) -> None:
+    rows, outputs = events_with_values(np.random.default_rng(15), raw_level, 300)
+    assert raw_level.events is not None
+    rows[:, raw_level.events.column_index["flow.value"]] = np.float32(1e6 / 3)
+    shares = []
+    for cuts in ([300], [1] * 300):
+        scored, state = run(raw_level, rows, outputs, cuts)
+        spread = state[detection_columns(raw_level)["long_spread"]]
+        assert spread[0] < 1e-3, spread
+        shares.append(scored["odd.share"])
+    np.testing.assert_allclose(shares[0], shares[1], rtol=1e-2, atol=1e-5)
 
 
 def test_events_without_any_target_count_in_no_tail(optional_targets: ModelSpec) -> None:
