@@ -16,7 +16,7 @@ import hashlib
 import keyword
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +29,6 @@ STREAM, ORDER, EVENT = "sequence", "at", "event"
 SPLITS = ("2001-01-01", "2002-01-01", "2003-01-01")
 """Days that the events of training, choice and test are put on, since tables are split by time."""
 SHARES = (0.70, 0.85)
-SETS = ("code", "sepsis", "hdfs")
 MAX_TOKENS = 600
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "pydoc_data",
            "site-packages", "dist-packages", "ensurepip", "__phello__"}  # fmt: skip
@@ -77,43 +76,31 @@ def read_hdfs(folder: Path | None) -> Iterator[tuple[str, list[str]]]:
     yield from ((str(number), line.split()) for number, line in enumerate(lines))
 
 
-READERS = dict(zip(SETS, (read_code, read_sepsis, read_hdfs), strict=True))
+READERS = {"code": read_code, "sepsis": read_sepsis, "hdfs": read_hdfs}
 
 
 def read_sequences(name: str, folder: Path | None = None) -> pl.DataFrame:
     """All sequences of a set as events: `sequence`, `at` (their order, and the split), `event`.
 
     Args:
-        name: one of `SETS`.
+        name: one of `READERS`.
         folder: with the file of the set; of `code` with the Python files.
 
     Raises:
         ModelsError: the file is not there, or holds something else.
     """
     try:
-        sequences = [each for each in READERS[name](folder) if len(each[1]) > 1]
+        sequences = {key: events for key, events in READERS[name](folder) if len(events) > 1}
     except (OSError, ValueError, SyntaxError, pl.exceptions.PolarsError) as error:
         raise ModelsError(f"{name}: expected its sequences in {folder}: {error}") from error
-    names = [sequence for sequence, _ in sequences]
-    place = _hashed(names) if name == "code" else _shuffled(len(names))
-    days = [datetime.fromisoformat(day) for day in SPLITS]
-    frame = pl.DataFrame(
-        {
-            STREAM: names,
-            EVENT: [events for _, events in sequences],
-            ORDER: [days[each] for each in np.digitize(list(place), SHARES)],
-        }
-    ).explode(EVENT)
+    if name == "code":  # by the path alone, whatever other files there are
+        digests = [hashlib.sha256(path.encode()).digest() for path in sequences]
+        place = np.array([int.from_bytes(digest[:4], "big") / 2**32 for digest in digests])
+    else:
+        place = np.random.default_rng(0).permutation(len(sequences)) / len(sequences)
+    days = [datetime.fromisoformat(SPLITS[split]) for split in np.digitize(place, SHARES)]
+    names = [key.replace("/", ":") for key in sequences]  # streams of requests have no slash
+    frame = pl.DataFrame({STREAM: names, EVENT: [*sequences.values()], ORDER: days})
     seconds = pl.duration(seconds=pl.int_range(pl.len()).over(STREAM))
-    return frame.select(STREAM, (pl.col(ORDER) + seconds).dt.strftime("%FT%TZ"), EVENT)
-
-
-def _hashed(names: Iterable[str]) -> Iterator[float]:
-    """Places from 0 to 1 that depend on the name alone, whatever other files there are."""
-    for name in names:
-        yield int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
-
-
-def _shuffled(count: int) -> Iterator[float]:
-    """Places from 0 to 1 of a permutation that depends on the count alone."""
-    yield from np.random.default_rng(0).permutation(count) / count
+    at = (pl.col(ORDER) + seconds).dt.strftime("%FT%TZ")
+    return frame.explode(EVENT).select(STREAM, at, EVENT)

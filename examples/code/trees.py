@@ -77,10 +77,12 @@ def _syntax(codes: Sequence[int], labels: Sequence[str]) -> Floats:
                 brackets[-1][2] += 1
         inner = brackets[-1] if brackets else [-1, at, 0]
         rows.append(
-            [len(brackets), len(blocks), len(line), at - inner[1], inner[2]]
-            + _innermost([kind for kind, *_ in brackets])
-            + _innermost(blocks)
-            + [line[0] if line else -1, opened, closed]
+            [
+                *(len(brackets), len(blocks), len(line), at - inner[1], inner[2]),
+                *_innermost([kind for kind, *_ in brackets]),
+                *_innermost(blocks),
+                *(line[0] if line else -1, opened, closed),
+            ]
         )
     return np.array(rows, np.float32)
 
@@ -89,60 +91,53 @@ def _innermost(kinds: Sequence[int]) -> list[int]:
     return [*reversed(kinds[-ENCLOSING:]), *[-1] * ENCLOSING][:ENCLOSING]
 
 
-class Trees:
-    """Boosted trees of the category.
+def train_trees(
+    path: Path,
+    train: tuple[Floats, Codes],
+    select: tuple[Floats, Codes],
+    classes: int,
+    categorical: int = 0,
+    **options: Any,
+) -> None:
+    """Train boosted trees on rows and codes, and write them to a file.
 
     Args:
+        path: of the file.
+        train: what they are fitted to.
+        select: rows and codes that stop the boosting.
         classes: number of categories.
         categorical: number of columns, from the first on, that are categories and no numbers.
         options: of LightGBM, beside those of all sets.
     """
+    import lightgbm
 
-    def __init__(self, classes: int, categorical: int = 0, **options: Any):
-        self._classes, self._categorical, self._options = classes, categorical, options
-        self._booster: Any = None
+    known = np.isin(select[1], train[1])
+    all_options = {
+        "objective": "multiclass",
+        "num_class": classes,
+        "learning_rate": 0.1,
+        "num_leaves": 15,
+        "num_iterations": 300,
+        "feature_fraction": 0.5,
+        "min_data_in_leaf": 20,
+        # categories are rare: without these, single leaves give all but zero
+        "min_sum_hessian_in_leaf": 1.0,
+        "lambda_l2": 5.0,
+        "seed": 1,
+        "num_threads": 1,
+        "verbose": -1,
+    }
+    data = lightgbm.Dataset(*train, categorical_feature=list(range(categorical)) or "auto")
+    valid = lightgbm.Dataset(select[0][known], select[1][known], reference=data)
+    stop = lightgbm.early_stopping(10, verbose=False)
+    booster = lightgbm.train(all_options | options, data, valid_sets=[valid], callbacks=[stop])
+    booster.save_model(path)
 
-    def fit(self, train: tuple[Floats, Codes], select: tuple[Floats, Codes]) -> None:
-        """Fit to rows and codes of training; those of `select` stop the boosting."""
-        import lightgbm
 
-        known = np.isin(select[1], train[1])
-        options = {
-            "objective": "multiclass",
-            "num_class": self._classes,
-            "learning_rate": 0.1,
-            "num_leaves": 15,
-            "num_iterations": 300,
-            "feature_fraction": 0.5,
-            "min_data_in_leaf": 20,
-            # categories are rare: without these, single leaves give all but zero
-            "min_sum_hessian_in_leaf": 1.0,
-            "lambda_l2": 5.0,
-            "seed": 1,
-            "num_threads": 1,
-            "verbose": -1,
-        }
-        categorical = list(range(self._categorical)) or "auto"
-        data = lightgbm.Dataset(*train, categorical_feature=categorical)
-        valid = lightgbm.Dataset(select[0][known], select[1][known], reference=data)
-        stop = lightgbm.early_stopping(10, verbose=False)
-        self._booster = lightgbm.train(
-            options | self._options, data, valid_sets=[valid], callbacks=[stop]
-        )
+def tree_losses(path: Path, rows: Floats, codes: Codes) -> NDArray[np.float64]:
+    """-log p of every row under the trees of a file, [rows]."""
+    import lightgbm
 
-    def save(self, path: Path) -> None:
-        """Write the trees."""
-        self._booster.save_model(path)
-
-    def load(self, path: Path) -> Trees:
-        """Read what `save` wrote; returns itself."""
-        import lightgbm
-
-        self._booster = lightgbm.Booster(model_file=path)
-        return self
-
-    def losses(self, rows: Floats, codes: Codes) -> NDArray[np.float64]:
-        """-log p of every event, [events]."""
-        predicted = self._booster.predict(rows, num_threads=1)
-        true = predicted[np.arange(len(codes)), codes]
-        return np.asarray(-np.log((1 - SMOOTHING) * true + SMOOTHING / self._classes))
+    predicted = np.asarray(lightgbm.Booster(model_file=path).predict(rows, num_threads=1))
+    true = predicted[np.arange(len(codes)), codes]
+    return np.asarray(-np.log((1 - SMOOTHING) * true + SMOOTHING / predicted.shape[1]))
