@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,3 +211,10 @@ def _code_nats(field: EventField, value: Floats, parameters: Floats) -> Floats:
             return np.asarray(np.logaddexp(0.0, logit) - value * logit)
         case _:
             raise SpecError(f"field {field.name!r}: {field.kind} cannot be a target")
+
+
+def steps_last(columns: NDArray[Any]) -> Floats:
+    """[B, T, K] as float64 [K, B, T]."""
+    result = np.empty((columns.shape[2], *columns.shape[:2]))
+    result[...] = columns.transpose(2, 0, 1)
+    return result

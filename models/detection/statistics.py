@@ -42,7 +42,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.forecasts import Forecasts
+from models.detection.forecasts import Forecasts, steps_last
 from models.events.schema import NumericField
 from models.spec.detection import ROOT_OF_NORMAL
 from models.spec.heads import DEVIATION_LIMIT as LARGEST
@@ -323,8 +323,8 @@ class Channels:
 
     def _events(self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows) -> Events:
         steps = rows.shape[1]
-        values = _steps_last(rows[..., self._columns])
-        exact = _steps_last(parameters)
+        values = steps_last(rows[..., self._columns])
+        exact = steps_last(parameters)
         present = np.ones(values.shape, np.bool_)
         is_complete = not self._missing
         if int(lengths.min()) < steps:
@@ -336,7 +336,7 @@ class Channels:
             present[index] &= rows[..., column] == 0
         levels = values[self._numeric]
         if self._raw is not None:
-            levels = _steps_last(rows[..., self._raw])
+            levels = steps_last(rows[..., self._raw])
             if int(lengths.min()) < steps:
                 levels = np.where(valid, levels, 0.0)
         return Events(values, present, exact, is_complete or bool(present.all()), levels)
@@ -496,10 +496,3 @@ class _Season(NamedTuple):
     memory: Floats
     past: Floats
     is_known: Bools
-
-
-def _steps_last(columns: NDArray[Any]) -> Floats:
-    """[B, T, K] as float64 [K, B, T]."""
-    result = np.empty((columns.shape[2], *columns.shape[:2]))
-    result[...] = columns.transpose(2, 0, 1)
-    return result
