@@ -318,7 +318,7 @@ def resolve_duplicate(
     if isinstance(evaluation, Process):
         return Resolution.RE_EVALUATE
     head = evaluation.stored.head
-    if kept is not None and kept.head == head:
+    if kept is not None and head in (kept.head, acknowledged_head(kept.head)):
         return Resolution.STORED_REPLY
     if own == head:
         return Resolution.OWN_REPLY

@@ -150,7 +150,8 @@ class StoredReply(NamedTuple):
     """The outputs of a stream's last chunk, kept for retries.
 
     Attributes:
-        head: the stream head after that chunk; a reply with another head is of another chunk.
+        head: the stream head after that chunk. The stream has this one or that after an
+            acknowledgement; a reply with another head is of another chunk.
         outputs: float32 [T, O], packed by the model's output layout.
     """
 

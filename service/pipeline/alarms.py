@@ -24,7 +24,7 @@ from service.pipeline.served_model import ServedModel
 from service.pipeline.streams import CREATE_ATTEMPTS, StreamAdministration
 from service.store.base import Store, decode_value
 from service.store.capabilities import IndexedAlarm
-from service.store.codec import encode_state
+from service.store.codec import encode_replies, encode_state, pack_head
 from service.store.history import HistoryCopy
 from service.store.layout import CodecError
 
@@ -154,7 +154,8 @@ class Alarms:
 
         The stream gets the tag of `acknowledged_head`, which an If-Match of before also names: so a
         repeated request, and the next chunk of a client that does not know of this one, are not
-        rejected. Its history restarts with this state; the events before stay for other versions.
+        rejected. A retry of the last chunk still gets its reply. The stream's history restarts with
+        this state; the events before stay for other versions.
 
         Returns:
             The stream, and whether it had an alarm; nothing is written if it had none.
@@ -182,6 +183,7 @@ class Alarms:
                     updated_ms=self._now_ms(),
                     state=served.acknowledge_alarm(stored.state),
                 )
+                reply = await self._stored_reply(key, stored.head)
                 history: HistoryCopy | None = None
                 if self._versions(key.model).route.keeps_history:
                     copied = await copy_history(self._store.histories, key, stored.head)
@@ -189,9 +191,19 @@ class Alarms:
                         continue
                     entries = _without_start(served, copied.entries)
                     history = HistoryCopy(entries, [encode_state(new)])
-                if await self._streams.replace("alarm_acknowledged", key, stored, new, history):
+                if await self._streams.replace(
+                    "alarm_acknowledged", key, stored, new, history, reply=reply
+                ):
                     return new, True
             raise stream_conflict(key.stream, CREATE_ATTEMPTS)
+
+    async def _stored_reply(self, key: StreamKey, head: StreamHead) -> bytes:
+        """The reply of the chunk that led to this head, encoded; empty if none is stored."""
+        _, reply = await self._store.load_with_reply(key)
+        if reply is None or reply.head != head:
+            return b""
+        (encoded,) = encode_replies([pack_head(head)], [reply.outputs])
+        return encoded
 
 
 def _without_start(served: ServedModel, entries: Sequence[bytes]) -> Sequence[bytes]:

@@ -346,24 +346,24 @@ class StreamAdministration:
         new: StreamState,
         history: HistoryCopy | None,
         *,
+        reply: bytes = b"",
         keeps_snapshots: bool = False,
     ) -> bool:
         """Replace what is stored of a stream, and record that as a change.
 
         Args:
             history: that leads to the new state; None if the model keeps none.
+            reply: the stored reply, encoded; empty: none.
 
-        Returns:
-            Whether it was replaced; False after a version conflict with another writer.
+        Returns False after a version conflict with another writer.
         """
         self._cache.drop(key)
         expected, state = pack_head(stored and stored.head), encode_state(new)
         if history is None:
-            commit = CommitColumns([key], [expected], [state], [b""])
-            (result,) = await self._store.commit(commit)
+            (result,) = await self._store.commit(CommitColumns([key], [expected], [state], [reply]))
         else:
             result = await self._store.histories.write(
-                key, expected, state, history, keeps_snapshots=keeps_snapshots
+                key, expected, state, history, reply=reply, keeps_snapshots=keeps_snapshots
             )
         self._record(change, key, result, position=new.head.position)
         if isinstance(result, CarryError):

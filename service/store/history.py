@@ -104,16 +104,18 @@ class Histories(Protocol):
         history: HistoryCopy,
         deadline_s: float = math.inf,
         *,
+        reply: bytes = b"",
         keeps_snapshots: bool = False,
     ) -> CommitResult:
         """Compare-and-set a stream to a state that no chunk led to, with the whole history that
         leads to it; one that is empty starts with a snapshot of the state.
 
-        The stored reply and the states for other versions are deleted.
+        The states for other versions are deleted.
 
         Args:
             expected: as of `CommitColumns`.
             history: its entries end at the position of the state (`HistoryCodec.keep_until`).
+            reply: as of `CommitColumns`.
             keeps_snapshots: whether the stored snapshots up to the position of the state are kept.
 
         Raises:

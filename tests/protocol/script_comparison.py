@@ -100,8 +100,8 @@ async def _make_call(
     if call.script == "copy" and history.head:
         snapshots = [encode_state(each.stored) for each in history.snapshots]
         copy = HistoryCopy(entries, snapshots)
-        [expected], [state] = commits.expected, commits.states
-        return await store.histories.write(key, expected, state, copy)
+        [expected], [state], [reply] = commits.expected, commits.states, commits.replies
+        return await store.histories.write(key, expected, state, copy, reply=reply)
     if call.entry is not None:
         most = scenario.max_events, scenario.max_snapshots
         kept = HistoryColumns([histories.encode_entry(call.entry)], *most)

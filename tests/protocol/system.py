@@ -274,8 +274,10 @@ class System:
         if not command.writes:
             return False
         stream, new, stored = command.stream, command.new, self.store[command.stream]
-        has_reply = self.scenario.replies and new.reply
-        keys = Keys(new, new if has_reply else NOTHING, command.history)
+        # an acknowledgement keeps the reply that it read
+        answered = command.base if command.request.operation.acknowledges else new
+        has_reply = self.scenario.replies and answered.reply
+        keys = Keys(new, answered if has_reply else NOTHING, command.history)
         call = ScriptCall("commit", stream, stored, command.base, keys, command.entry)
         if command.kind == "delete":
             by_epoch = command.request.attempts >= DELETE_ATTEMPTS - 1

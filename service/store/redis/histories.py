@@ -177,6 +177,7 @@ class RedisHistories(Histories):
         history: HistoryCopy,
         deadline_s: float = math.inf,
         *,
+        reply: bytes = b"",
         keeps_snapshots: bool = False,
     ) -> CommitResult:
         entries, snapshots = history
@@ -184,6 +185,7 @@ class RedisHistories(Histories):
             *self._ttls,
             expected[COMPARED],
             state,
+            reply,
             int(keeps_snapshots),
             len(entries),
             *entries,
@@ -195,7 +197,7 @@ class RedisHistories(Histories):
         (outcome,) = await self._router.execute(command, durably=True, deadline_s=deadline_s)
         if isinstance(outcome, StoreUnavailable | StoreRefused):
             raise outcome
-        commits = CommitColumns([key], [expected], [state], [b""])
+        commits = CommitColumns([key], [expected], [state], [reply])
         (result,) = await self._results(commits, outcome, deadline_s)
         return result
 
