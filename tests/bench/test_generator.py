@@ -1,6 +1,5 @@
 """The load generator: what it sends, what it rejects, and how an open loop counts."""
 
-import re
 import socketserver
 import threading
 import time
@@ -11,14 +10,12 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import orjson
-import ormsgpack
 import pytest
 
 from tests.bench import generator
 from tests.bench.generator import Load, draw_arrivals, make_streams
-from tests.bench.traffic import PERF, Media, Traffic, TrafficSpec, WrongReplyError
+from tests.bench.traffic import TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies
 
 pytestmark = pytest.mark.harness
@@ -110,55 +107,6 @@ def test_rejected_chunk_is_followed_by_another_at_its_position() -> None:
         run_closed(answer, traffic(1))
 
 
-@pytest.mark.parametrize(("is_sticky", "expected"), [(True, [0, 3, 6, 9]), (False, [0, 0, 3, 3])])
-def test_sticky_connection_keeps_its_stream(is_sticky: bool, expected: list[int]) -> None:
-    positions: list[int] = []
-
-    def answer(body: bytes) -> bytes:
-        positions.append(orjson.loads(body)["position"])
-        return accept_chunk(body)
-
-    run_closed(answer, replace(traffic(2), is_sticky=is_sticky))
-    assert positions[: len(expected)] == expected
-
-
-@pytest.mark.parametrize("size", [0, 200, 70_000])
-def test_websocket_frames_of_every_length_are_read(size: int) -> None:
-    def frame(content: Any) -> bytes:
-        payload = ormsgpack.packb(content)
-        short, length = len(payload) < 126, len(payload) < 1 << 16
-        head = bytes([len(payload)]) if short else b"\x7e" if length else b"\x7f"
-        extended = b"" if short else len(payload).to_bytes(2 if length else 8)
-        return b"\x82%b%b%b" % (head, extended, payload)
-
-    def answer(data: bytes) -> bytes:
-        if not data:
-            return b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + frame({"hello": {}})
-        position = ormsgpack.unpackb(data[14:])["position"]  # behind the head and a mask of zeros
-        return frame({"reply": {"position": position + 3, "outputs": b"o" * size}})
-
-    values = BODIES.values("websocket")
-    spec = replace(traffic(2), media="websocket", path="/live", values=values, is_sampled=True)
-    load = run_closed(answer, spec)
-    assert load.chunks > 1
-    assert {len(ormsgpack.unpackb(each)["reply"]["outputs"]) for each in load.sampled} == {size}
-
-
-def test_websocket_outcome_with_an_error_ends_the_run() -> None:
-    hello = b"HTTP/1.1 101 Switching Protocols\r\n\r\n\x81\x02{}"
-    error = ormsgpack.packb({"status": 409, "error": {}})
-    spec = replace(traffic(1), media="websocket", values=BODIES.values("websocket"))
-    with pytest.raises(WrongReplyError, match=r"got \[None\]"):
-        run_closed(lambda data: b"\x82%c%b" % (len(error), error) if data else hello, spec)
-
-
-def test_streams_are_spread_over_models() -> None:
-    spec = replace(traffic(2), path="/bench-{1}/{0}", models=2)
-    sent = Traffic(spec)
-    paths = {sent.request()[0].split()[1] for _ in range(2)}
-    assert paths == {b"/bench-0/a-0000000", b"/bench-1/a-0000001"}
-
-
 def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     stalled, never = threading.Event(), threading.Event()
 
@@ -177,24 +125,3 @@ def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     assert load.unanswered == 0
     assert during > 5
     assert (load.latencies_s > STALL_S / 2).sum() >= during
-
-
-@pytest.mark.parametrize("media", PERF)
-def test_perf_traffic_has_sequences_of_new_numbers_that_start_at_position_0(media: Media) -> None:
-    values, steps = BODIES.values(media), (3, 3, 3, 3)
-    spec = TrafficSpec("/v2/models/m/infer", media, "inputs", values, steps, "a", 1, sequence=2)
-    traffic, sent = Traffic(spec), []
-    for position in (3, 6, 3):
-        request, ticket = traffic.request()
-        head, _, body = request.partition(b"\r\n\r\n")
-        json_bytes = int(re.search(rb"\r\nInference-Header-Content-Length: (\d+)\r\n", head)[1])
-        document = orjson.loads(body[:json_bytes])
-        [tensor], parameters = document["inputs"], document["parameters"]
-        binary = np.frombuffer(body[json_bytes:], "<f4")
-        sent_rows = np.array(tensor.get("data", binary), np.float32).reshape(tensor["shape"])
-        assert (sent_rows == BODIES.rows[len(sent)]).all()
-        sent.append((parameters["sequence_start"], parameters["sequence_end"]))
-        with pytest.raises(WrongReplyError, match=rf"expected positions \[{position}\]"):
-            traffic.accept(ticket, b'{"parameters":{"position":4}}')
-        traffic.accept(ticket, b'{"parameters":{"position":%d}}' % position)
-    assert sent == [(True, False), (False, True), (True, False)]

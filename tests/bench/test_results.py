@@ -8,8 +8,7 @@ import numpy as np
 import orjson
 import pytest
 
-from tests.bench.pictures import BEGIN, END, main, read_curves
-from tests.bench.results import Results, Sample, check_targets, show, write_lines
+from tests.bench.results import Results, Sample, check_targets, show
 from tests.bench.traffic import WrongReplyError
 from tests.bench.workloads import Bodies, check_answers, make_traffic, standard_model
 from tests.support.oracle import oracle_step
@@ -52,36 +51,6 @@ def test_targets_are_checked_and_shown() -> None:
     shown = show(results)
     for part in ("abc123", f"32/{CARRY}", "0.9 (0.8 to 1.25)", "not reached", "was left out"):
         assert part in shown
-
-
-def test_curves_of_a_page_are_replaced_by_those_of_the_lines(tmp_path: Path) -> None:
-    results = Results(ABOUT)
-    for steps, cpu_us in ((1, (50, 70, 60)), (1000, (900, 900, 900))):
-        rounds = [BASE._replace(cpu_us_per_chunk=each) for each in cpu_us]
-        results.rows[f"curve-steps/{steps}/{CARRY}"] = rounds
-        results.figure(f"curve-steps/{steps}/compute", [steps])
-    results.figure("curve-steps/a ratio, any", [0.5])
-    results.rows[f"curve-media/grpc/{CARRY}"] = results.rows[f"peak/32/{CARRY}"] = [BASE]
-    write_lines(results, tmp_path / "lines")
-    curves = read_curves(map(orjson.loads, (tmp_path / "lines").read_bytes().splitlines()))
-    assert curves["steps"][CARRY]["1"].spread == (60, 50, 70)
-    assert curves["steps"]["compute"]["1000"].spread == (1000, 1000, 1000)
-    page = tmp_path / "page.md"
-    page.write_text(f"before {BEGIN} old {END} after")
-    main([str(tmp_path / "lines"), str(page)])
-    drawn = {path.name: path.read_text() for path in (tmp_path / "page").iterdir()}
-    assert drawn.keys() == {"steps.svg", "media.svg"}
-    assert "network alone" in drawn["steps.svg"]
-    assert "1,000" in drawn["steps.svg"]
-    assert "grpc" in drawn["media.svg"]
-    written = page.read_text()
-    assert written.startswith(f"before {BEGIN}\n\n- commit: abc123\n")
-    assert written.endswith(f"{END} after")
-    assert " old " not in written
-    rows = [line.replace(" ", "") for line in written.splitlines()]
-    assert "|1|1,000|60|1.0|" in rows
-    assert "|grpc|1,000|50|" in rows
-    assert "|aratio,any|0.5(0.5to0.5)|" in rows
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,10 @@ import psutil
 import pytest
 
 from tests.bench import backfill, consume, curves, peer, run, sections, workloads
-from tests.bench.__main__ import main
 from tests.bench.results import MISSED, Results, check_targets
 from tests.bench.run import UNANSWERED, Bench, Options
 from tests.support.forks import fork_server
 from tests.support.machine import REPOSITORY, Cores
-from tests.support.service import Service
 
 pytestmark = pytest.mark.harness
 
@@ -179,12 +177,6 @@ def test_section_runs(section: str, bench: Bench) -> None:
         assert not [note for note in results.notes if UNANSWERED in note]
 
 
-def test_store_syncs_its_file_every_second_as_in_a_service(bench: Bench) -> None:
-    with bench.scope:
-        reply = bench.start_store().ask("CONFIG", "GET", "appendfsync")
-    assert reply == [b"appendfsync", b"everysec"]
-
-
 TOOL = """#!{python}
 import json, sys
 from urllib.request import Request, urlopen
@@ -238,32 +230,3 @@ def test_peer_is_compared_over_http_although_grpc_fails(
 def test_peer_is_skipped_where_none_is_named(bench: Bench) -> None:
     sections.run_section(bench, "peer")
     assert "no server is named by --peer" in bench.results.notes[0]
-
-
-@pytest.mark.parametrize("package", ["carry", "service"])
-def test_the_other_checkout_runs_its_own_code(tmp_path: Path, package: str) -> None:
-    """Also one of a commit before the package `carry`, with its command in `service/cli.py`."""
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").touch()
-    code = "def main(): print('the other checkout')\nif __name__ == '__main__': main()"
-    (tmp_path / package / "cli.py").write_text(code)
-    service = Service(tmp_path, tmp_path, checkout=tmp_path)
-    service.launch()
-    assert service.process is not None
-    service.process.wait(60)
-    assert service.log() == "the other checkout\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--beside", "tests"], "expected a checkout of Carry"),
-        (["--only", "peak,speed"], "got speed"),
-    ],
-)
-def test_wrong_options_are_rejected(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert message in capsys.readouterr().err

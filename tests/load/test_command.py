@@ -15,7 +15,7 @@ from tests.support.machine import REPOSITORY
 from tests.support.models import small_spec
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import SPEC
-from tests.support.servers import free_port, until
+from tests.support.servers import until
 from tests.support.service import running
 
 pytestmark = pytest.mark.harness
@@ -123,21 +123,6 @@ def test_missed_threshold_fails_its_scenario(url: str) -> None:
     failed = [line.split()[0] for line in output.splitlines() if "FAILED  " in line]
     assert failed == ["max_p95_ms"]
     assert output.endswith("load: FAILED: steady\n")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--url", "http://127.0.0.1:{port}"], "load: nothing answers at http://127.0.0.1:{port} "),
-        (["--url", "{url}"], "load: --model '': expected one of probe, small"),
-        (["--threshold", "p95=1"], "--threshold: p95=1: expected one of max_error_share"),
-    ],
-)
-def test_load_that_cannot_run_prints_the_reason(url: str, options: list[str], message: str) -> None:
-    values = {"port": free_port(), "url": url}
-    status, _, errors = load(*(option.format(**values) for option in options))
-    assert status == 2
-    assert message.format(**values) in errors
 
 
 def test_load_needs_only_the_client_of_the_project() -> None:

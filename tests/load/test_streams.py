@@ -23,7 +23,6 @@ from tests.load.streams import (
     LoadStream,
     Streams,
     WrongAnswerError,
-    check_limits,
 )
 
 pytestmark = pytest.mark.harness
@@ -228,27 +227,6 @@ def test_chunk_is_repeated_unchanged_unless_it_could_be_applied_twice(
     assert stream.unknown_appends == (appends and bool(failures))
 
 
-def test_chunk_whose_reply_was_lost_and_expired_counts_as_applied() -> None:
-    def expire(path: str, document: Json) -> Any:
-        service.apply(path, document)
-        raise problem(409, "already_applied", position=4)
-
-    service = Service(NO_ANSWER, expire)
-    stream = service.run(2)
-    assert service.failures == []
-    assert [each.outputs is None for each in stream.applied] == [True, False]
-
-
-@pytest.mark.parametrize("code", ["already_applied", "position_behind"])
-def test_impossible_position_problem_is_a_wrong_answer(code: str) -> None:
-    service = Service()
-    # where a repeated chunk would be applied; this one was sent once
-    service.script = [service.apply, problem(409, code, position=8)]
-    stream = service.run(2)
-    assert service.streams.wrong_answers == {code: 1}
-    assert stream.is_closed
-
-
 @pytest.mark.parametrize(
     ("spans", "unknown", "expected"),
     [
@@ -268,15 +246,3 @@ def test_appends_must_be_contiguous(
             stream.history()
     else:
         assert len(stream.history()) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "passing", "failing"),
-    [("max_p95_ms", 96, 96.1), ("min_chunks_per_s", 7, 6.9)],
-)
-def test_a_value_passes_a_threshold_up_to_its_limit(
-    name: str, passing: float, failing: float
-) -> None:
-    for value, is_passed in ((passing, True), (failing, False), (None, False)):
-        (check,) = check_limits({name: passing}, {name: value})
-        assert check.passed is is_passed

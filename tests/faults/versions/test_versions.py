@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from tests.faults.history import FIRST_TAG, Chunk, Head, Reply, next_tag
 from tests.faults.network import ZERO, compute, random_events
 from tests.faults.planted_bugs.sitecustomize import VERSION_CODE
 from tests.faults.run import report
-from tests.faults.versions.check import COLD, EXACT, FORGOTTEN, Stream, check
-from tests.faults.versions.run import PLAN, describe_failures, kinds_of, options_of, run
+from tests.faults.versions.check import EXACT, Stream, check
+from tests.faults.versions.run import describe_failures, kinds_of, options_of, run
 from tests.support.needs import needs_redis
 
 GAINS = {"one": 1, "two": 2}
@@ -57,15 +56,6 @@ def change(stream: Stream, at: int, **changes: object) -> list[Finding]:
 ALL_EXACT = [("one", 0, False), ("two", 0, False)] * 5
 
 
-def test_replies_that_say_what_they_are_have_no_findings() -> None:
-    seen: Counter[str] = Counter()
-    answers = [*ALL_EXACT[:4], *[("two", 8, True)] * 3, ("two", 8, False), ("one", 0, False)]
-    stream = serve(*answers)
-    stream.replies.append(replace(stream.replies[-1], code="already_applied", outputs=None))
-    assert check(stream, GAINS, BURN_IN, seen) == []
-    assert seen == {EXACT: 5, COLD: 3, FORGOTTEN: 1}
-
-
 @pytest.mark.parametrize("version", ["two", "three"])
 def test_outputs_of_another_version_are_found(version: str) -> None:
     [(kind, _)] = change(serve(*ALL_EXACT), 4, version=version)
@@ -76,12 +66,6 @@ def test_an_inexact_state_that_is_not_announced_is_found() -> None:
     [(kind, what)] = findings_of(serve(*ALL_EXACT[:3], ("one", 4, False)))
     assert kind == MIXED
     assert "since 4" in what
-
-
-def test_an_announcement_of_other_events_is_found() -> None:
-    stream = serve(*ALL_EXACT[:3], ("one", 4, True))
-    [(kind, _)] = change(stream, 3, warm=(9, BURN_IN))
-    assert kind == MIXED
 
 
 @pytest.mark.parametrize("at", [1, 5])
@@ -104,13 +88,6 @@ def test_lost_and_doubled_chunks_are_found() -> None:
     stream = serve(*ALL_EXACT)
     stream.final = Head(EPOCH, bytes(16), stream.final.position)
     assert [kind for kind, _ in findings_of(stream)] == [LOST]
-
-
-def test_the_plan_promotes_three_versions_and_rolls_back() -> None:
-    promoted = [version for action, version in PLAN if action == "promote"]
-    assert list(dict.fromkeys(promoted)) == ["a", "b", "c"]
-    assert ("rollback", "a") in PLAN
-    assert all(first != second for first, second in pairwise(PLAN))
 
 
 @pytest.mark.harness
