@@ -12,15 +12,12 @@ Pure computation: no files, no clocks, no service.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from models.artifact.artifact import Artifact
 from models.detection.detector import DetectingStep
-from models.errors import DataError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, Clocks, EncodedSegments, encode_segments, event_times
 from models.events.values import check_rows
@@ -76,22 +73,6 @@ class TableResult(NamedTuple):
     after: StreamStates
     resets: IntArray
     out_of_order: int
-
-
-class OrderedEvents(NamedTuple):
-    """Events of one stream, in their order.
-
-    Attributes:
-        name: the stream, for errors.
-        columns: one or more events.
-        state: the stream's state before them.
-        position: the stream's position before them.
-    """
-
-    name: str
-    columns: EventColumns
-    state: State
-    position: int = 0
 
 
 class Runner:
@@ -188,53 +169,6 @@ class Runner:
             encoded.out_of_order,
         )
 
-    def run(
-        self,
-        streams: Sequence[OrderedEvents],
-        *,
-        chunk: int | None = None,
-        batch: int = MAX_BATCH,
-        advance: Advance | None = None,
-    ) -> tuple[list[FloatArray], list[State]]:
-        """Run each stream's events, from its own state.
-
-        Args:
-            streams: S streams.
-            chunk, batch, advance: as in `run_table`.
-
-        Returns:
-            The packed outputs of each, float32 [T, O], and its state after its last event.
-
-        Raises:
-            SpecError: the model takes raw rows.
-            DataError: a value that cannot be encoded; `index` counts from the stream's first event.
-            StateError: a state with an impossible clock.
-        """
-        schema_of(self.spec)
-        events = EventColumns.concatenate([each.columns for each in streams])
-        cuts = np.cumsum([0, *(len(each.columns) for each in streams)])
-        before = StreamStates(
-            np.stack([each.state.floats for each in streams]),
-            np.stack([each.state.ints for each in streams]),
-            np.array([each.position for each in streams]),
-        )
-        try:
-            outputs, after, _, _ = self.run_table(
-                EventTable(events, cuts[:-1]), before, chunk=chunk, batch=batch, advance=advance
-            )
-        except DataError as error:
-            at = int(np.searchsorted(cuts, error.index or 0, side="right")) - 1
-            raise DataError(
-                index=None if error.index is None else error.index - int(cuts[at]),
-                field=error.field,
-                expected=f"stream {streams[at].name!r}: {error.expected}",
-                got=error.got,
-            ) from error
-        return (
-            [outputs[start:stop] for start, stop in pairwise(cuts)],
-            [State(*each) for each in zip(after.floats, after.ints, strict=True)],
-        )
-
     def _no_states(self) -> StreamStates:
         return StreamStates(
             np.zeros((0, self._layout.float_size), np.float32),
@@ -263,13 +197,3 @@ class Runner:
         """The initial state as a row of the network's step, and behind it the given ones."""
         given = self._runtime_layout.pack(State(states.floats, states.ints))
         return np.concatenate([self._runtime_layout.pack(self._initial)[np.newaxis], given])
-
-
-def open_runner(artifact: Artifact, *, threads: int = 0) -> Runner:
-    """Open the runner of an artifact.
-
-    Args:
-        threads: of ONNX Runtime; 0: as many as there are cores.
-    """
-    step = open_step(artifact.spec, artifact.weights, artifact.network, threads=threads)
-    return Runner(artifact.spec, artifact.weights, step)

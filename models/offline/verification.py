@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.events.columns import EventColumns
-from models.offline.runner import OrderedEvents, Runner
+from models.offline.runner import EventTable, Runner
 from models.offline.steps import FloatArray, open_keras_step
-from models.spec.layout import output_spec, state_spec
+from models.spec.layout import output_spec
 from models.spec.model import ModelSpec
 
 ABSOLUTE: Final = 1e-5
@@ -94,15 +94,17 @@ def verify_outputs(spec: ModelSpec, runner: Runner, streams: Sequence[Received])
         runner: `keras_runner(artifact)`.
         streams: a stream without a received output is not computed.
     """
-    layout, initial = output_spec(spec), state_spec(spec).initial()
+    layout = output_spec(spec)
     actual = [np.empty((0, layout.size), np.float32)]
     expected = actual.copy()
     places: list[tuple[str, int]] = []
     for group in _groups(streams):
         longest = max(len(each.columns) for each in group)
-        ordered = [OrderedEvents(each.name, each.columns, initial) for each in group]
-        whole, _ = runner.run(ordered, chunk=longest, batch=len(group))
-        for stream, outputs in zip(group, whole, strict=True):
+        ends = np.cumsum([len(each.columns) for each in group])
+        columns = EventColumns.concatenate([each.columns for each in group])
+        table = EventTable(columns, np.append(0, ends[:-1]))
+        whole = runner.run_table(table, chunk=longest, batch=len(group)).outputs
+        for stream, outputs in zip(group, np.split(whole, ends[:-1]), strict=True):
             steps = np.flatnonzero(~np.isnan(stream.outputs).any(axis=1))
             actual.append(stream.outputs[steps])
             expected.append(outputs[steps])

@@ -17,8 +17,8 @@ from models.errors import SpecError
 from models.events.frame import columns_from_frame
 from models.events.schema import NumericField
 from models.events.values import FINITE
-from models.offline.runner import OrderedEvents, open_runner
-from models.spec.layout import output_spec, state_spec
+from models.offline.runner import EventTable, Runner
+from models.spec.layout import output_spec
 from models.spec.model import parse_spec, schema_of
 from service.backfill import run as backfills
 from service.backfill.bucket import compute_bucket
@@ -83,18 +83,18 @@ def test_outputs_and_states_equal_those_of_the_runner(
     outputs, states = outputs_of(job), states_of(job)
     assert sorted(states) == sorted(frame["stream"].unique())
     columns = [name for each in output_spec(artifact.spec).outputs for name in each.column_names()]
-    initial = state_spec(artifact.spec).initial()
+    runner, start = Runner(artifact.spec, artifact.weights), np.zeros(1, np.int64)
     for name, state in states.items():
         events = frame.filter(pl.col("stream") == name)
         own = columns_from_frame(schema_of(artifact.spec), events)
-        (expected,), (after,) = open_runner(artifact).run([OrderedEvents(name, own, initial)])
+        expected, after, _, _ = runner.run_table(EventTable(own, start))
         rows_of = outputs.filter(pl.col("stream") == name)
         np.testing.assert_allclose(rows_of.select(columns), expected, rtol=1e-5, atol=1e-5)
         assert rows_of["position"].to_list() == list(range(events.height))
         times = events[time_column(artifact)].to_list()
         assert rows_of["time"].dt.timestamp("ms").to_list() == times
-        np.testing.assert_allclose(state.state.floats, after.floats, rtol=1e-5, atol=1e-5)
-        assert state.state.ints.tolist() == after.ints.tolist()
+        np.testing.assert_allclose(state.state.floats, after.floats[0], rtol=1e-5, atol=1e-5)
+        assert state.state.ints.tolist() == after.ints[0].tolist()
         assert state.head.position == events.height
         assert (state.updated_ms, state.last, state.since) == (times[-1], None, None)
         assert state.fingerprint == artifact.fingerprint
