@@ -1,4 +1,4 @@
-"""Networks in blocks, window by window, against the definition: both networks, any end.
+"""Networks in blocks, window by window, against the definition, at any end of the stream.
 
 Cuts are taken by the same pure function as in the service, whose own tests are in
 `tests/models/spec/test_blocks.py`.
@@ -20,7 +20,7 @@ from models.networks.build import StepNetwork
 from models.spec.blocks import cut_blocks
 from models.spec.layout import network_state, state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import CLOSE, Floats, network_of, step
+from tests.models.networks.running import CLOSE, Floats
 from tests.models.onnx.test_graph import run, session_of
 from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step
 
@@ -76,16 +76,6 @@ def run_stream(spec: ModelSpec, rows: Floats, ran: Step) -> Floats:
 
 def rows_of(seed: int, length: int) -> Floats:
     return np.random.default_rng(seed).normal(size=(length, 2)).astype(np.float32)
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
-def test_the_keras_step_equals_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
-    network = network_of(spec, seed)
-    rows = rows_of(seed, length)
-    outputs = run_stream(spec, rows, lambda *batch: step(network, *batch))
-    expected = oracle_in_blocks(spec, network.get_weights(), rows)
-    np.testing.assert_allclose(outputs, expected, **CLOSE)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])

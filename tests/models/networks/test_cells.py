@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import assert_oracle, network_of, run_in_chunks, step
+from tests.models.networks.running import assert_oracle, network_of, run_in_chunks
 from tests.models.networks.specs import COMBINATIONS, OPTIONS, sequences
 
 
@@ -33,20 +33,6 @@ def test_every_combination_equals_the_oracle_with_any_chunking(options: dict[str
     states = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
     outputs, after, _ = run_in_chunks(network, streams, states, random)
     assert_oracle(network, streams, states, outputs, after)
-
-
-@pytest.mark.parametrize("options", [OPTIONS, {"peepholes": True}], ids=["all", "peepholes"])
-def test_state_does_not_change_beyond_a_rows_length(options: dict[str, Any]) -> None:
-    network = network_of(one_layer(**options))
-    random = np.random.default_rng(5)
-    rows = random.normal(size=(3, 6, 2)).astype(np.float32)
-    state = random.normal(size=(3, network.state_size)).astype(np.float32)
-    compiled = tf.function(network.step, jit_compile=True)
-    _, after = compiled(tf.constant(rows), tf.constant([0, 2, 6]), tf.constant(state))
-    _, short = step(network, rows[1:2, :2], [2], state[1:2])
-    np.testing.assert_array_equal(after[0], state[0])
-    np.testing.assert_allclose(after[1], short[0], rtol=0, atol=1e-6)
-    assert np.abs(after[2] - state[2]).max() > 1e-3
 
 
 def test_gradients_reach_every_weight() -> None:

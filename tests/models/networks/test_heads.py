@@ -16,8 +16,7 @@ from models.events.values import standardise
 from models.networks.heads import head_loss
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_in_chunks, step
-from tests.support.oracle import oracle_step
+from tests.models.networks.running import assert_oracle, network_of, run_in_chunks, step
 from tests.support.oracle_heads import nats
 from tests.support.oracle_layers import sigmoid, softmax, softplus
 from tests.support.strict_events import columns_from_events
@@ -105,21 +104,6 @@ def test_every_head_equals_the_oracle_across_chunks(lengths: list[int], seed: in
     assert_oracle(network, streams, states, outputs, after)
 
 
-def test_compiled_heads_equal_the_oracle() -> None:
-    spec = model()
-    network = network_of(spec, 3)
-    random = np.random.default_rng(3)
-    rows = np.stack([encoded(random, spec, 6) for _ in range(3)])
-    lengths = [6, 1, 4]
-    state = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
-    compiled = tf.function(network.step, jit_compile=True)
-    outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(state))
-    streams, unpadded = (
-        [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
-    )
-    assert_oracle(network, streams, state, unpadded, after)
-
-
 def test_first_event_of_a_stream_is_scored_by_the_zero_forecast() -> None:
     spec = model()
     network = network_of(spec, 4)
@@ -131,39 +115,6 @@ def test_first_event_of_a_stream_is_scored_by_the_zero_forecast() -> None:
     score = output_spec(spec).by_name(outputs)["odd"][0, 0]
     normal = np.log(2 * np.pi) / 2 + rows[0, where["size"]] ** 2 / 2
     assert score == pytest.approx(np.log(4) + normal + np.log(2), abs=1e-5)
-
-
-def test_a_row_of_length_0_keeps_its_forecast() -> None:
-    spec = model()
-    network = network_of(spec, 10)
-    random = np.random.default_rng(10)
-    rows = np.stack([encoded(random, spec, 3) for _ in range(2)])
-    state = random.uniform(-1, 1, (2, network.state_size)).astype(np.float32)
-    _, after = step(network, rows, [0, 3], state)
-    np.testing.assert_array_equal(after[0], state[0])
-    assert np.abs(after[1] - state[1]).min() > 0
-
-
-def test_one_trace_serves_every_batch_and_length() -> None:
-    spec = model()
-    network = network_of(spec, 11)
-    random = np.random.default_rng(11)
-    traced = tf.function(
-        network.step,
-        input_signature=[
-            tf.TensorSpec((None, None, spec.input_features)),
-            tf.TensorSpec((None,), tf.int32),
-            tf.TensorSpec((None, network.state_size)),
-        ],
-    )
-    for batch, steps in ((1, 1), (3, 4)):
-        rows = np.stack([encoded(random, spec, steps) for _ in range(batch)])
-        state = random.uniform(-1, 1, (batch, network.state_size)).astype(np.float32)
-        outputs, after = traced(rows, np.full(batch, steps, np.int32), state)
-        for b in range(batch):
-            expected = oracle_step(spec, network.get_weights(), rows[b], state[b])
-            np.testing.assert_allclose(outputs[b], expected[0], **CLOSE)
-            np.testing.assert_allclose(after[b], expected[1], **CLOSE)
 
 
 def test_scores_stay_finite_for_any_finite_row_and_forecast() -> None:

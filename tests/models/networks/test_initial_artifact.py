@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import load_artifact
-from models.errors import ArtifactError, SpecError
+from models.errors import SpecError
 from models.networks.initial_artifact import initialise_artifact
 from models.spec.model import ModelSpec, parse_spec
 
@@ -33,22 +33,6 @@ def test_same_seed_gives_the_same_fingerprint(tmp_path: Path) -> None:
     assert first.manifest["training"] == {"initialised": {"seed": 3}}
 
 
-def test_options_of_a_cell_are_initialised_and_packaged(tmp_path: Path) -> None:
-    spec = raw_model()
-    first, *rest = spec.model_dump()["layers"]
-    options = {"peepholes": True, "layer_normalization": True, "projection": 3}
-    with_options = {**spec.model_dump(), "layers": [{**first, **options}, *rest]}
-    artifact = initialise_artifact(parse_spec(with_options), tmp_path / "a", 3)
-    plain = initialise_artifact(spec, tmp_path / "b", 3)
-    assert artifact.manifest["runtimes"] == ["onnxruntime", "tensorflow"]
-    assert {part.name: part.shape for part in artifact.state.parts} == {
-        "lstm_1.hidden": (3,),
-        "lstm_1.carry": (4,),
-        "gru_1.hidden": (2,),
-    }
-    np.testing.assert_array_equal(artifact.weights["lstm_1.kernel"], plain.weights["lstm_1.kernel"])
-
-
 def test_adding_a_layer_keeps_the_initial_weights_of_the_others(tmp_path: Path) -> None:
     spec = raw_model()
     more = spec.model_dump() | {
@@ -61,15 +45,6 @@ def test_adding_a_layer_keeps_the_initial_weights_of_the_others(tmp_path: Path) 
     two = initialise_artifact(parse_spec(more), tmp_path / "b", 3).weights
     for name, value in one.items():
         np.testing.assert_array_equal(two[name], value)
-
-
-def test_occupied_directory_is_kept_unless_overwritten(tmp_path: Path) -> None:
-    first = initialise_artifact(raw_model(), tmp_path / "a", 3)
-    with pytest.raises(ArtifactError):
-        initialise_artifact(raw_model(), tmp_path / "a", 4)
-    assert load_artifact(tmp_path / "a").fingerprint == first.fingerprint
-    replaced = initialise_artifact(raw_model(), tmp_path / "a", 4, overwrite=True)
-    assert load_artifact(tmp_path / "a").fingerprint == replaced.fingerprint != first.fingerprint
 
 
 def test_all_unfitted_statistics_are_named(tmp_path: Path) -> None:

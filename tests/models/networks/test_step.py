@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 from models.errors import ArtifactError, SpecError
 from models.networks.build import StepNetwork
-from models.spec.layout import weight_shapes
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_in_chunks, step
 from tests.models.networks.specs import coded_batch, convolved_codes, sequences, stacks
 from tests.support.events import FULL_SCHEMA
 from tests.support.oracle import (
-    contracting_weights,
     joined,
     oracle_in_cuts,
     oracle_step,
@@ -65,34 +63,6 @@ def test_step_equals_the_oracle_with_any_chunking_batch_and_padding(
         np.testing.assert_allclose(joined(spec, after[b]), joined(spec, expected_state), **CLOSE)
 
 
-def test_rows_beyond_their_length_keep_their_state() -> None:
-    network = network_of(two_layers(), 5)
-    random = np.random.default_rng(5)
-    state = random.normal(size=(3, network.state_size)).astype(np.float32)
-    rows = random.normal(size=(3, 6, 3)).astype(np.float32)
-    _, after = step(network, rows, [0, 2, 6], state)
-    _, short = step(network, rows[1:2, :2], [2], state[1:2])
-    np.testing.assert_array_equal(after[0], state[0])
-    np.testing.assert_allclose(after[1], short[0], rtol=0, atol=1e-6)
-    assert np.abs(after[2] - state[2]).max() > 1e-3
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (4, 5)])
-def test_compiled_step_equals_the_oracle(shape: tuple[int, int]) -> None:
-    spec = two_layers()
-    network = network_of(spec, 6)
-    random = np.random.default_rng(6)
-    rows = random.normal(size=(*shape, 3)).astype(np.float32)
-    state = random.uniform(-1, 1, (shape[0], network.state_size)).astype(np.float32)
-    lengths = random.integers(1, shape[1] + 1, shape[0]).astype(np.int32)
-    compiled = tf.function(network.step, jit_compile=True)
-    outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(state))
-    streams, unpadded = (
-        [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
-    )
-    assert_oracle(network, streams, state, unpadded, after)
-
-
 def test_compiled_step_of_coded_rows_equals_the_oracle() -> None:
     network = network_of(convolved_codes(), 8)
     rows, lengths, states = coded_batch(np.random.default_rng(8))
@@ -102,38 +72,6 @@ def test_compiled_step_of_coded_rows_equals_the_oracle() -> None:
         [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
     )
     assert_oracle(network, streams, states, unpadded, after)
-
-
-def test_whole_sequence_equals_an_ordinary_keras_model() -> None:
-    spec = two_layers(
-        layers=[
-            {"kind": "lstm", "units": 5},
-            {"kind": "layer_normalization"},
-            {"kind": "gru", "units": 4, "reset_after": False},
-            {"kind": "dropout", "rate": 0.4},
-            {"kind": "dense", "units": 3, "activation": "relu"},
-        ]
-    )
-    network = network_of(spec, 7)
-    weights = network.get_weights()
-    model = keras.Sequential(
-        [
-            keras.layers.Input((None, 3)),
-            keras.layers.LSTM(5, return_sequences=True),
-            keras.layers.LayerNormalization(),
-            keras.layers.GRU(4, return_sequences=True, reset_after=False),
-            keras.layers.Dropout(0.4),
-            keras.layers.Dense(3, activation="relu"),
-            keras.layers.Dense(2),
-        ]
-    )
-    model.set_weights(list(weights.values()))
-    random = np.random.default_rng(7)
-    rows = random.normal(size=(2, 9, 3)).astype(np.float32)
-    outputs, _, _ = run_in_chunks(
-        network, list(rows), np.zeros((2, network.state_size), np.float32), random
-    )
-    np.testing.assert_allclose(np.stack(outputs), np.asarray(model(rows)), **CLOSE)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
@@ -203,18 +141,6 @@ def test_dropout_is_active_in_training_only_and_follows_its_seed(
     inference = step(network, rows, [5, 5], state)[0]
     np.testing.assert_array_equal(inference, step(network, rows, [5, 5], state)[0])
     assert np.abs(first - inference).max() > 1e-3
-
-
-def test_weights_round_trip_by_name_and_in_order() -> None:
-    spec = two_layers()
-    weights = contracting_weights(spec, 11)
-    network = StepNetwork(spec)
-    network.set_weights(weights)
-    read_back = network.get_weights()
-    assert list(read_back) == list(weight_shapes(spec))
-    for name, value in weights.items():
-        np.testing.assert_array_equal(read_back[name], value)
-    assert len(network.trainable_variables) == len(weights)
 
 
 @pytest.mark.parametrize(

@@ -203,19 +203,3 @@ def test_training_reports_alarms_on_the_held_out_events(
             assert line in printed
         for verdict in report["verdicts"]:
             assert verdict_line(verdict) in printed
-
-
-def test_the_command_prints_scores_and_warnings_beside_the_result(
-    artifact: Artifact,
-    frame: pl.DataFrame,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = tmp_path / "labelled.parquet"
-    frame.with_columns(anomaly=pl.Series(np.arange(frame.height) % 50 == 7)).write_parquet(path)
-    found = commands.evaluate(artifact.path, path, anomalies="anomaly")
-    printed = capsys.readouterr().err
-    assert "detection and its baselines" in printed
-    assert found["detection"]["warnings"]
-    for warning in found["detection"]["warnings"]:
-        assert f"warning: {warning}\n" in printed

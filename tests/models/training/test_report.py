@@ -163,18 +163,6 @@ def test_tree_lags_stay_within_the_stream(table):
     assert np.isnan(features[start : start + 4, columns_of_lag[0]]).all()
 
 
-def test_trees_learn_a_threshold_on_a_lag():
-    random = np.random.default_rng(3)
-    x = random.normal(size=(2000, 1)).astype(np.float32)
-    truth = np.append([0.0], (x[:-1, 0] > 0.3).astype(float))
-    rows = np.arange(1, 2000)
-    model = Trees.tune(
-        "log_loss", lambda k, categorical: (x, [False]), truth, rows[:1500], rows[1500:]
-    )
-    probabilities = model.probabilities(rows[1500:])[:, 1]
-    assert np.mean((probabilities > 0.5) == truth[rows[1500:]]) > 0.98
-
-
 class Stopped(Exception):
     """Raised by a test to interrupt a command."""
 

@@ -10,7 +10,7 @@ from models.artifact.artifact import load_artifact  # noqa: E402
 from models.errors import ArtifactError, SpecError  # noqa: E402
 from models.training.data import fitted_spec, streams_of  # noqa: E402
 from models.training.ensemble import merge_members  # noqa: E402
-from models.training.evaluate import evaluate, run_chunks  # noqa: E402
+from models.training.evaluate import run_chunks  # noqa: E402
 from models.training.loop import Loop  # noqa: E402
 from models.training.plan import plan_of  # noqa: E402
 from models.training.train_frame import train_frame  # noqa: E402
@@ -215,28 +215,6 @@ def test_training_stops_after_patience_epochs_without_a_better_loss(
     assert [record["validation"]["loss"] for record in result.history] == losses[:epochs]
     assert result.best_epochs == (best,)
     assert {value for w in result.artifact.weights.values() for value in w.ravel()} == {best}
-
-
-def test_dependencies_across_windows_are_learned_and_served(frame, tmp_path):
-    """The first event decides every later mark; windows are 4 events, streams up to 40.
-
-    The mark itself is hidden (its column is nearly 0), so only a carried state can tell it.
-    """
-    training = {"epochs": 8, "patience": 8, "learning_rate": 0.05, "average_decay": 0.9}
-    spec = latch_spec(**training, heads=["up"])
-    assert spec.events is not None
-    fields = tuple(
-        field.model_copy(update={"std": 1e6}) if field.name == "mark" else field
-        for field in spec.events.fields
-    )
-    schema = spec.events.model_copy(update={"fields": fields})
-    spec = spec.model_copy(update={"events": schema})
-    result = train(spec, latch_frame(60), tmp_path / "a", quiet=True)
-    losses = [record["validation"]["up"] for record in result.history]
-    assert losses[0] > 0.5
-    assert min(losses) < 0.1
-    scores = evaluate(result.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
-    assert scores["heads"]["up"]["auc"] > 0.97
 
 
 def test_an_lstm_with_its_options_trains_and_is_packaged_for_both_runtimes(frame, tmp_path):

@@ -12,12 +12,10 @@ import pytest
 from rich.console import Console
 
 from models.errors import VerdictError
-from models.training.horizon import horizon_lines
 from models.training.progress import LINE_EVERY_S, Progress
-from models.training.report import report_lines
 from models.training.train_frame import check_verdicts
 from models.training.trees import TimeBudget
-from models.training.verdicts import direction, verdict_lines, verdicts
+from models.training.verdicts import verdict_lines, verdicts
 
 
 def report_of(model: float, **baselines: float) -> dict[str, Any]:
@@ -88,43 +86,6 @@ def test_a_decoder_is_compared_over_its_horizon() -> None:
     assert found["head"] == "decoder.x"
     assert found["worse_than_naive"] == "last value"
     assert found["better_than"] == ["seasonal naive"]
-
-
-def test_the_table_of_a_decoder_has_quarters_of_its_horizon() -> None:
-    mae = {"model": [1.0, 2.0, 3.0, 4.0, 5.0, None, None, 8.0], "last value": [9.0] * 8}
-    report = {"horizon": 8, "forecasts": 1200, "targets": {"x": {"mae": mae}}}
-    assert horizon_lines(report) == [
-        "",
-        "x, by step ahead (1,200 forecasts), MAE (lower is better)",
-        "",
-        "| | 1 | 2 | 4 | 6 | 8 | all |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| model | 1.0000 | 2.0000 | 4.0000 |  | 8.0000 | 3.8333 |",
-        "| last value | 9.0000 | 9.0000 | 9.0000 | 9.0000 | 9.0000 | 9.0000 |",
-    ]
-
-
-def test_every_table_states_whether_lower_or_higher_is_better() -> None:
-    assert direction("auc") == "auc (higher is better)"
-    assert direction("nll") == "nll (lower is better)"
-    score = {"value": 0.5, "interval": [0.4, 0.6]}
-    scores = {"model": {"log_loss": score, "auc": score}, "last value": {"log_loss": score}}
-    head = {"kind": "label", "scores": scores, "difference": {"last value": {"log_loss": score}}}
-    data = {"held_out": 9, "test_from": "2025", "held_out_days": 2, "trained": 5}
-    target = {"mae": {"model": [1.0]}}
-    lines = report_lines(
-        {
-            "data": data,
-            "run": {"resampled": "20 blocks of time"},
-            "heads": {"up": head},
-            "decoder": {"horizon": 1, "forecasts": 3, "targets": {"x": target}},
-        }
-    )
-    text = "\n".join(lines)
-    assert "| | log_loss (lower is better) | auc (higher is better) |" in text
-    assert "the model is better where it is positive, for auc where it is negative" in text
-    assert "MAE (lower is better)" in text
-    assert "by resampling 20 blocks of time" in text
 
 
 def test_progress_is_a_line_every_few_seconds_without_a_terminal() -> None:
