@@ -23,14 +23,6 @@ from tests.service.codec.paths import (
 from tests.service.transports.v1.harness import EVENT
 
 
-def test_events_of_a_model_without_a_schema_are_rejected(
-    codecs: Mapping[str, ModelCodec],
-) -> None:
-    error = read_chunk(codecs["probe"], dumps({"events": [EVENT]}))
-    assert (error.code, error.facts["at"]) == ("invalid_input", "events")
-    assert "no event schema" in error.facts["expected"]
-
-
 @pytest.mark.parametrize("load", ["1", "NaN", "1e999"])
 def test_lone_surrogate_is_malformed_whatever_is_beside_it(
     codecs: Mapping[str, ModelCodec], load: str

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 from typing import Any
 
 import numpy as np
@@ -141,17 +139,6 @@ async def test_a_retry_gets_the_stored_reply(api: Harness) -> None:
     assert api.position() == 3
 
 
-async def test_the_tag_is_a_chain_over_the_chunks(api: Harness) -> None:
-    tag, at = bytes(16), 0
-    for size in (2, 1, 3):
-        given = rows(size, seed=size)
-        reply = (await api.chunk({"position": at, "inputs": given.tolist()})).json()
-        digest = hashlib.sha256(b"I" + struct.pack("<Q", size) + given.tobytes()).digest()
-        tag = hashlib.sha256(tag + struct.pack("<Q", at) + digest).digest()[:16]
-        assert reply["tag"] == tag.hex()
-        at += size
-
-
 async def test_appends_continue_at_the_current_position(api: Harness) -> None:
     body = {"inputs": rows(2).tolist()}
     replies = [(await api.chunk(body)).json() for _ in range(3)]
@@ -173,33 +160,18 @@ async def test_server_timing_is_in_milliseconds(api: Harness) -> None:
     ("body", "at", "words"),
     [
         ('{"inputs":[[1,2,3],[4,5]]}', "inputs[1]", "rows of 3 values (feature_0, "),
-        ('{"inputs":[[1,2,3],[4,5,6,7]]}', "inputs[1]", "got 4"),
         ('{"inputs":[[1,2,NaN]]}', "inputs[0][2]", "got NaN"),
-        ('{"inputs":[[1,-Infinity,2]]}', "inputs[0][1]", "got -Infinity"),
-        ('{"inputs":[[1,2,1e39]]}', "inputs[0][2]", "got 1e+39"),
-        ('{"inputs":[[1,2,1e400]]}', "inputs[0][2]", "a finite float32"),
         ('{"inputs":[[1,2,"3"]]}', "inputs[0][2]", 'got "3"'),
-        ('{"inputs":[[1,2,true]]}', "inputs[0][2]", "got true"),
-        ('{"inputs":[[1,2,null]]}', "inputs[0][2]", "got null"),
-        ('{"inputs":[]}', "inputs", "at least one step"),
-        ('{"inputs":{}}', "inputs", "a list"),
-        ('{"inputs":[1,2,3]}', "inputs[0]", "a list"),
         ('{"position":0}', "body", "expected `inputs`"),
         ('{"events":[{}]}', "events", "model probe has no event schema"),
-        ('{"inputs":[[1,2,3]],"events":[]}', "events", "model probe has no event schema"),
         (
             '{"inputs":[[1,2,3]],"step":1}',
             "step",
             "events, inputs, resets, false_alarms_per_day, position, epoch",
         ),
         ('{"inputs":[[1,2,3]],"position":-1}', "position", "got -1"),
-        ('{"inputs":[[1,2,3]],"position":1.0}', "position", "a valid integer"),
-        ('{"inputs":[[1,2,3]],"position":true}', "position", "a valid integer"),
-        ('{"inputs":[[1,2,3]],"position":"0"}', "position", "a valid integer"),
-        ('{"inputs":[[1,2,3]],"position":9223372036854775808}', "position", "9223372036854775807"),
         ('{"inputs":[[1,2,3]],"epoch":"12"}', "epoch", "^[0-9a-f]{16}$"),
         ("[]", "body", "an object"),
-        ("null", "body", "an object"),
     ],
 )
 async def test_invalid_rows_are_rejected_with_their_place(
@@ -217,16 +189,8 @@ async def test_invalid_rows_are_rejected_with_their_place(
 @pytest.mark.parametrize(
     ("change", "at", "words"),
     [
-        ({"load": None}, "events[1].load", "a valid number"),
-        ({"load": "7"}, "events[1].load", 'got "7"'),
-        ({"load": 1e308 * 10}, "events[1].load", "got Infinity"),
-        ({"load": float("nan")}, "events[1].load", "got NaN"),
         ({"load": 1e39}, "events[1].load", "finite as a float32"),
         ({"at": "2013-01-01T05:17:00"}, "events[1].at", "offset"),
-        ({"at": 1.5}, "events[1].at", "RFC 3339"),
-        ({"carrier": ""}, "events[1].carrier", "at least 1 characters"),
-        ({"carrier": "x" * 300}, "events[1].carrier", "at most 256 characters"),
-        ({"heavy": 1}, "events[1].heavy", "a valid boolean"),
         ({"arrival": 3}, "events[1].arrival", "load, delay, at, carrier, gate, heavy, late"),
     ],
 )
@@ -239,26 +203,6 @@ async def test_invalid_events_are_rejected_with_their_place(
     assert words in document["detail"]
     assert document["stream"] == "s"
     assert api.position(model="small") is None
-
-
-async def test_exactly_one_of_events_and_inputs_is_required(api: Harness) -> None:
-    both = {"events": [EVENT], "inputs": [[0.0] * 13]}
-    document = problem(await api.chunk(both, model="small"), 422, "invalid_input")
-    assert (document["at"], document["got"]) == ("body", "both")
-    neither = {"position": 0, "events": None}
-    document = problem(await api.chunk(neither, model="small"), 422, "invalid_input")
-    assert (document["at"], document["got"]) == ("body", "none")
-
-
-async def test_codes_of_categories_are_checked(api: Harness) -> None:
-    row = [0.0] * 13
-    for value, ok in ((4, True), (5, False), (0.5, False), (-1, False)):
-        row[8] = value
-        response = await api.chunk({"inputs": [row]}, model="small")
-        assert (response.status_code == 200) == ok, response.text
-    document = problem(response, 422, "invalid_input")
-    assert (document["at"], document["column"]) == ("inputs[0][8]", "carrier")
-    assert "0 to 4" in document["expected"]
 
 
 ROW = ormsgpack.packb({"inputs": rows(1).tobytes()})

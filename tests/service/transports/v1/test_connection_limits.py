@@ -115,16 +115,6 @@ async def test_received_bytes_extend_the_body_timeout(api: Harness) -> None:
         assert await problem_of(client) == (b"408", "request_timeout")
 
 
-async def test_connection_timeouts_do_not_apply_while_a_request_is_processed(
-    api: Harness, held_back: Callable[[], None]
-) -> None:
-    async with connected(api) as client:
-        client.deliver(request(chunk(), first=QUERY))
-        client.pass_time()
-        held_back()
-        assert await client.statuses(1) == [b"200"]
-
-
 async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None:
     """After the timeout without any read, in every phase."""
     async with connected(api) as client:

@@ -29,7 +29,6 @@ from tests.service.engine.batching import no_room, patch_admission
 from tests.service.transports.v1.corpus.requests import FAST, SLOW
 from tests.service.transports.v1.harness import Harness
 from tests.service.transports.v1.raw_http import (
-    PREDICT,
     QUERY,
     answer,
     check,
@@ -207,29 +206,6 @@ async def test_lost_connection_cancels_a_request_with_another_queued_behind_it(
         client.writer.transport.abort()
         async with asyncio.timeout(60):
             await given_up.wait()
-
-
-async def test_the_body_of_a_pipelined_request_may_arrive_later(
-    api: Harness, held_back: Callable[[], None]
-) -> None:
-    """Its head arrives with the request before it, whose response it waits for."""
-    first, second = (request(chunk(position), first=QUERY) for position in (0, 4))
-    async with connected(api) as client:
-        client.deliver(first + second[:-9])
-        client.deliver(second[-9:])
-        held_back()
-        assert await client.statuses(2) == [b"200", b"200"]
-
-
-async def test_a_body_that_looks_like_a_request_is_not_one(api: Harness) -> None:
-    """It arrives after its head, and by itself would be a request for the fast path."""
-    body = request(chunk(), stream="hidden")
-    head = request(body, first=PREDICT).removesuffix(body)
-    async with connected(api) as client:
-        client.deliver(head)
-        client.deliver(body + GET)
-        assert await client.statuses(2) == [b"400", b"200"]
-    assert api.position("hidden") is None
 
 
 async def test_uvicorn_parses_a_few_pipelined_requests_at_a_time(

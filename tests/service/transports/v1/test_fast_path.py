@@ -178,20 +178,6 @@ async def test_if_match_of_the_current_state_continues_it(ports: Ports) -> None:
     assert len(ports.parsed) == 3
 
 
-async def test_a_request_may_arrive_in_segments(ports: Ports) -> None:
-    sent = request(chunk(), stream="pieces1")
-    end = sent.index(b"\r\n\r\n") + 4
-    [at_once] = await converse(ports.slow, request(chunk(), stream="pieces2"))
-    [in_two] = await converse(ports.fast, sent[:end], sent[end:])
-    assert steady(in_two.replace(b"pieces1", b"s")) == steady(at_once.replace(b"pieces2", b"s"))
-    again = request(chunk(4), stream="pieces1")
-    [bytewise] = await converse(ports.fast, *(again[i : i + 7] for i in range(0, len(again), 7)))
-    assert b'"position":8' in bytewise
-    third = request(chunk(8), stream="pieces1")
-    [last] = await converse(ports.fast, third[: end + 9], third[end + 9 : -3], third[-3:])
-    assert b'"position":12' in last
-
-
 async def test_requests_on_one_connection_are_answered_in_order(
     ports: Ports,
 ) -> None:

@@ -16,12 +16,10 @@ import pytest
 import uvloop
 
 from tests.service.transports.v1.corpus.heads import (
-    CHUNK,
     EXCHANGES,
     HIDDEN,
     LAST,
     Exchange,
-    chunk,
 )
 from tests.support.service import Service
 
@@ -92,25 +90,3 @@ def test_every_request_is_answered_once_however_it_is_segmented(
     assert dict(zip(cuts, got, strict=True)) == dict.fromkeys(cuts, expected(exchange))
     for stream in (HIDDEN, "."):
         assert client.get(STREAMS, params={"prefix": stream}).json()["streams"] == []
-
-
-def test_a_half_closed_connection_gets_all_replies(service: Service, client: httpx.Client) -> None:
-    """Sent by one write, and read by the service together with the end of the connection."""
-    client.delete(STREAMS, params={"prefix": HIDDEN}).raise_for_status()
-    slow = CHUNK.replace(b"0,", b"1,")
-    sent = chunk() + chunk(b"Accept: application/json;q=0.5", b"If-Match: *", body=slow)
-
-    async def send() -> list[int]:
-        address = urlsplit(service.url)
-        reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        writer.write(sent)
-        writer.write_eof()
-        async with asyncio.timeout(60):
-            received = await reader.read()
-        writer.close()
-        await writer.wait_closed()
-        # without interim responses, which test whether the client is still there
-        return [int(status) for status in _STATUS.findall(received) if status != b"100"]
-
-    assert uvloop.run(send()) == [200, 200]
-    assert client.get(f"{STREAMS}/{HIDDEN}").json()["position"] == 2

@@ -94,40 +94,6 @@ async def test_an_item_that_cannot_be_read_fails_alone(api: Harness) -> None:
     assert api.counts.seen["previous_failed"] == 1
 
 
-async def test_item_stream_names_must_be_valid_in_urls(api: Harness) -> None:
-    inputs = rows(1).tolist()
-    items = [{"stream": name, "inputs": inputs} for name in (".", "..", "...")]
-    assert codes(await send(api, items)) == ["invalid_name", "invalid_name", 1]
-
-
-async def test_items_are_checked_like_bodies(api: Harness) -> None:
-    one = rows(1).tolist()
-    wrong = [
-        {"inputs": one},
-        {"stream": "a", "inputs": one, "positon": 0},
-        {"stream": "b", "inputs": [[1, 2, float("nan")]]},
-        {"stream": "c", "inputs": rows(21).tolist()},
-        {"stream": "d", "inputs": one, "if_match": "W/x"},
-    ]
-    results = await send(api, wrong)
-    assert codes(results) == [
-        "invalid_input",
-        "invalid_input",
-        "invalid_input",
-        "chunk_too_long",
-        "invalid_precondition",
-    ]
-    assert [found["error"]["at"] for found in results] == [
-        "chunks[0].stream",
-        "chunks[1].positon",
-        "chunks[2].inputs[0][2]",
-        "chunks[3].inputs",
-        "chunks[4].if_match",
-    ]
-    assert "stream, if_match" in results[1]["error"]["expected"]
-    assert not api.store.states
-
-
 async def test_events_of_many_streams_get_their_own_outputs(api: Harness) -> None:
     chunks = [
         {"stream": "a", "events": [EVENT]},
