@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,34 +112,3 @@ def test_an_iceberg_table_is_read_at_the_snapshot_of_the_plan(tmp_path: Path) ->
     assert rows_of(source, ["pump"], first=2) == [(3, "c")]
     (newer,) = find_sources([f"iceberg:{tmp_path}/n/events"])
     assert newer.rows == 4
-
-
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from tests.service.backfill.test_shuffle import make_job, shuffle
-job = make_job(Path(sys.argv[2]), sys.argv[1], unit_rows=4000)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-shuffle(job)
-"""
-
-
-def test_a_run_on_a_full_disk_ends_without_half_files_and_goes_on(tmp_path: Path) -> None:
-    from tests.service.backfill.test_shuffle import events, make_job, shuffle, table, write
-
-    path = write(tmp_path, table(10_000), "csv")
-    out = tmp_path / "out"
-
-    def run(limit: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", FULL_DISK, str(path), str(out), str(limit)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-
-    failed = run(20_000)
-    assert failed.returncode == 1
-    assert "File too large" in failed.stderr.splitlines()[-1]
-    assert list((out / "shuffle").iterdir()) == []
-    assert run(resource.RLIM_INFINITY).returncode == 0
-    job = make_job(tmp_path / "whole", path, unit_rows=4000)
-    shuffle(job)
-    assert events(job._replace(out=out)).equals(events(job))

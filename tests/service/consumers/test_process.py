@@ -16,10 +16,7 @@ from tests.support.command import carry
 from tests.support.consumers import (
     ConsumerProcess,
     add,
-    assert_outputs,
     fields_of,
-    interleaved,
-    outputs_of,
 )
 from tests.support.metrics import read, series
 from tests.support.pipelines import rows_of
@@ -72,44 +69,6 @@ def test_health_metrics_status_and_graceful_stop(
     consumer.fork.send_signal(signal.SIGTERM)
     assert consumer.fork.wait(60) == 0
     assert consumer.lines()[-1]["message"] == "stopped"
-
-
-def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
-    server: RealServer, client: Any, artifact: Artifact, start: Any
-) -> None:
-    rows = {f"s{number}": rows_of(RANDOM, 40) for number in range(6)}
-    entries = interleaved(rows)
-    add(client, "events", *entries[:60])
-    consumers = [start(), start()]
-
-    def owner() -> ConsumerProcess:
-        """The process that owns the topic now."""
-        name = until(lambda: client.hget("events:lease:carry", "owner"), "an owner").decode()
-        return next(each for each in consumers if f":{each.fork.pid}:" in name)
-
-    for each in consumers:
-        each.wait_for("consumer_joined")
-    until(lambda: client.xlen("scores") >= 60, "the first outputs")
-    suspended = owner()
-    add(client, "events", *entries[60:90])
-    suspended.fork.send_signal(signal.SIGSTOP)
-    add(client, "events", *entries[90:120])
-    until(lambda: client.xlen("scores") >= 120, "a takeover")
-    suspended.fork.send_signal(signal.SIGCONT)
-    add(client, "events", *entries[120:150])
-    until(lambda: client.xlen("scores") >= 150, "progress")
-    consumers.append(start())
-    consumers[-1].wait_for("consumer_joined")
-    killed = owner()
-    add(client, "events", *entries[150:180])
-    killed.fork.kill()
-    add(client, "events", *entries[180:])
-    until(lambda: client.xlen("scores") >= 240, "all outputs")
-    assert client.xlen("scores") == 240
-    assert client.xpending("events", "carry")["pending"] == 0
-    found = outputs_of(client, "scores")
-    for name, each in rows.items():
-        assert_outputs(artifact, found[name], each)
 
 
 @pytest.mark.parametrize(

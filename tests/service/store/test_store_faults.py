@@ -76,40 +76,6 @@ def test_a_transport_closed_by_the_loop_is_reopened(server: RealServer, streams:
 # Restarts
 
 
-async def test_acknowledged_commits_survive_kills_under_load(
-    own_server: RealServer, streams: Streams
-) -> None:
-    acknowledged: dict[int, Commit] = {}
-    stop = asyncio.Event()
-
-    async def writer(store: Store, number: int) -> None:
-        commit = streams.creation(key(f"s{number}"))
-        while not stop.is_set():
-            assert await store.commit(columns(commit)) == [Committed()]
-            acknowledged[number] = commit
-            commit = streams.next(commit)
-
-    async def progress(steps: int) -> None:
-        goal = sum(c.new.head.position for c in acknowledged.values()) + steps
-        while sum(c.new.head.position for c in acknowledged.values()) < goal:
-            await asyncio.sleep(0)
-            assert not any(task.done() for task in writers), "a writer ended early"
-
-    async with opened(own_server.url, store_wait_s=30) as store, opened(own_server.url) as reader:
-        writers = [asyncio.create_task(writer(store, number)) for number in range(12)]
-        try:
-            for _ in range(3):
-                await progress(600)
-                own_server.kill()
-                own_server.launch()
-            await progress(600)
-        finally:
-            stop.set()
-            await asyncio.gather(*writers)
-        assert len(acknowledged) == 12
-        await assert_stored(reader, *acknowledged.values())
-
-
 async def test_calls_wait_for_a_restarting_server(own_server: RealServer, streams: Streams) -> None:
     async with opened(own_server.url, store_wait_s=30) as store:
         first, other = streams.creation(key("a")), streams.creation(key("b"))
