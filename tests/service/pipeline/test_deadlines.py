@@ -75,34 +75,6 @@ def later() -> float:
     return time.monotonic() + 60
 
 
-@pytest.mark.parametrize("position", [0, None])
-async def test_sent_commit_is_outcome_unknown_at_the_deadline(
-    store_url: str, artifact: Artifact, clock: ManualClock, position: int | None
-) -> None:
-    """The commit was written: with a position it is retryable and replayed, without one not."""
-    rows = rows_of(np.random.default_rng(40), 6)
-    store = HeldStore(store_url)
-    async with worker(store_url, artifact, store=store) as one:
-        store.commits.clear()
-        chunk = chunk_of("open", rows, position)
-        waiting = asyncio.create_task(send(one, "mate", rows, 0, deadline_s=clock.later()))
-        late = asyncio.create_task(one.process(ANYONE, chunk, clock.soon()))
-        await wait_for_count(store.committing, "open")
-        clock.expire()
-        with pytest.raises(OutcomeUnknown) as caught:
-            await late
-        assert caught.value.retryable == (position == 0)
-        assert caught.value.facts["stream"] == "open"
-        assert not waiting.done()
-        store.commits.set()
-        assert_close((await waiting).outputs, oracle_outputs(artifact, rows))
-        assert (await one.streams.read(ANYONE, chunk.key)).head.position == 6
-        if position == 0:
-            again = await one.process(ANYONE, chunk, clock.later())
-            assert again.replayed
-            assert_close(again.outputs, oracle_outputs(artifact, rows))
-
-
 async def test_short_deadline_does_not_cancel_the_commit_of_other_streams(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:

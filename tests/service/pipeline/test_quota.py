@@ -124,21 +124,6 @@ async def stored(worker: Worker) -> set[str]:
     return names
 
 
-async def test_streams_deleted_by_another_worker_count_when_they_are_created_again(
-    workers: tuple[Worker, Worker],
-) -> None:
-    first, second = both(workers)
-    for number in range(20):
-        name = f"s{number}"
-        await first.create(name)
-        try:
-            await second.delete(name)
-        except CarryError:
-            assert number >= MOST
-        await first.create(name)
-    assert len(await stored(workers[0])) == MOST
-
-
 async def test_deletions_free_the_quota_at_once_on_every_worker(
     workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

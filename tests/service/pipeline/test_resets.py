@@ -300,21 +300,6 @@ async def test_the_calls_of_many_segments_do_not_wait_for_each_other(
     assert pauses == [0] * (STEPS // served.runtime.max_batch - 1)
 
 
-@pytest.mark.parametrize("name", ["gru", "sessions"])
-async def test_a_retry_has_the_same_resets(
-    workers: list[Pipeline], artifacts: dict[str, Artifact], name: str
-) -> None:
-    first, second = workers
-    stream = Given(artifacts[name], 7, [2], [1] * STEPS)
-    applied = await first.process(ANYONE, stream.chunk("retry", 0, 8))
-    again = await second.process(ANYONE, stream.chunk("retry", 0, 8))
-    assert again.replayed
-    np.testing.assert_array_equal(again.outputs, applied.outputs)
-    for other in ([], [3], [0, 2]):
-        with pytest.raises(PositionBehind):
-            await second.process(ANYONE, stream.chunk("retry", 0, 8, resets=other))
-
-
 def test_chunks_without_resets_keep_their_digests() -> None:
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
     digest = chunk_digest(None, Steps(Feed.INPUTS, 2, rows=rows))

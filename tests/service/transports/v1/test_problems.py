@@ -14,9 +14,8 @@ from models.artifact.artifact import Artifact
 from service.access.caller import Caller
 from service.core import errors
 from service.core.errors import CarryError, leaf_errors
-from service.core.values import Chunk, StreamKey
+from service.core.values import Chunk
 from service.pipeline.pipeline import OnReply
-from service.store.base import Conflicted
 from service.transports.v1.pages import reference_html
 from tests.docs.errors_reference import errors_tables
 from tests.service.transports.v1.harness import Harness, harness, problem, rows
@@ -44,29 +43,33 @@ def test_the_reference_is_current() -> None:
         assert f'id="{kind.code}"' in reference_html()
 
 
-@pytest.mark.parametrize("kind", list(leaf_errors()), ids=lambda kind: kind.code)
 async def test_every_error_of_the_pipeline_becomes_its_problem(
-    api: Harness, kind: type[CarryError], monkeypatch: pytest.MonkeyPatch
+    api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = kind("expected one thing, got another", stream="s", position=7, status="mine")
+    for kind in leaf_errors():
+        error = kind("expected one thing, got another", stream="s", position=7, status="mine")
 
-    async def fail(*_: object) -> None:
-        raise error
+        async def fail(*_: object, error: CarryError = error) -> None:
+            raise error
 
-    def fail_later(
-        caller: Caller, chunk: Chunk, deadline_s: float, on_result: OnReply
-    ) -> SimpleNamespace:
-        asyncio.get_running_loop().call_soon(on_result, error)
-        return SimpleNamespace(payload=chunk)
+        def fail_later(
+            caller: Caller,
+            chunk: Chunk,
+            deadline_s: float,
+            on_result: OnReply,
+            error: CarryError = error,
+        ) -> SimpleNamespace:
+            asyncio.get_running_loop().call_soon(on_result, error)
+            return SimpleNamespace(payload=chunk)
 
-    monkeypatch.setattr(api.pipeline, "process", fail)
-    monkeypatch.setattr(api.pipeline, "enqueue", fail_later)
-    document = problem(await api.chunk(BODY), kind.status, kind.code)
-    assert document["detail"] == "expected one thing, got another"
-    assert document["title"] == kind.title
-    assert document["retryable"] is kind.retryable
-    assert (document["stream"], document["position"]) == ("s", 7)
-    assert api.counts.seen[kind.code] == 1
+        monkeypatch.setattr(api.pipeline, "process", fail)
+        monkeypatch.setattr(api.pipeline, "enqueue", fail_later)
+        document = problem(await api.chunk(BODY), kind.status, kind.code)
+        assert document["detail"] == "expected one thing, got another"
+        assert document["title"] == kind.title
+        assert document["retryable"] is kind.retryable
+        assert (document["stream"], document["position"]) == ("s", 7)
+        assert api.counts.seen[kind.code] == 1
 
 
 async def test_failures_are_logged_and_rejections_are_not(
@@ -92,15 +95,6 @@ async def test_store_errors_become_problems(api: Harness) -> None:
     assert response.headers["retry-after"] == "1"
     api.store.away = errors.StoreUnavailable("no answer", retry_after_s=2.2)
     assert (await api.client.get("/v1/models/probe/streams/s")).headers["retry-after"] == "3"
-
-
-async def test_commit_errors_become_problems(api: Harness) -> None:
-    api.store.on_commit = lambda _: errors.OutcomeUnknown("no answer in time", stream="s")
-    assert problem(await api.chunk(BODY), 503, "outcome_unknown")["retryable"] is True
-    api.store.on_commit = lambda _: Conflicted(None)
-    problem(await api.chunk(BODY), 409, "conflict")
-    api.store.damaged[StreamKey("probe", "s")] = errors.StateDamaged("checksum", stream="s")
-    problem(await api.chunk(BODY), 500, "state_damaged")
 
 
 async def test_outputs_that_are_not_finite_become_a_problem(api: Harness) -> None:
