@@ -36,7 +36,6 @@ def fit_schema(
     frame: pl.DataFrame,
     *,
     stream: str,
-    order: str | None = None,
     resets: ResetPolicy = NO_POLICY,
 ) -> EventSchema:
     """Fit every number and vocabulary that the schema does not specify.
@@ -50,21 +49,17 @@ def fit_schema(
 
     Args:
         schema: the schema; its specified numbers are kept.
-        frame: the training rows.
+        frame: the training rows; those of a stream keep their order.
         stream: column with the name of each row's stream.
-        order: column that orders a stream's events; ties, and all rows if
-            it is None, keep their order.
         resets: when the model resets states by itself: the first event of a session has no gap.
 
     Raises:
         DataError: a missing column, a value that the schema rejects, or numbers too
             large to have a finite deviation.
     """
-    for name in (stream, order):
-        if name is not None and name not in frame.columns:
-            raise DataError(field=name, expected="a column of that name", got=f"{frame.columns}")
-    keys = [stream] if order is None else [stream, order]
-    ordered = frame.sort(keys, maintain_order=True)
+    if stream not in frame.columns:
+        raise DataError(field=stream, expected="a column of that name", got=f"{frame.columns}")
+    ordered = frame.sort(stream, maintain_order=True)
     columns = columns_from_frame(schema, ordered)
     lengths = ordered[stream].rle().struct.field("len").to_numpy()
     sessions = _sessions(schema, columns, lengths.tolist(), resets)
