@@ -11,8 +11,6 @@ import pytest
 
 from service.settings import GROUP_OF
 from tests.support.command import Result, carry
-from tests.support.servers import RealServer
-from tests.support.service import Service
 
 serve = partial(carry, "serve")
 
@@ -54,11 +52,6 @@ def test_a_host_of_another_machine_is_reported(host: str, tmp_path: Path) -> Non
     assert last.endswith("; set CARRY_HOST to an address of this machine, for example 127.0.0.1")
 
 
-def test_a_data_directory_in_use_is_reported(service: Service) -> None:
-    done = serve("--port", "0", "--data-dir", service.data_dir)
-    assert str(service.process.pid) in last_line(done)
-
-
 @pytest.mark.parametrize(
     ("options", "environment", "parts"),
     [
@@ -85,13 +78,6 @@ def test_failed_start_reports_its_cause(
     last = last_line(serve("--port", "0", *data, *words, **environment))
     for part in parts:
         assert part.format(folder=tmp_path) in last
-
-
-def test_a_store_that_may_evict_is_reported(store: RealServer) -> None:
-    store.configure("maxmemory-policy", "allkeys-lru")
-    done = serve("--port", "0", "--redis-url", store.url)
-    assert "allkeys-lru" in last_line(done)
-    assert "CARRY_ALLOW_EVICTION" in last_line(done)
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,6 @@ def outputs_of(job: Job) -> pl.DataFrame:
     return pl.read_parquet(job.out / "outputs" / "*.parquet").sort("stream", "position")
 
 
-def test_what_a_killed_process_has_not_finished_is_removed(
-    artifact: Artifact, history: list[Path], tmp_path: Path
-) -> None:
-    job = job_of(artifact, history, tmp_path / "out", buckets=2)
-
-    def leave() -> None:
-        (job.out / "outputs" / ".bucket-00001.parquet.0123.tmp").write_bytes(b"unfinished")
-
-    run(job, prepare=leave)
-    assert [*job.out.rglob("*.tmp")] == []
-
-
 @pytest.mark.parametrize("sizes", [(1, 1000), (4, 1000), (2, 7)], ids=str)
 def test_outputs_and_states_equal_those_of_the_runner(
     artifact: Artifact,

@@ -139,23 +139,6 @@ async def test_a_topic_that_frees_memory_does_not_pass_those_that_wait(
     assert order == ["waiting", "passing"]
 
 
-async def test_partitions_on_a_cluster(shared_cluster: Cluster, artifact: Artifact) -> None:
-    cluster = emptied(shared_cluster)
-    rows = {stream: rows_of(RANDOM, 10) for stream in STREAMS}
-    settings = {"partitions": PARTITIONS}
-    with cluster.client() as client:
-        produce(client, rows, 0, 10)
-        async with (
-            consuming(cluster.url, artifact, settings),
-            consuming(cluster.url, artifact, settings),
-        ):
-            await becomes(lambda: written(client) >= 240, "all outputs")
-        assert written(client) == 240
-        found = found_in(client)
-    for stream, each in rows.items():
-        assert_outputs(artifact, found[stream], each)
-
-
 async def test_a_cluster_needs_partitions(shared_cluster: Cluster, artifact: Artifact) -> None:
     cluster = emptied(shared_cluster)
     with pytest.raises(OperatorError, match="partitioned: expected true"):

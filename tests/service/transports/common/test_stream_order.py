@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from service.core.errors import PreviousFailed
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 
@@ -45,20 +43,6 @@ class Connection:
         self.events.append(">" + self._names[chunk])
 
 
-@pytest.mark.parametrize("overlaps", [True, False])
-def test_chunk_without_a_position_waits_for_the_chunks_of_its_stream(overlaps: bool) -> None:
-    connection = Connection(overlaps=overlaps)
-    first = connection.receive("a1", appends=False)
-    second = connection.receive("a2")
-    other = connection.receive("b1")
-    assert connection.events == ["+a1", "+b1"]
-    connection.answer(other)
-    connection.answer(first)
-    connection.answer(second)
-    assert connection.events == ["+a1", "+b1", ">b1", ">a1", "+a2", ">a2"]
-    assert connection.order.unanswered == 0
-
-
 def test_chunks_with_positions_overlap_and_are_answered_in_their_order() -> None:
     connection = Connection(overlaps=True)
     first = connection.receive("a1", appends=False)
@@ -77,18 +61,6 @@ def test_without_overlap_chunks_with_positions_wait_as_well() -> None:
     assert connection.events == ["+a1"]
     connection.answer(first)
     assert connection.events == ["+a1", ">a1", "+a2"]
-
-
-def test_after_a_failure_chunks_are_rejected_until_one_with_a_position_is_applied() -> None:
-    connection = Connection(overlaps=True)
-    connection.answer(connection.receive("a1"), failed=True)
-    connection.receive("a2")
-    connection.answer(connection.receive("a3", appends=False), failed=True)
-    connection.receive("a4")
-    connection.answer(connection.receive("a5", appends=False))
-    connection.answer(connection.receive("a6"))
-    expected = "+a1 >a1 -a2 >a2 +a3 >a3 -a4 >a4 +a5 >a5 +a6 >a6"
-    assert connection.events == expected.split()
 
 
 def test_thousands_of_waiting_chunks_are_rejected_without_recursion() -> None:

@@ -14,7 +14,6 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.core.errors import StoreRefused
 from service.pipeline.turns import Turns
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
@@ -152,20 +151,6 @@ async def test_a_chunk_without_a_position_is_not_applied_in_place_of_a_failed_on
                 await error(client, expected)
             else:
                 assert (await reply(client))["position"] == expected, members
-
-
-async def test_a_chunk_without_a_position_waits_for_the_one_before_it(api: Harness) -> None:
-    failures = [StoreRefused("the store is full")]
-    api.store.on_commit = lambda _: failures.pop() if failures else None
-    async with live(api) as sockets, sockets.open() as (client, _):
-        await client.send(text(rows(2)))
-        await client.send(text(rows(2)))
-        await error(client, "store_refused")
-        await error(client, "previous_failed")
-        await client.send(text(rows(2), 0))
-        await client.send(text(rows(3)))
-        await client.send(text(rows(1), 5))
-        assert [(await reply(client))["position"] for _ in range(3)] == [2, 5, 6]
 
 
 async def test_a_full_window_stops_reading_until_chunks_are_answered(
