@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.start_checks import run_checks
 from service.store.embedded import server_binary
 from tests.project.test_kubernetes import CONSUMER, EXTENSIONS, MARGIN_S, OVERLAYS, rendered
+from tests.support.monitoring import check_rules, rule_test
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 from tests.support.servers import until
@@ -58,7 +59,11 @@ VARIANTS = {
     "existing gateway": """
 expose: {kind: gateway, host: a.example.com, parentRefs: [{name: b}], from: [{podSelector: {}}]}
 """,
-    "bundled store": "store: {bundled: {enabled: true}}",
+    "bundled store": """
+store: {bundled: {enabled: true}}
+imagePullSecrets: [{name: registry}]
+pod: {tolerations: [{key: stores, operator: Exists}]}
+""",
     "address in a secret": """
 store: {urlKey: url}
 networkPolicy: {store: {to: [{ipBlock: {cidr: 10.0.0.0/24}}], ports: [{port: 6380}]}}
@@ -118,7 +123,7 @@ def normalised(objects: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if not isinstance(value, dict):
             return value
         kept = {key: drop(each) for key, each in value.items() if key not in OWN}
-        for key in ("annotations", "labels"):
+        for key in ("annotations", "labels", "imagePullSecrets"):
             if not kept.get(key, True):
                 del kept[key]
         for key in {"ports", "volumes", "volumeMounts"} & kept.keys():
@@ -243,6 +248,29 @@ def test_names_differ_between_releases() -> None:
         done = helm("template", release, CHART)
         named = {each["metadata"]["name"] for each in yaml.safe_load_all(done.stdout) if each}
         assert named == {name, f"{name}-settings"}
+
+
+@needs_tools("promtool")
+def test_consumers_of_kafka_scale_by_the_records_and_entries_that_wait(tmp_path: Path) -> None:
+    values = """
+serve: false
+consumers:
+  a:
+    config: {model: flights, group: night, from: "kafka://b:9092/departures", to: scores}
+    autoscaling: {kind: keda}
+"""
+    (scaler,) = [each for each in render(values=values) if each["kind"] == "ScaledObject"]
+    topic = 'topic="departures:night:flights"'
+    series = {
+        f"carry_consumer_lag{{{topic}}}": "3000x9",
+        f'carry_kafka_lag{{{topic},partition="0"}}': "4000x9",
+        f'carry_kafka_lag{{{topic},partition="1"}}': "500x9",
+        'carry_consumer_lag{topic="departures"}': "9000x9",
+    }
+    samples = [{"labels": "{}", "value": 7500}]
+    query = scaler["spec"]["triggers"][0]["metadata"]["query"]
+    expected = {"expr": query, "eval_time": "5m", "exp_samples": samples}
+    check_rules(tmp_path, [rule_test("query", series, promql_expr_test=[expected])])
 
 
 @contextmanager

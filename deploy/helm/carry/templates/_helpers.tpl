@@ -26,6 +26,16 @@
 {{- toJson $metadata }}
 {{- end }}
 
+{{/* Fields of a pod that are values. */}}
+{{- define "carry.podFields" -}}
+imagePullSecrets: {{ toJson .Values.imagePullSecrets }}
+{{- range $name, $value := omit .Values.pod "labels" "annotations" "env" "volumes" "volumeMounts" }}
+{{- with $value }}
+{{ $name }}: {{ toJson . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "carry.containerSecurity" -}}
 {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
 {{- end }}

@@ -110,12 +110,7 @@ spec:
           topologyKey: kubernetes.io/hostname
           whenUnsatisfiable: ScheduleAnyway
           labelSelector: {matchLabels: {{ $selector }}}
-      {{- $pod := merge (dict "imagePullSecrets" $values.imagePullSecrets) $values.pod }}
-      {{- range $name, $value := omit $pod "labels" "annotations" "env" "volumes" "volumeMounts" }}
-      {{- with $value }}
-      {{ $name }}: {{ toJson . }}
-      {{- end }}
-      {{- end }}
+      {{- include "carry.podFields" $root | nindent 6 }}
       {{- with $values.models.pull }}
       initContainers:
         {{- range $name, $uri := . }}
