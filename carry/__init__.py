@@ -1,17 +1,25 @@
-"""Carry's Python API: train, import and evaluate models, and read their artifacts.
+"""Carry's Python API: train, import and evaluate models, read their artifacts, send events.
 
-`import carry` loads nothing; a name loads what it needs when it is used first.
+`import carry` loads nothing; a name loads what it needs when it is used first. The name `models`
+of a program, a folder or a file of its own, is never used nor taken.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from carry.own_packages import load_own_packages
+from carry.own_packages import PrivateModels
 
 if TYPE_CHECKING:
-    from models.artifact.artifact import Artifact, load_artifact
+    from carry import client
+    from carry_client import AsyncCarry as AsyncClient
+    from carry_client import Carry as Client
+    from carry_client import Problem, Producer
+    from models.artifact.artifact import Artifact
+    from models.artifact.artifact import load_artifact as load
+    from models.artifact.writing import write_artifact as save
     from models.commands import compare, evaluate, train
     from models.errors import (
         ArtifactError,
@@ -39,6 +47,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "AsyncClient",
+    "Client",
     "DataError",
     "GraphUnsupportedError",
     "ImportReport",
@@ -46,50 +56,64 @@ __all__ = [
     "Limits",
     "ModelSpec",
     "ModelsError",
+    "Problem",
+    "Producer",
     "SpecError",
     "StateError",
     "VerdictError",
+    "client",
     "compare",
     "evaluate",
     "import_keras_model",
     "import_onnx_model",
     "initialise_artifact",
-    "load_artifact",
+    "load",
     "log_model",
     "onnx_options",
     "parse_spec",
     "pull_model",
     "read_spec",
+    "save",
     "train",
     "train_frame",
 ]
 
 _MODULES = {
-    "models.artifact.artifact": ("Artifact", "load_artifact"),
-    "models.commands": ("compare", "evaluate", "train"),
-    "models.errors": (
+    "carry.models.artifact.artifact": ("Artifact",),
+    "carry.models.commands": ("compare", "evaluate", "train"),
+    "carry.models.errors": (
         *("ArtifactError", "DataError", "GraphUnsupportedError", "ImportedModelError"),
         *("ModelsError", "SpecError", "StateError", "VerdictError"),
     ),
-    "models.importing.isolation": ("Limits",),
-    "models.importing.packaging": (
+    "carry.models.importing.isolation": ("Limits",),
+    "carry.models.importing.packaging": (
         *("ImportReport", "import_keras_model", "import_onnx_model", "onnx_options"),
     ),
-    "models.networks.initial_artifact": ("initialise_artifact",),
-    "models.registry": ("log_model", "pull_model"),
-    "models.spec.model": ("ModelSpec", "parse_spec"),
-    "models.spec.spec_file": ("read_spec",),
-    "models.training.train_frame": ("train_frame",),
+    "carry.models.networks.initial_artifact": ("initialise_artifact",),
+    "carry.models.registry": ("log_model", "pull_model"),
+    "carry.models.spec.model": ("ModelSpec", "parse_spec"),
+    "carry.models.spec.spec_file": ("read_spec",),
+    "carry.models.training.train_frame": ("train_frame",),
+    "carry_client": ("Problem", "Producer"),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: (module, name) for module, names in _MODULES.items() for name in names} | {
+    "AsyncClient": ("carry_client", "AsyncCarry"),
+    "Client": ("carry_client", "Carry"),
+    "load": ("carry.models.artifact.artifact", "load_artifact"),
+    "save": ("carry.models.artifact.writing", "write_artifact"),
+}
+
+sys.meta_path.insert(0, PrivateModels())
 
 
 def __getattr__(name: str) -> object:
     """Load a name of the API when it is used first."""
+    if name == "client":
+        return import_module("carry.client")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    load_own_packages("models")
-    value: object = getattr(import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    value: object = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
 

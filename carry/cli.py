@@ -19,7 +19,7 @@ from carry.own_packages import load_own_packages
 # Pydantic would look for plugins, of which none is used, in the metadata of all installed packages.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 # Worker processes import this module first too, since it is the main module's.
-load_own_packages("models", "service")
+load_own_packages()
 
 from models.commands import COMMANDS, add_model_commands  # noqa: E402
 from models.errors import ModelsError  # noqa: E402

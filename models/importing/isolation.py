@@ -104,10 +104,7 @@ MAGIC_BYTES = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\
 PYTORCH_SUFFIXES = (".pt", ".pth", ".pt2", ".safetensors")
 WORKER_ARGUMENTS = (
     *("-P", "-c"),
-    "from carry.own_packages import load_own_packages\n"
-    "load_own_packages('models')\n"
-    "from models.importing.isolation import main\n"
-    "main()",
+    "from carry.models.importing.isolation import main; main()",
 )
 """Arguments of Python for the process: its working directory is not on the import path, and other
 packages called `models` do not matter."""

@@ -358,7 +358,11 @@ class RayCluster:
                 address,
                 log_to_driver=False,
                 configure_logging=False,
-                runtime_env={"env_vars": ONE_THREAD},
+                runtime_env={
+                    "env_vars": ONE_THREAD,
+                    # tasks name their functions as of the package `service`
+                    "worker_process_setup_hook": "carry.own_packages.load_own_packages",
+                },
                 **local,
             )
         self._job = ray.put(job)

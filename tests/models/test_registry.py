@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import carry
+from carry import ArtifactError
 from models.artifact.artifact import Artifact
 from models.artifact.manifest import read_manifest
 from models.artifact.writing import write_artifact
-from models.errors import ArtifactError
 from tests.support.models import random_weights, small_spec
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow uses what its libraries deprecate
@@ -112,7 +112,7 @@ def test_a_damaged_artifact_leaves_nothing_and_another_one_stays(
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match="weights"):
         carry.pull_model(uri, tmp_path / "out", overwrite=True)
-    assert carry.load_artifact(tmp_path / "out").fingerprint == kept.fingerprint
+    assert carry.load(tmp_path / "out").fingerprint == kept.fingerprint
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
