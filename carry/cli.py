@@ -75,7 +75,7 @@ class Commands(TyperGroup):
                 extra = EXTRAS_OF_PACKAGES.get(package, extra)
                 line += (
                     f"; `carry {ctx.invoked_subcommand}` needs the extra `{extra}`: "
-                    f"pip install ./client '.[{extra}]' (in a clone: scripts/setup dev)"
+                    f"pip install 'carry[{extra}]' (in a clone: scripts/setup dev)"
                 )
             typer.echo(f"carry: {line}", err=True)
             # status 1 of a replay means that the service broke a guarantee

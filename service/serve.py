@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import structlog
@@ -60,14 +61,24 @@ WORKER_MODULES = (
 )
 """Modules that every worker imports, beside its runtime; few settings need others."""
 
+DEMO_REQUEST = """\
+curl -s URL/v1/models/flights/streams/demo/chunks -H 'content-type: application/json' \
+-d '{"events": [{"departed": "2013-01-01T05:17:00-05:00", "dep_delay": 2, "scheduled": "05:10", \
+"origin": "EWR", "carrier": "UA", "destination": "IAH", "distance": 1400}]}'"""
+"""One line of a shell: it sends the next event of a stream."""
+
 START_ERRORS = (ModelsError, CarryError, OperatorError)
 """Errors of a worker's start that need no traceback."""
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, *, demo: bool = False) -> None:
     """Serve until SIGTERM or SIGINT; SIGHUP is a rolling restart, unless it is ignored.
 
     The workers get the effective settings through the environment.
+
+    Args:
+        demo: print a request to the example `flights`, and keep the embedded store in a temporary
+            folder unless the settings have another one.
 
     Raises:
         CannotServeError: the port is taken, the store is not usable, or no worker starts.
@@ -83,6 +94,12 @@ def serve(settings: Settings) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(bind_port(settings.http.host, settings.http.port))
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
+        if demo:
+            listener.listen()  # a request that is sent at once waits until the models are ready
+            print(DEMO_REQUEST.replace("URL", _url(listener)), flush=True)
+            if "data_dir" not in settings.origins:
+                folder = tempfile.TemporaryDirectory(prefix="carry-", ignore_cleanup_errors=True)
+                settings = settings.changed(data_dir=Path(stack.enter_context(folder)))
         # the address instead of a name: gRPC would listen on every address of the name, also on
         # those that `may_be_open` does not check
         settings = settings.changed(host=listener.getsockname()[0])

@@ -111,8 +111,7 @@ def check_packages(settings: Settings) -> str:
             is_installed = False
         if not is_installed:
             raise CannotServeError(
-                f"{variable} needs packages that are not installed: "
-                f"pip install ./client '.[{extra}]'"
+                f"{variable} needs packages that are not installed: pip install 'carry[{extra}]'"
             )
     return "all that the settings need are installed"
 

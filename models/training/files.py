@@ -356,7 +356,7 @@ def _check_objects(path: Path) -> None:
                 )
 
 
-def package_folder(package: str, extras: str = "'.[train]'") -> Path:
+def package_folder(package: str, extras: str = "'carry[train]'") -> Path:
     """The directory of an installed package whose data are read.
 
     Nothing of it is imported: some of these packages need modules that newer Pythons lack.
@@ -366,7 +366,5 @@ def package_folder(package: str, extras: str = "'.[train]'") -> Path:
     """
     module = find_spec(package)
     if module is None or not module.submodule_search_locations:
-        raise ModelsError(
-            f"expected the package `{package}` for its data: pip install ./client {extras}"
-        )
+        raise ModelsError(f"expected the package `{package}` for its data: pip install {extras}")
     return Path(next(iter(module.submodule_search_locations)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,26 +40,38 @@ def serve(
     redis_url: RedisUrl = None,
     models: Models = None,
     data_dir: DataDir = None,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo",
+            help="Serve the pretrained examples from a temporary embedded store, print a request.",
+        ),
+    ] = False,
 ) -> None:
     """Serve models over HTTP. Every setting is also a CARRY_ variable; flags take precedence."""
     from service.serve import serve as serve_until_stopped
     from service.settings import Settings
     from service.telemetry.logs import configure_logs
 
-    settings = Settings.load(
-        {
-            "host": host,
-            "port": port,
-            "grpc_port": grpc_port,
-            "workers": workers,
-            "redis_url": redis_url,
-            "models_dir": one_directory(models),
-            "data_dir": data_dir,
-        }
-    )
+    flags = {
+        "host": host,
+        "port": port,
+        "grpc_port": grpc_port,
+        "workers": workers,
+        "redis_url": redis_url,
+        "models_dir": one_directory(models),
+        "data_dir": data_dir,
+    }
+    if demo:
+        if models or redis_url:
+            raise typer.BadParameter("expected --demo without --models and --redis-url")
+        for name in ("CARRY_MODELS_DIR", "CARRY_REDIS_URL"):
+            os.environ.pop(name, None)
+        os.environ.setdefault("CARRY_LOG_FORMAT", "console")
+    settings = Settings.load(flags)
     configure_logs(settings.telemetry.log_level, settings.telemetry.log_format)
     _report_settings(settings)
-    serve_until_stopped(settings)
+    serve_until_stopped(settings, demo=demo)
 
 
 def _report_settings(settings: Settings) -> None:

@@ -60,5 +60,5 @@ def test_a_missing_package_is_a_one_line_error(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["example", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"^latch: expected the package `no_such_package`"):
         run_example("latch", spec, missing, tmp_path)
-    with pytest.raises(ModelsError, match=r"pip install ./client '\.\[train\]'"):
+    with pytest.raises(ModelsError, match=r"pip install 'carry\[train\]'"):
         missing()

@@ -177,7 +177,7 @@ def _open_reference(served: ModelDescription, path: Path | None) -> Artifact:
     if find_spec("tensorflow") is None:
         raise OperatorError(
             "--verify compares with Keras and needs TensorFlow, whatever runtime serves: "
-            "pip install ./client '.[tensorflow]'"
+            "pip install 'carry[tensorflow]'"
         )
     artifact = load_artifact(path or Path(models.__file__).parent / "pretrained" / served.name)
     if artifact.version != served.version:

@@ -107,7 +107,7 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
     except ModuleNotFoundError as error:
         raise RuntimeMissingError(
             f"runtime_missing: the runtime {name!r} needs {error.name!r}: "
-            f"pip install ./client '.[{_EXTRAS[name]}]'"
+            f"pip install {_INSTALL[name]}"
         ) from error
     if artifact.spec.detection is None:
         return runtime
@@ -131,7 +131,7 @@ def import_runtime(name: str) -> None:
 
 
 _MODULES = {ONNXRUNTIME: f"{__package__}.onnx", TENSORFLOW: f"{__package__}.tensorflow"}
-_EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
+_INSTALL = {ONNXRUNTIME: "onnxruntime", TENSORFLOW: "'carry[tensorflow]'"}
 
 
 def _choose(artifact: Artifact, wanted: str) -> tuple[str, str]:
@@ -143,8 +143,7 @@ def _choose(artifact: Artifact, wanted: str) -> tuple[str, str]:
     installed = [name for name in RUNTIMES if find_spec(name) is not None]
     if not installed:
         raise RuntimeMissingError(
-            "runtime_missing: neither runtime is installed: pip install ./client '.[onnx]' "
-            "or '.[tensorflow]'"
+            "runtime_missing: neither runtime is installed: pip install onnxruntime"
         )
     missing = _missing_graph(artifact)
     if missing is None and ONNXRUNTIME in installed:
@@ -152,7 +151,7 @@ def _choose(artifact: Artifact, wanted: str) -> tuple[str, str]:
     if TENSORFLOW not in installed:
         raise RuntimeMissingError(
             f"runtime_missing: {missing}; only 'tensorflow' can run it: "
-            f"pip install ./client '.[{_EXTRAS[TENSORFLOW]}]'"
+            f"pip install {_INSTALL[TENSORFLOW]}"
         )
     return TENSORFLOW, missing or "onnxruntime is not installed"
 
