@@ -123,12 +123,6 @@ async def test_selected_outputs_come_in_their_order_and_form(v2: V2) -> None:
     assert reply.document["model_version"] == "1"
 
 
-async def test_nested_data_equals_flat_data(v2: V2) -> None:
-    nested = json_body(ROWS)
-    nested["inputs"][0]["data"] = ROWS.tolist()
-    assert (await v2.post(nested)).content == (await v2.post(json_body(ROWS))).content
-
-
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
 async def test_events_are_one_tensor_of_texts(v2: V2, binary: bool) -> None:
     texts = [orjson.dumps(EVENT), orjson.dumps(LATER)]

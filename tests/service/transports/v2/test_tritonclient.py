@@ -82,15 +82,6 @@ def sequence() -> str:
 
 def test_server_and_models_describe_themselves(client: Client) -> None:
     triton, as_json = client.triton, client.as_json
-    assert triton.is_server_live()
-    assert triton.is_server_ready()
-    assert triton.is_model_ready(LSTM)
-    assert triton.is_model_ready(LSTM, "1")
-    if client.is_http:
-        assert not triton.is_model_ready("nothing")
-    else:
-        with pytest.raises(InferenceServerException, match="model_not_found"):
-            triton.is_model_ready("nothing")
     assert "sequence(string_id)" in triton.get_server_metadata(**as_json)["extensions"]
     metadata = triton.get_model_metadata("flights", **as_json)
     assert [each["name"] for each in metadata["inputs"]] == ["events", "inputs"]

@@ -1,0 +1,69 @@
+"""Check a server against the V2 (Open Inference) protocol: HTTP, gRPC, Triton's extensions.
+
+A line for each case says whether it passes, fails, or is not supported: its extension is not listed
+by the server, or there is no address of gRPC. Requests are sent to one model, in sequences with
+random ids. The exit status is 0 if no case fails, 1 if one does, 2 if the server has no such model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from contextlib import closing
+
+from carry_client.conformance.cases import CASES, FAIL
+from carry_client.conformance.server import Server
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, _, value = text.partition(":")
+    return name, value.strip()
+
+
+def _shape(text: str) -> tuple[str, list[int]]:
+    name, _, sizes = text.rpartition(":")
+    return name, [int(size) for size in sizes.split(",")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases and return the exit status."""
+    parser = argparse.ArgumentParser("python -m carry_client.conformance", description=__doc__)
+    add = parser.add_argument
+    add("url", help="such as http://127.0.0.1:8000")
+    add("--model", required=True, help="a model with numeric inputs")
+    add("--grpc", default="", metavar="HOST:PORT", help="address of gRPC")
+    shape = "an input to send; default: all, and 1 for each axis of any size"
+    add("--shape", type=_shape, action="append", metavar="INPUT:1,16,4", help=shape)
+    header = "of each request, such as an access key"
+    add("--header", type=_header, action="append", metavar="NAME:VALUE", help=header)
+    add("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    shapes, headers = dict(given.shape or ()), dict(given.header or ())
+    try:
+        server = Server(given.url, given.model, given.grpc, shapes, headers)
+    except Exception as error:  # an unknown server may answer anything
+        print(
+            f"{given.url}: no metadata of the model {given.model}: {type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
+        return 2
+    with closing(server):
+        outcomes = [(case, *case.run(server)) for case in CASES]
+    counts = Counter(outcome for _, outcome, _ in outcomes)
+    if given.json:
+        cases = [
+            {"case": case.name, "section": case.section, "outcome": outcome, "detail": detail}
+            for case, outcome, detail in outcomes
+        ]
+        print(json.dumps({"counts": counts, "cases": cases}, indent=2))
+    else:
+        for case, outcome, detail in outcomes:
+            print(f"{outcome:13}  {case.name:63}  {detail or case.section}")
+        print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return 1 if counts[FAIL] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
