@@ -30,6 +30,7 @@ from models.onnx.messages import (
     DecodingError,
     NodeProto,
     TensorProto,
+    find_backward_layer,
     inner_messages,
     is_external,
     operator_name,
@@ -324,6 +325,8 @@ def find_pairs(
             f"which; name the pairs, {_suggestion(inputs, outputs)}{signature}"
         )
     if not pairs and not has_context:
+        if reason := find_backward_layer(signature.model):
+            raise ImportedModelError(f"{reason}{signature}")
         raise ImportedModelError(
             "expected state inputs and state outputs, found no pair of them; a model whose state "
             "is inside the graph starts every chunk from the same state. Export it with its "
@@ -351,11 +354,9 @@ def require_one_input(
     if len(remaining) > 1:
         names = [tensor.name for tensor in remaining]
         _, outputs = _find_unpaired(signature, pairs, ())
-        ways = [f"name the missing pairs, {_suggestion(remaining, outputs)}"]
-        if not _candidates(remaining, outputs):
-            ways.clear()
-        scalars = [tensor.name for tensor in remaining if not tensor.shape]
-        if scalars:
+        missing = f"name the missing pairs, {_suggestion(remaining, outputs)}"
+        ways = [missing] if _candidates(remaining, outputs) else []
+        if scalars := [tensor.name for tensor in remaining if not tensor.shape]:
             given = " ".join(f"--constant {name}=VALUE" for name in scalars)
             ways.append(f"give the value of what is the same in every call (`{given}`)")
         else:

@@ -369,3 +369,16 @@ class Nodes:
     def name(self) -> Value:
         """A name that no value has yet, for a value that another graph makes."""
         return f"v{next(self._names)}"
+
+
+def find_backward_layer(model: Any) -> str | None:
+    """Why no state continues the streams of a ModelProto that reads them backwards; else None."""
+    for node in inner_messages(model, NodeProto):
+        for each in node.attribute:
+            if each.name == "direction" and each.s != b"forward":
+                layer = f"{each.s.decode()} {node.op_type} {node.name or node.output[0]!r}"
+                return (
+                    f"the {layer} reads the sequence backwards, so that an output depends on "
+                    "events to come; train and export a model of forward layers"
+                )
+    return None

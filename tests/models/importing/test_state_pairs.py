@@ -11,6 +11,7 @@ import pytest
 from models.errors import ImportedModelError
 from models.importing.onnx_signature import Signature, Tensor, find_pairs
 from models.importing.triton_config import TritonConfig
+from models.onnx.messages import ModelProto
 from tests.support.onnx_graphs import EXAMPLES
 
 X = Tensor("x", ("b", "t", 3), "float32")
@@ -22,7 +23,7 @@ def state(name: str, *shape: Any, dtype: str = "float32") -> Tensor:
 
 
 def signature(inputs: list[Tensor], outputs: list[Tensor]) -> Signature:
-    return Signature((X, *inputs), (Y, *outputs), {}, None, None, b"")
+    return Signature((X, *inputs), (Y, *outputs), {}, None, ModelProto(), b"")
 
 
 @pytest.mark.parametrize(
