@@ -108,9 +108,9 @@ def test_pickled_states_of_a_fastapi_service_continue(
     models, options = page.options(1)
     with running(tmp_path, models, *options) as service, Carry(service.url) as carry:
         page.addresses[DEFAULT_ADDRESS], model = address_of(service), carry.model("lstm")
-        (tmp_path / "move.py").write_text(page.block("python", 1), encoding="utf-8")
+        (tmp_path / "move.py").write_text(page.block("python", 2), encoding="utf-8")
         assert page.shell(2) == "moved 3, kept 0\n"
-        position, outputs = page.python(2).split(" ", 1)
+        position, outputs = page.python(3).split(" ", 1)
         chunk = [[0.5, -1.0, 0.25, 2.0], [1.0, 0.0, -0.5, 0.75]]
         assert position == "5"
         np.testing.assert_allclose(json.loads(outputs), predict("ann", chunk), **CLOSE)
