@@ -33,19 +33,6 @@ def expected(models: dict[str, Artifact]) -> np.ndarray:
     return oracle_outputs(models["probe"], ROWS)
 
 
-@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
-async def test_chunks_of_a_sequence_continue_its_state(
-    v2: V2, expected: np.ndarray, binary: bool
-) -> None:
-    first = await v2.infer(ROWS[:5], binary=binary, sequence_id=7, sequence_start=True)
-    second = await v2.infer(ROWS[5:], binary=binary, sequence_id=7, sequence_end=True)
-    np.testing.assert_allclose(packed(first), expected[:5], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(packed(second), expected[5:], rtol=1e-4, atol=1e-5)
-    assert [first.parameters["position"], second.parameters["position"]] == [5, 12]
-    assert first.parameters["epoch"] == second.parameters["epoch"]
-    assert v2.api.position("7") == 12
-
-
 async def test_leading_axis_of_one_is_returned(v2: V2, expected: np.ndarray) -> None:
     reply = await v2.infer(ROWS[np.newaxis], sequence_id=7)
     assert reply.outputs["last"].shape == (1, 12, 4)
@@ -73,24 +60,6 @@ async def test_start_resets_to_the_zero_state(v2: V2, expected: np.ndarray) -> N
     np.testing.assert_allclose(packed(again), expected, rtol=1e-4, atol=1e-5)
     assert again.parameters["position"] == 12
     assert again.parameters["epoch"] != before.parameters["epoch"]
-
-
-async def test_retries_with_a_position_are_applied_once(v2: V2) -> None:
-    start = {"sequence_id": 3, "sequence_start": True, "position": 0}
-    first = await v2.infer(ROWS[:4], **start)
-    retried = await v2.infer(ROWS[:4], **start)
-    assert not first.parameters.pop("replayed")
-    assert retried.parameters.pop("replayed")
-    assert first.document["outputs"] == retried.document["outputs"]
-    assert first.parameters == retried.parameters
-    second = await v2.infer(ROWS[4:], sequence_id=3, position=4)
-    again = await v2.infer(ROWS[4:], sequence_id=3, position=4)
-    assert (second.parameters["replayed"], again.parameters["replayed"]) == (False, True)
-    assert second.document["outputs"] == again.document["outputs"]
-    assert v2.api.counts.seen["chunks"] == 2
-    body = json_body(ROWS[4:], parameters={"sequence_id": 3, "position": 20})
-    error = error_of(await v2.post(body), 409, "position_ahead")
-    assert error["expected"] == error["position"] == 12
 
 
 async def test_late_start_with_the_old_epoch_is_rejected(v2: V2) -> None:
