@@ -1,4 +1,4 @@
-"""Each use case of the pipeline counts for the limits of its caller."""
+"""What the pipeline checks of its caller: limits in each use case, and rights at the admission."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.access.caller import Caller, Verb
 from service.access.limits import KeyLimiters, KeyLimits
-from service.core.errors import CarryError, LimitExceeded
+from service.core.errors import CarryError, Forbidden, LimitExceeded
 from service.core.values import Feed, ForecastRequest, StreamKey
 from service.pipeline.pipeline import Pipeline
 from tests.support.pipelines import chunk_of, rows_of, sequence_of, worker
@@ -77,3 +77,27 @@ async def test_use_case_counts_for_the_limits_of_its_caller(
         assert job.payload.key.stream == "first"
         with pytest.raises(LimitExceeded):
             await USE_CASES[name](pipeline, limited)
+
+
+@pytest.mark.parametrize(
+    ("rights", "is_allowed"),
+    [
+        ((Verb, ("pro*",), "acme:"), True),
+        (({Verb.LIST}, ("*",), ""), False),
+        ((Verb, ("other",), ""), False),
+        ((Verb, ("*",), "acme:10"), False),
+    ],
+    ids=["allowed", "verb", "model", "stream"],
+)
+async def test_admission_needs_the_verb_the_model_and_the_stream(
+    store_url: str, artifact: Artifact, rights: tuple[Any, Any, str], is_allowed: bool
+) -> None:
+    """Its check is another piece of code than that of the other use cases."""
+    verbs, *scope = rights
+    caller = Caller("0" * 12, "test", frozenset(verbs), *scope)
+    async with worker(store_url, artifact) as pipeline:
+        if is_allowed:
+            assert pipeline.check_admission(caller, MODEL, KEY, 60) is None
+        else:
+            with pytest.raises(Forbidden):
+                pipeline.check_admission(caller, MODEL, KEY, 60)
