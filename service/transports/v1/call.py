@@ -132,13 +132,20 @@ class Call:
             api.long_bodies.read(len(content), self.deadline_s, read_content)
         )
 
-    async def read_as(self, kind: type[T]) -> T:
+    async def read_as(self, kind: type[T], empty: T | None = None) -> T:
         """Receive the body, and decode it as a type.
+
+        Args:
+            empty: what an empty body stands for; None if it is malformed.
 
         Raises:
             MalformedBody, InvalidInput, and what `read` raises
         """
-        return await self.read(lambda content, media: decode(media, content, kind))
+
+        def read(content: bytes, media: Media) -> T:
+            return empty if empty is not None and not content else decode(media, content, kind)
+
+        return await self.read(read)
 
     async def until_disconnect(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work, which is cancelled if the client disconnects.

@@ -111,6 +111,7 @@ class Route(NamedRoute):
         headers: of these replies.
         parameters: besides those of the path and the request's id, which every route has.
         body: the component of its body.
+        body_required: whether an empty body is malformed.
         is_health: whether it is one of health: it answers in JSON, and probes use HEAD.
     """
 
@@ -124,6 +125,7 @@ class Route(NamedRoute):
     headers: Mapping[str, Any] = field(default_factory=dict)
     parameters: tuple[Parameter, ...] = ()
     body: str | None = None
+    body_required: bool = True
     is_health: bool = False
     tag: str = ""
 
@@ -151,7 +153,7 @@ class Route(NamedRoute):
         }
         if self.body is not None:
             content = {media: {"schema": _reference(self.body)} for media in SERVED}
-            operation["requestBody"] = {"required": True, "content": content}
+            operation["requestBody"] = {"required": self.body_required, "content": content}
         if not self.is_health:
             of_path = [each for each in _OF_PATH if f"{{{each['name']}}}" in self.path]
             operation["parameters"] = [*of_path, *self.parameters, _REQUEST_ID]

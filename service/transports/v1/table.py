@@ -210,6 +210,7 @@ ROUTES: Final = (
         headers=_ETAG,
         parameters=(IF_MATCH,),
         body="AcknowledgeBody",
+        body_required=False,
     ),
     Route(
         "GET",

@@ -112,7 +112,7 @@ async def post_acknowledge(call: Call) -> Response:
     names: a request that is repeated later is then not applied to the next alarm. The stream cannot
     be rewound to before an acknowledgement.
     """
-    body = await call.read_as(AcknowledgeBody)
+    body = await call.read_as(AcknowledgeBody, empty=AcknowledgeBody())
     record, was_open = await call.api.pipeline.alarms.acknowledge(
         call.caller, call.key, body.position, call.precondition
     )
