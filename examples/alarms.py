@@ -47,9 +47,8 @@ ZERO: Final = np.zeros(1)
 ALARM: Final = AlarmSpec(hold_events=HOLD_EVENTS, close_above=CLOSE_ABOVE)
 STREAM_TAILS: Final = {"tail_memory_events": 10_000, "tail_levels": TAIL_LEVELS}
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
-    "a tail for each stream, raw levels": {**STREAM_TAILS, "raw_levels": True},
-    "a tail for each stream": {**STREAM_TAILS, "raw_levels": False},
-    "one tail for all": {"tail_memory_events": None, "raw_levels": False},
+    "a tail for each stream": STREAM_TAILS,
+    "one tail for all": {"tail_memory_events": None},
 }
 
 

@@ -59,8 +59,10 @@ class Detector:
         memory = detection.tail_memory_events
         self._scorer: PooledScorer | StreamScorer
         if memory is not None and fit.streams is not None:
-            self._scorer = StreamScorer(spec, memory, self._channels, fit.tails, fit.streams)
-        elif fit.combined is not None:
+            self._scorer = StreamScorer(
+                spec, memory, self._channels, fit.tails, fit.streams, fit.combined
+            )
+        else:
             self._scorer = PooledScorer(self._channels, fit.tails, fit.combined)
         self._alarm, self._fit = detection.alarm, fit
         self._threshold = fit.threshold(detection.alarm.false_alarms_per_day)

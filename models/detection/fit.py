@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models.detection.alarms import Tails, combine, count_alarms, fit_tail
 from models.detection.long_means import LongMeans
-from models.detection.probability import StreamScorer, TargetStatistics
+from models.detection.probability import StreamScorer, long_and_channels
 from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels
 from models.errors import DataError
 from models.spec.detection import (
@@ -37,7 +37,7 @@ BATCH: Final = 64
 MIN_EVENTS: Final = 200
 SMALLEST_SQUARE: Final = 0.1
 FEW_ALARMS: Final = 10
-"""Up to this many alarms, their number is assumed to be proportional to the threshold."""
+"""Fewer alarms than this are assumed to be proportional in number to the threshold."""
 LONGEST: Final = 3.0
 """Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
 SMALLEST_THRESHOLD: Final = 1e-9
@@ -106,22 +106,13 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     channels = Channels(spec, spreads, squares)
     statistics, _ = _follow(spec, streams, _statistics_of(channels))
     tails = tuple(fit_tail(column, EXCEEDED) for column in statistics)
-    inverse = np.exp(Tails(tails).nats(statistics))
-    tail: Tail | None = None
-    own: StreamTailsFit | None = None
-    if detection.tail_memory_events is None:
-        combined = combine(inverse)
-        tail = fit_tail(combined, EXCEEDED)
-        probability = np.exp(-Tails([tail]).nats(combined[np.newaxis])[0])
+    memory, own = detection.tail_memory_events, None
+    if memory is None:
+        combined = combine(np.exp(Tails(tails).nats(statistics)))
     else:
-        memory = detection.tail_memory_events
-        own = _fit_stream_tails(spec, memory, streams, channels, inverse)
-        scorer = StreamScorer(spec, memory, channels, tails, own)
-        # by tails as they are when the model is served, rather than those of new streams
-        step = partial(_scored, channels, scorer)
-        _, states = _follow(spec, streams, step)
-        nats, _ = _follow(spec, streams, step, _only_tails(spec, states))
-        probability = np.exp(-nats[0])
+        own, combined = _fit_stream_tails(spec, memory, streams, channels, tails)
+    tail = fit_tail(combined, EXCEEDED)
+    probability = np.exp(-Tails([tail]).nats(combined[np.newaxis])[0])
     rates, thresholds = _thresholds(detection, streams, probability)
     return DetectionFit(
         spreads=tuple(spreads.tolist()),
@@ -149,25 +140,22 @@ def _thresholds(
 
 
 def _fit_stream_tails(
-    spec: ModelSpec, memory: int, streams: Sequence[Stream], channels: Channels, inverse: Floats
-) -> StreamTailsFit:
-    """What the tails of each stream start from, given the inverse tail probabilities [K, n] of the
-    statistics."""
-    columns = detection_columns(spec)
-    rows = columns["long_weight"].stop - columns["long_weight"].start
-    with_spread = slice(rows - 1 if detection_of(spec)[0].raw_levels else 0, rows)
-    unknown = LongMeans(spec, memory, np.ones(rows)[with_spread], None)
-    _, states = _follow(spec, streams, partial(_long, channels, unknown))
-    exact = states.astype(np.float64)
-    weight = np.maximum(exact[:, columns["long_weight"]], SMALLEST)
-    roots = np.median(exact[:, columns["long_spread"]] / weight, axis=0)[with_spread]
-    spreads = np.maximum(np.square(roots / ROOT_OF_NORMAL), SMALLEST)
-    mean = float(np.median((exact[:, columns["long_mean"]] / weight)[:, -1]))
-    known = LongMeans(spec, memory, spreads, mean)
-    statistics, _ = _follow(spec, streams, partial(_long, channels, known))
-    by_target = TargetStatistics(channels).combine(inverse)
-    fitted = (fit_tail(column, EXCEEDED) for column in (*statistics, *by_target))
-    return StreamTailsFit(spreads=tuple(spreads.tolist()), joint_mean=mean, tails=tuple(fitted))
+    spec: ModelSpec,
+    memory: int,
+    streams: Sequence[Stream],
+    channels: Channels,
+    tails: tuple[Tail, ...],
+) -> tuple[StreamTailsFit, Floats]:
+    """What the tails of each stream start from, and the nats of all counted events by them
+    together, given the tails of the statistics."""
+    long = partial(_long, channels, LongMeans(spec, memory), Tails(tails))
+    values, _ = _follow(spec, streams, long)
+    fit = StreamTailsFit(tails=tuple(fit_tail(column, EXCEEDED) for column in values))
+    step = partial(_scored, channels, StreamScorer(spec, memory, channels, tails, fit, None))
+    # by tails as they are when the model is served, rather than those of new streams
+    _, states = _follow(spec, streams, step)
+    nats, _ = _follow(spec, streams, step, _only_tails(spec, states))
+    return fit, nats[0]
 
 
 Chunks = tuple[FloatRows, NDArray[Any], FloatRows, FloatRows]
@@ -182,11 +170,14 @@ def _statistics_of(channels: Channels) -> Callable[[Chunks], tuple[Floats, Float
     return step
 
 
-def _long(channels: Channels, means: LongMeans, chunks: Chunks) -> tuple[Floats, FloatRows]:
+def _long(
+    channels: Channels, means: LongMeans, tails: Tails, chunks: Chunks
+) -> tuple[Floats, FloatRows]:
     followed = channels.follow(*chunks)
-    events = followed.events
-    statistics, _, state = means.follow(events, channels.nats(events), chunks[1], followed.state)
-    return statistics, state
+    statistics = followed.statistics
+    long = means.follow(followed.events, chunks[1], followed.state)
+    inverse = np.exp(tails.nats(statistics.reshape(len(statistics), -1)))
+    return long_and_channels(long, inverse).reshape(-1, *statistics.shape[1:]), long.state
 
 
 def _scored(channels: Channels, scorer: StreamScorer, chunks: Chunks) -> tuple[Floats, FloatRows]:
@@ -313,12 +304,12 @@ def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float
 def _sweep(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> list[_Alarms]:
     """The alarms at ascending thresholds, up to the last that any expected number may need."""
     swept: list[_Alarms] = []
-    limit = sum(map(len, streams)) / 2
+    limit, target = sum(map(len, streams)) / 2, max(expected, FEW_ALARMS)
     threshold = SMALLEST_THRESHOLD
     while threshold < 0.5:
         swept.append(_Alarms(threshold, *count_alarms(alarm, streams, threshold)))
-        is_over = swept[-1].opened > expected or swept[-1].events > limit
-        if is_over or _is_too_long(alarm, swept[-1], expected):
+        is_over = swept[-1].opened > target or swept[-1].events > limit
+        if is_over or _is_too_long(alarm, swept[-1], target):
             break
         threshold *= STEP
     return swept
@@ -329,13 +320,15 @@ def _is_too_long(alarm: AlarmSpec, swept: _Alarms, expected: float) -> bool:
 
 
 def _threshold(alarm: AlarmSpec, swept: Sequence[_Alarms], expected: float) -> tuple[float, bool]:
-    """The threshold for an expected number of alarms, and whether there can be as many."""
-    best = SMALLEST_THRESHOLD
+    """The threshold for an expected number of alarms, and whether there can be as many. Few alarms
+    depend on chance: so a smaller threshold is in proportion to that of `FEW_ALARMS`."""
+    target = max(expected, FEW_ALARMS)
+    best, is_reached = SMALLEST_THRESHOLD, False
     for each in swept:
-        if each.opened > expected:
-            is_few = each.opened <= FEW_ALARMS or best == SMALLEST_THRESHOLD
-            return (each.threshold * expected / each.opened if is_few else best), True
-        if _is_too_long(alarm, each, expected):
-            return best, False
+        is_reached = each.opened > target
+        if is_reached and best == SMALLEST_THRESHOLD:
+            best = each.threshold * target / each.opened
+        if is_reached or _is_too_long(alarm, each, target):
+            break
         best = each.threshold
-    return best, False
+    return best * expected / target, is_reached

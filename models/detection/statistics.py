@@ -196,20 +196,20 @@ class Events(NamedTuple):
         present: bool [D, B, T], whether the event has the target.
         parameters: [P, B, T], the forecasts.
         is_complete: whether every target is present in every event.
-        levels: [N, B, T], the values of the numeric targets whose long means are followed.
+        raw: [N, B, T], the values of the numeric targets as they come.
     """
 
     values: Floats
     present: Bools
     parameters: Floats
     is_complete: bool
-    levels: Floats
+    raw: Floats
 
     def part(self, steps: slice) -> Events:
         """Some of the steps."""
-        values, present, parameters, is_complete, levels = self
+        values, present, parameters, is_complete, raw = self
         numbers = (values[..., steps], present[..., steps], parameters[..., steps])
-        return Events(*numbers, is_complete, levels[..., steps])
+        return Events(*numbers, is_complete, raw[..., steps])
 
 
 class Deviations(NamedTuple):
@@ -258,10 +258,8 @@ class Channels:
         fields = [events.field(name) for name in head.targets]
         numeric = [d for d, field in enumerate(fields) if isinstance(field, NumericField)]
         self._numeric = columns_of(numeric)
-        self._raw: slice | NDArray[np.int64] | None = None
-        if detection.raw_levels:
-            names = [head.targets[d] for d in numeric]
-            self._raw = columns_of([columns.get(f"{n}.value", columns[n]) for n in names])
+        names = [head.targets[d] for d in numeric]
+        self._raw = columns_of([columns.get(f"{name}.value", columns[name]) for name in names])
         self._target = np.array([head.targets.index(each.target) for each in channels])
         self._of_kind = {
             kind: columns_of([c for c, each in enumerate(channels) if each.kind == kind])
@@ -302,24 +300,12 @@ class Channels:
         z, errors, statistics = whole
         return Deviations(z, errors, statistics, state, events)
 
-    def nats(self, events: Events) -> Floats:
-        """-log p of each target [D, B, T] by its forecast, 0 where the event has none."""
-        return self.forecasts.nats(events.values, events.present, events.parameters)
-
     def by_channel(self, weights: Floats) -> Floats:
         """The sum [C, B, T] over each channel of weights [K, B, T] of the statistics."""
         single, square, inverse = self._parts_of(weights)
         total = single + square.sum(axis=0)
         total[self._quiet] += inverse.sum(axis=0)
         return np.asarray(total)
-
-    def targets_of_statistics(self) -> NDArray[np.int64]:
-        """The place of the target of each statistic, [K]."""
-        places = np.empty((self._statistics, 1, 1), np.int64)
-        single, square, inverse = self._parts_of(places)
-        single[..., 0, 0] = square[..., 0, 0] = self._target
-        inverse[..., 0, 0] = self._target[self._quiet]
-        return places[:, 0, 0]
 
     def _events(self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows) -> Events:
         steps = rows.shape[1]
@@ -334,12 +320,10 @@ class Channels:
             is_complete = False
         for index, column in self._missing:
             present[index] &= rows[..., column] == 0
-        levels = values[self._numeric]
-        if self._raw is not None:
-            levels = steps_last(rows[..., self._raw])
-            if int(lengths.min()) < steps:
-                levels = np.where(valid, levels, 0.0)
-        return Events(values, present, exact, is_complete or bool(present.all()), levels)
+        raw = steps_last(rows[..., self._raw])
+        if int(lengths.min()) < steps:
+            raw = np.where(valid, raw, 0.0)
+        return Events(values, present, exact, is_complete or bool(present.all()), raw)
 
     def _follow(
         self, events: Events, lengths: NDArray[Any], state: FloatRows

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from math import exp, log
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,8 +43,8 @@ MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
 LEVEL_STEP: Final = 0.5
 """Levels of tails are multiples of it."""
-JOINT_SCALES: Final = (12, 36)
-"""Events over which the joint nats are averaged, beside the single event."""
+LONG_SCALES: Final = (12, 36)
+"""Events over which levels and changes are averaged, beside the single event."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
 
@@ -130,18 +130,14 @@ class Tail(Frozen):
 
 
 class StreamTailsFit(Frozen):
-    """What a new stream's own tails and long means start from.
+    """What a new stream's own tails start from.
 
     Attributes:
-        spreads: of each numeric target's long level, without `raw_levels`, and of the joint nats.
-        joint_mean: the usual joint nats.
-        tails: pooled over streams: of each long level, of the joint nats and their means over
-            `JOINT_SCALES`, and of the statistics together of each target that has channels.
+        tails: pooled over streams: of the statistics of long levels and changes, of a model with a
+            numeric target (`models.detection.long_means`), and of those of all channels together.
     """
 
-    spreads: tuple[Annotated[float, Field(gt=0)], ...]
-    joint_mean: float
-    tails: tuple[Tail, ...]
+    tails: Annotated[tuple[Tail, ...], Field(min_length=1)]
 
 
 class DetectionFit(Frozen):
@@ -151,7 +147,7 @@ class DetectionFit(Frozen):
         spreads: by channel, the usual spread.
         squares: by channel, the usual mean square of its deviations in units of the spread.
         tails: by statistic, in the order of `models.detection.statistics`.
-        combined: the tail of all of them together; None with tails of each stream.
+        combined: the tail of all of them together; with tails of each stream, of their nats.
         streams: of the tails of each stream; None if there are none.
         rates: ascending, false alarms of one stream in a day.
         thresholds: for each of them, the tail probability below which an event is unusual enough
@@ -161,7 +157,7 @@ class DetectionFit(Frozen):
     spreads: tuple[Annotated[float, Field(gt=0)], ...]
     squares: tuple[Annotated[float, Field(gt=0)], ...]
     tails: tuple[Tail, ...]
-    combined: Tail | None = None
+    combined: Tail
     streams: StreamTailsFit | None = None
     rates: Annotated[tuple[AlarmRate, ...], Field(min_length=1)]
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
@@ -200,13 +196,11 @@ class DetectionSpec(Frozen):
         prior_events: weight of the usual spread in a new stream's, as a pseudo-count of events.
         scales: time scales in events, beside the single event.
         channels: kinds of channels of each numeric target.
-        tail_memory_events: time constant of each stream's own tails, and of the means that its
-            levels and joint nats are compared with; None is one tail for all streams, without
-            these.
+        tail_memory_events: time constant of each stream's own tails, and of the means that levels
+            and changes of its values as they come are compared with; None is one tail for all
+            streams, without these.
         tail_levels: ascending nats, multiples of `LEVEL_STEP` from 0 on, above which a stream's own
             tails count its events.
-        raw_levels: whether levels with `tail_memory_events` are those of values as they come rather
-            than of encoded ones, which `normalisation` limits and which follow what lasts.
         season_events: events per season; adds the channel `season`.
         minimum_spread: the smallest spread, as a share of the usual one; bounds the deviations of a
             constant stream.
@@ -229,7 +223,6 @@ class DetectionSpec(Frozen):
         21.0,
         30.0,
     )
-    raw_levels: bool = False
     scales: tuple[Scale, ...] = (12, 36)
     channels: Annotated[tuple[Literal["forecast", "level", "change"], ...], Field(min_length=1)] = (
         "forecast",
@@ -263,13 +256,22 @@ class DetectionSpec(Frozen):
         levels = self.tail_levels
         if levels[0] != 0 or list(levels) != sorted(set(levels)):
             raise ValueError(f"tail_levels: expected ascending ones from 0, got {list(levels)}")
-        if self.raw_levels and self.tail_memory_events is None:
-            raise ValueError("raw_levels: expected `tail_memory_events` with it")
-        if self.fit is not None:
-            is_pooled = self.tail_memory_events is None
-            if is_pooled != (self.fit.streams is None) or is_pooled == (self.fit.combined is None):
-                raise ValueError("fit: expected `streams` with `tail_memory_events`, or `combined`")
+        is_pooled = self.tail_memory_events is None
+        if self.fit is not None and is_pooled != (self.fit.streams is None):
+            raise ValueError("fit: expected `streams` with `tail_memory_events`, none without")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_earlier_tails(cls, data: Any) -> Any:
+        fit = data.get("fit") if isinstance(data, dict) else None
+        streams = fit.get("streams") if isinstance(fit, dict) else None
+        if isinstance(streams, dict) and "joint_mean" in streams:
+            raise ValueError(
+                "fit: expected tails of each stream of this version, got those of an earlier one: "
+                "train the model again"
+            )
+        return data
 
     def channels_of(self, targets: tuple[str, ...], events: EventSchema) -> tuple[Channel, ...]:
         """Every channel, target by target: a target that is not numeric has its forecast only."""
@@ -329,19 +331,21 @@ def detection_parts(
     if spec.season_events is not None:
         shapes["season"] = (numeric, spec.season_events)
     if spec.tail_memory_events is not None:
-        with_channels = {each.target for each in spec.channels_of(head.targets, events)}
-        tails = numeric + 1 + len(JOINT_SCALES) + len(with_channels)
+        groups = 2 * (numeric > 0)
+        tails = groups * (1 + len(LONG_SCALES)) + 1
         shapes |= {
-            "long_weight": (numeric + 1,),
-            "long_mean": (numeric + 1,),
-            "long_spread": (numeric + 1,),
-            "joint_mean": (len(JOINT_SCALES),),
+            "long_weight": (numeric,),
+            "long_last": (numeric,),
+            "long_mean": (numeric,),
+            "long_rest": (numeric,),
+            "long_distance": (2, numeric),
+            "long_peak": (2, numeric),
+            "long_spread": (2, numeric),
+            "long_energy": (len(LONG_SCALES), groups),
             "tail_counts": (tails, len(spec.tail_levels)),
             "tail_pending": (tails, len(spec.tail_levels)),
             "tail_filled": (1,),
         }
-        if spec.raw_levels:
-            shapes["long_rest"] = (numeric,)
     return tuple(
         StatePart(f"{spec.head}.{name}", shape, "float32") for name, shape in shapes.items()
     )

@@ -96,9 +96,6 @@ def resolve_detection(spec: ModelSpec) -> ModelSpec:
     changes: dict[str, Any] = {"alarm": alarm.model_copy(update=options)}
     tails = {"tail_memory_events": TAIL_MEMORY_EVENTS, "tail_levels": TAIL_LEVELS}
     changes |= {name: v for name, v in tails.items() if name not in detection.model_fields_set}
-    if "raw_levels" not in detection.model_fields_set:
-        memory = changes.get("tail_memory_events", detection.tail_memory_events)
-        changes["raw_levels"] = memory is not None
     return spec.model_copy(update={"detection": detection.model_copy(update=changes)})
 
 

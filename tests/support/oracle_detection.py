@@ -111,8 +111,7 @@ class DetectionOracle:
             probability = self._tail(self.fit.combined, math.log(mean))
             shares = inverses.sum(axis=0)
         else:
-            nats = dict(zip(self.head.targets, described["nats"], strict=True))
-            probability, shares = self._by_stream(row, present, nats, inverses, quiet)
+            probability, shares = self._by_stream(row, present, inverses)
         alarm = self._alarm(probability, rate)
         record = {}
         if self.detection.alarm.close_above is not None:
@@ -165,43 +164,25 @@ class DetectionOracle:
         self.cause = (float(c), excess)
 
     def _by_stream(
-        self,
-        row: Floats,
-        present: dict[str, bool],
-        nats: dict[str, float],
-        inverses: Floats,
-        quiet: list[int],
+        self, row: Floats, present: dict[str, bool], inverses: Floats
     ) -> tuple[float, Floats]:
         """The probability and the weights of channels by the tails of the stream."""
         assert self.tails is not None
         where = {column.name: i for i, column in enumerate(self._columns())}
-        scales, combined, of = len(self.detection.scales), {}, {}
-        raw = self.detection.raw_levels
-        for name in self.head.targets:
-            of[name] = [c for c, channel in enumerate(self.channels) if channel.target == name]
-            count = sum(1 + scales + scales * (c in quiet) for c in of[name])
-            combined[name] = math.log(inverses[:, of[name]].sum() / count)
+        raw = {name: where.get(f"{name}.value", where[name]) for name in self.tails.numeric}
         own, weights = self.tails.step(
-            {
-                name: float(row[where.get(f"{name}.value" if raw else "", where[name])])
-                if present[name]
-                else None
-                for name in present
-            },
-            {name: nats[name] if present[name] else None for name in present},
-            combined,
+            {name: float(row[at]) if present[name] else None for name, at in raw.items()},
+            math.log(inverses.sum() / len(self.fit.tails)),
+            any(present.values()),
         )
         shares = inverses.sum(axis=0)
-        surprising = {name: max(nats[name], 0.0) + 1e-9 for name in self.head.targets}
-        for name in self.head.targets:
-            shares[of[name]] *= weights[name] / shares[of[name]].sum()
-        for c, channel in enumerate(self.channels):
-            if channel.kind == "level":
-                shares[c] += weights[f"{channel.target}.level"]
-            if channel.kind == "forecast":
-                share = surprising[channel.target] / sum(surprising.values())
-                shares[c] += weights["joint"] * share
-        return math.exp(-own), shares
+        shares *= weights.pop("") / shares.sum()
+        labels = [channel.label for channel in self.channels]
+        targets = [channel.target for channel in self.channels]
+        for label, weight in weights.items():
+            target = label.rpartition(".")[0]
+            shares[labels.index(label) if label in labels else targets.index(target)] += weight
+        return math.exp(-own), shares + 1e-9
 
     def _described(
         self, row: Floats, parameters: Floats, present: dict[str, bool]

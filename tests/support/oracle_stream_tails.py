@@ -9,8 +9,8 @@ from typing import Any
 from models.events.schema import NumericField
 from models.spec.detection import DetectionFit, DetectionSpec
 
-ROOT = 2**0.25 * math.gamma(0.75) / math.sqrt(math.pi)
 SCALES = (12, 36)
+KINDS = ("level", "change")
 BLOCK = 32
 
 
@@ -30,14 +30,12 @@ class StreamTailsOracle:
     ):
         assert detection.tail_memory_events is not None
         assert fit.streams is not None
-        self.is_raw = detection.raw_levels
         self.normalised = {field.name for field in fields if getattr(field, "normalisation", None)}
         self.memory, self.prior = detection.tail_memory_events, detection.prior_events
-        self.least, self.fit, self.tail = detection.minimum_spread, fit.streams, tail
+        self.fit, self.combined, self.tail = fit.streams, fit.combined, tail
         self.numeric = [field.name for field in fields if isinstance(field, NumericField)]
-        self.targets = [field.name for field in fields]
-        self.long = [_Long() for _ in (*self.numeric, "joint")]
-        self.means = [0.0 for _ in SCALES]
+        self.long = {name: _Long() for name in self.numeric}
+        self.energy = {(kind, scale): 0.0 for kind in KINDS for scale in SCALES}
         self.levels = detection.tail_levels
         self.counts = [[0.0] * len(self.levels) for _ in self.fit.tails]
         self.pending = [[0] * len(self.levels) for _ in self.fit.tails]
@@ -45,84 +43,62 @@ class StreamTailsOracle:
         self.errors: dict[str, float] = {}
 
     def step(
-        self,
-        values: Mapping[str, float | None],
-        nats: Mapping[str, float | None],
-        by_target: Mapping[str, float],
+        self, values: Mapping[str, float | None], channels: float, is_any_present: bool
     ) -> tuple[float, dict[str, float]]:
-        """The nats of the next event, and the weight of each level, target and of the joint nats.
+        """The nats of the next event, and the weight of the level and change of each target, and
+        of the channels.
 
         Args:
-            values: of each numeric target, encoded, or as they come with `raw_levels`; None where
-                it is missing.
-            nats: by the forecast of each target; None where it is missing.
-            by_target: -log of the harmonic mean of the tail probabilities of its statistics.
+            values: of each numeric target as it comes; None where it is missing.
+            channels: -log of the harmonic mean of the tail probabilities of all statistics.
         """
-        known = [value for value in nats.values() if value is not None]
-        joint = sum(min(value, 50.0) for value in known) if known else None
-        rows = [*(values[name] for name in self.numeric), joint]
-        zs = [self._z(at, value, at == len(self.numeric)) for at, value in enumerate(rows)]
-        statistics: list[float | None] = [
-            None if rows[at] is None else min(abs(z), 30.0) for at, z in enumerate(zs[:-1])
-        ]
-        limited = min(max(zs[-1], -10.0), 30.0)
-        for at, scale in enumerate(SCALES):
-            slow = math.exp(-1 / scale)
-            self.means[at] = slow * self.means[at] + (1 - slow) * limited
-        joints = [max(value + 3.0, 0.0) for value in (limited, *self.means)]
-        statistics += [None if joint is None else value for value in joints]
-        statistics += [None if nats[name] is None else by_target[name] for name in self.targets]
+        zs = {name: self._long(self.long[name], name, values[name]) for name in self.numeric}
+        squares = {(kind, n): zs[n][at][0] ** 2 for at, kind in enumerate(KINDS) for n in zs}
+        statistics: list[float | None] = []
+        is_known = any(value is not None for value in values.values())
+        for at, kind in enumerate(KINDS if self.numeric else ()):
+            single = sum(each[at][0] ** 2 for each in zs.values()) / len(zs)
+            limited = sum(each[at][1] ** 2 for each in zs.values()) / len(zs)
+            found = [math.sqrt(single)]
+            for scale in SCALES:
+                slow = math.exp(-1 / scale)
+                self.energy[kind, scale] = slow * self.energy[kind, scale] + (1 - slow) * limited
+                found.append(math.sqrt(self.energy[kind, scale]))
+            statistics += [value if is_known else None for value in found]
+        statistics.append(channels if is_any_present else None)
         own = [self._own(at, value) for at, value in enumerate(statistics)]
         self._end_block()
-        levels, targets = len(self.numeric), len(self.targets)
-        groups = [own[:levels]] if levels else []
-        groups += [[each] for each in own[levels : levels + 3]] + [own[levels + 3 :]]
-        largest = max(max(group) - math.log(len(group)) for group in groups)
-        weights = {f"{name}.level": math.exp(own[at]) for at, name in enumerate(self.numeric)}
-        weights["joint"] = sum(math.exp(each) for each in own[levels : levels + 3])
-        for at, name in enumerate(self.targets):
-            weights[name] = math.exp(own[len(own) - targets + at])
-        return max(largest - math.log(len(groups)), 0.0), weights
+        weights = {"": own[-1] ** 3}
+        for at, kind in enumerate(KINDS if self.numeric else ()):
+            total = sum(squares[kind, name] + 1e-9 for name in self.numeric)
+            part = sum(each**3 for each in own[3 * at : 3 * at + 3]) / total
+            for name in self.numeric:
+                weights[f"{name}.{kind}"] = part * (squares[kind, name] + 1e-9)
+        norm = sum(each**3 for each in own) ** (1 / 3)
+        return -math.log(self.tail(self.combined, norm)), weights
 
-    def _z(self, at: int, value: float | None, is_joint: bool) -> float:
-        long = self.long[at]
-        if self.is_raw and not is_joint:
-            return self._raw_z(long, self.numeric[at], value)
-        usual = self.fit.spreads[-1 if is_joint else at]
-        known = long.weight + (self.prior if is_joint else 0.0)
-        z, root, error = 0.0, 0.0, 0.0
-        if value is not None:
-            root = ROOT * math.sqrt(usual)
-            if known > 0:
-                start = self.prior * self.fit.joint_mean if is_joint else 0.0
-                error = value - (long.total + start) / known
-                spread = (long.roots + self.prior * root) / ((long.weight + self.prior) * ROOT)
-                z = error / max(spread**2, usual * self.least)
-                if not is_joint:
-                    z *= long.weight / (long.weight + self.prior)
-                root = math.sqrt(abs(error))
-        decay = math.exp(-1 / self.memory)
-        long.weight = decay * long.weight + (value is not None)
+    def _long(self, long: _Long, name: str, value: float | None) -> list[tuple[float, float]]:
+        """The z by peak and by spread of the level and of the change."""
+        own, decay = long.weight, math.exp(-1 / self.memory)
+        errors = [0.0, 0.0]
+        if value is not None and own > 0:
+            errors = [value - long.total / own, value - long.last]
+        trust = own / (own + self.prior)
+        long.weight = decay * own + (value is not None)
         long.total = decay * long.total + (value or 0.0)
-        long.roots = decay * long.roots + root
-        if not is_joint:
-            self.errors[self.numeric[at]] = error
-        return z
-
-    def _raw_z(self, long: _Long, name: str, value: float | None) -> float:
-        error, z = 0.0, 0.0
-        if value is not None and long.weight > 0:
-            mean = long.total / long.weight
-            error = value - mean
-            spread = max((long.fourths / long.weight) ** 0.25, 1e-7 * abs(value) + 1e-12)
-            z = error / spread
-        self.errors[name] = z if name in self.normalised else error
-        z *= long.weight / (long.weight + self.prior)
-        decay = math.exp(-1 / self.memory)
-        long.weight = decay * long.weight + (value is not None)
-        long.total = decay * long.total + (value or 0.0)
-        long.fourths = decay * long.fourths + error**4
-        return z
+        long.last = long.last if value is None else value
+        least, zs = 1e-7 * abs(value or 0.0) + 1e-12, []
+        for at, error in enumerate(errors):
+            peak = (long.fourths[at] / own) ** 0.25 if own else 0.0
+            spread = (long.squares[at] / own) ** 0.5 if own else 0.0
+            zs.append(tuple(min(trust * abs(error) / max(x, least), 30.0) for x in (peak, spread)))
+            long.distances[at] = decay * long.distances[at] + abs(error)
+            limit = 5 * long.distances[at] / long.weight if long.weight else 0.0
+            long.squares[at] = decay * long.squares[at] + min(abs(error), limit) ** 2
+            long.fourths[at] = decay * long.fourths[at] + error**4
+        in_peaks = math.copysign(zs[0][0], errors[0])
+        self.errors[name] = in_peaks if name in self.normalised else errors[0]
+        return zs
 
     def _own(self, at: int, value: float | None) -> float:
         if value is None:
@@ -152,4 +128,5 @@ class StreamTailsOracle:
 
 class _Long:
     def __init__(self) -> None:
-        self.weight = self.total = self.roots = self.fourths = 0.0
+        self.weight = self.total = self.last = 0.0
+        self.distances, self.squares, self.fourths = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]

@@ -37,20 +37,19 @@ OPTIONAL_TARGETS = spec_of(
 ONE_TARGET = spec_of(["flow"], tail_memory_events=10_000)
 
 
-def raw_levels(targets: list[str], memory: int, **alarm: float) -> ModelSpec:
-    """A model of raw levels, with a running normalisation of `flow`."""
+def normalised(targets: list[str], memory: int, **alarm: float) -> ModelSpec:
+    """A model with a running normalisation of `flow`."""
     spec = spec_of(
         targets,
         prior_events=5,
         tail_memory_events=memory,
         tail_levels=TAIL_LEVELS,
-        raw_levels=True,
         alarm=alarm,
         outputs=["nats", "share"],
     )
     assert spec.events is not None
-    normalised = spec.events.field("flow").model_copy(update={"normalisation": {"std": 1.0}})
-    fields = [normalised if each.name == "flow" else each for each in spec.events.fields]
+    flow = spec.events.field("flow").model_copy(update={"normalisation": {"std": 1.0}})
+    fields = [flow if each.name == "flow" else each for each in spec.events.fields]
     return spec.model_copy(update={"events": spec.events.model_copy(update={"fields": fields})})
 
 
@@ -98,8 +97,8 @@ def optional_targets() -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def raw_level() -> ModelSpec:
-    return fitted_to_events(raw_levels(["mode", "flow", "heat"], MEMORY))
+def as_they_come() -> ModelSpec:
+    return fitted_to_events(normalised(["mode", "flow", "heat"], MEMORY))
 
 
 def check_against_oracle(spec: ModelSpec, cuts: list[int]) -> None:
@@ -120,54 +119,65 @@ def test_outputs_are_the_oracles_for_any_chunks(every_target: ModelSpec, cuts: l
 
 
 @pytest.mark.parametrize("cuts", [[150], [1] * 150, [31, 1, 32, 33, 53]])
-def test_raw_levels_are_the_oracles_for_any_chunks(raw_level: ModelSpec, cuts: list[int]) -> None:
-    check_against_oracle(raw_level, cuts)
+def test_values_as_they_come_are_the_oracles_for_any_chunks(
+    as_they_come: ModelSpec, cuts: list[int]
+) -> None:
+    check_against_oracle(as_they_come, cuts)
 
 
-def test_raw_levels_of_a_large_offset_are_the_same_for_any_chunks(raw_level: ModelSpec) -> None:
+def test_levels_of_a_large_offset_are_the_same_for_any_chunks(as_they_come: ModelSpec) -> None:
     """Deviations a hundred thousand times smaller than the values themselves."""
-    rows, outputs = events_with_values(np.random.default_rng(13), raw_level, 600, offset=1000.0)
-    whole, _ = run(raw_level, rows, outputs, [600])
-    single, _ = run(raw_level, rows, outputs, [1] * 600)
+    rows, outputs = events_with_values(np.random.default_rng(13), as_they_come, 600, offset=1000.0)
+    whole, _ = run(as_they_come, rows, outputs, [600])
+    single, _ = run(as_they_come, rows, outputs, [1] * 600)
     probability = whole["odd.probability"]
     np.testing.assert_allclose(single["odd.probability"], probability, rtol=1e-3)
     assert float(np.min(probability)) < 0.01
 
 
-def test_raw_levels_see_beyond_the_limit_of_encoded_values() -> None:
+def test_levels_see_beyond_the_limit_of_encoded_values() -> None:
     """Streams with units of their own, in which one value is far from all others. Its encoded
     value is the limit of `normalisation`, as many others are."""
     random = np.random.default_rng(14)
-    raw = raw_levels(["flow"], 10_000)
-    assert raw.events is not None
-    where, streams = raw.events.column_index, []
+    spec = normalised(["flow"], 10_000)
+    assert spec.events is not None
+    where, streams = spec.events.column_index, []
     for number in range(12):
         rows = np.zeros((2000, len(where)), np.float32)
         noise = random.standard_t(2, 2000)
         rows[:, where["flow"]] = np.clip(3 * noise, -10, 10)
         rows[:, where["flow.value"]] = 10.0 ** (number % 5 - 4) * noise
-        counted = np.arange(2000) >= 500
-        streams.append(Stream(rows, np.zeros((2000, 2), np.float32), counted, 15.0))
-    encoded = raw.model_copy(
-        update={"detection": {**raw.detection.model_dump(), "raw_levels": False}}  # type: ignore[union-attr]
-    )
-    found = {}
-    for spec in (raw, encoded):
-        is_raw = spec is raw
-        fitted_spec, found[is_raw] = fitted_to(spec, streams), np.empty(len(streams))
-        for at, stream in enumerate(streams):
-            rows = stream.rows.copy()
-            usual = np.abs(rows[:, where["flow.value"]])
-            rows[1990, where["flow.value"]] = 20 * usual.max()
-            rows[1990, where["flow"]] = 10.0
-            outputs = np.zeros((len(rows), network_outputs(spec).size), np.float32)
-            scored, _ = run(fitted_spec, rows, outputs, [500] * 4)
-            found[is_raw][at] = scored["odd.probability"][1990]
-    assert (found[True] < 0.1 * found[False]).all(), found
+        streams.append(Stream(rows, np.zeros((2000, 2), np.float32), np.arange(2000) >= 500, 15.0))
+    spec = fitted_to(spec, streams)
+    for stream in streams:
+        rows = stream.rows.copy()
+        rows[1990, where["flow"]] = 10.0
+        outputs, found = np.zeros((len(rows), network_outputs(spec).size), np.float32), []
+        for far in (1, 20):
+            rows[1990, where["flow.value"]] = (
+                far * np.abs(stream.rows[:, where["flow.value"]]).max()
+            )
+            scored, _ = run(spec, rows, outputs, [500] * 4)
+            found.append(scored["odd.probability"][1990])
+        assert found[1] < 0.2 * found[0], found
+
+
+def test_an_outlier_does_not_hide_what_follows_it() -> None:
+    """Fewer usual events are as unusual as noise of several deviations, although one value before
+    was thousands of deviations away."""
+    spec = fitted_to_events(normalised(["flow"], 10_000))
+    assert spec.events is not None
+    rows, outputs = events_with_values(np.random.default_rng(17), spec, 1500)
+    values = rows[:, spec.events.column_index["flow.value"]]
+    values[300] += 30.0
+    values[1400:1440:2] += 0.15
+    probability = run(spec, rows, outputs, [500] * 3)[0]["odd.probability"]
+    anomalous = np.median(probability[1410:1440])
+    assert (probability[900:1400] <= anomalous).mean() < 0.1, anomalous
 
 
 def test_the_cause_of_an_alarm_has_the_spreads_of_a_raw_level() -> None:
-    spec = fitted_to_events(raw_levels(["flow"], 10_000, close_above=0.05, false_alarms_per_day=5))
+    spec = fitted_to_events(normalised(["flow"], 10_000, close_above=0.05, false_alarms_per_day=5))
     rows, outputs = events_with_values(np.random.default_rng(16), spec, 400)
     assert spec.events is not None
     values = rows[:, spec.events.column_index["flow.value"]]
@@ -180,15 +190,15 @@ def test_the_cause_of_an_alarm_has_the_spreads_of_a_raw_level() -> None:
     assert excess == pytest.approx(0.3 / np.mean(distances**4) ** 0.25, rel=0.1)
 
 
-def test_a_constant_stream_has_no_raw_level(raw_level: ModelSpec) -> None:
-    rows, outputs = events_with_values(np.random.default_rng(15), raw_level, 300)
-    assert raw_level.events is not None
-    rows[:, raw_level.events.column_index["flow.value"]] = np.float32(1e6 / 3)
+def test_a_constant_stream_has_no_level(as_they_come: ModelSpec) -> None:
+    rows, outputs = events_with_values(np.random.default_rng(15), as_they_come, 300)
+    assert as_they_come.events is not None
+    rows[:, as_they_come.events.column_index["flow.value"]] = np.float32(1e6 / 3)
     shares = []
     for cuts in ([300], [1] * 300):
-        scored, state = run(raw_level, rows, outputs, cuts)
-        spread = state[detection_columns(raw_level)["long_spread"]]
-        assert spread[0] < 1e-3, spread
+        scored, state = run(as_they_come, rows, outputs, cuts)
+        peak = state[detection_columns(as_they_come)["long_peak"]]
+        assert peak[0] < 1e-3, peak
         shares.append(scored["odd.share"])
     np.testing.assert_allclose(shares[0], shares[1], rtol=1e-2, atol=1e-5)
 
@@ -280,18 +290,19 @@ def test_the_fit_is_in_the_artifact(tmp_path: Path) -> None:
     detection = artifact.spec.detection
     assert detection is not None
     assert detection.fit is not None
-    assert detection.fit.combined is None
     assert detection.fit.streams is not None
-    # one level, the joint nats and two means of them, one target
-    assert len(detection.fit.streams.tails) == 5
-    # of a normal value, with the right forecast
-    assert detection.fit.streams.joint_mean == pytest.approx(0.5 * np.log(2 * np.pi) + 0.5, rel=0.1)
+    # the level and the change with two averages of each, and the channels
+    assert len(detection.fit.streams.tails) == 7
     pooled = sensor_model(tmp_path / "pooled", units=4)
     assert artifact.state.slices.keys() > pooled.state.slices.keys()
     with pytest.raises(ValidationError, match="expected ascending ones from 0"):
         DetectionSpec(head="surprise", tail_levels=(0.0, 3.0, 1.5))
     with pytest.raises(ValidationError, match="expected `streams` with `tail_memory_events`"):
         DetectionSpec.model_validate({**detection.model_dump(), "tail_memory_events": None})
+    earlier = detection.model_dump()
+    earlier["fit"]["streams"] = {"spreads": [1.0], "joint_mean": 1.0, "tails": []}
+    with pytest.raises(ValidationError, match="train the model again"):
+        DetectionSpec.model_validate({**earlier, "raw_levels": True})
 
 
 def heavy_streams(seed: int, count: int, steps: int) -> list[Stream]:

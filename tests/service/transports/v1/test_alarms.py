@@ -196,7 +196,9 @@ async def test_an_acknowledged_alarm_is_closed_and_its_level_is_normal(api: Harn
 async def test_an_acknowledgement_needs_no_body(api: Harness) -> None:
     await alarmed(api, "a")
     path = f"{MODEL}/streams/a/acknowledge"
-    malformed = await api.client.post(path, content=b"{", headers={"content-type": "application/json"})
+    malformed = await api.client.post(
+        path, content=b"{", headers={"content-type": "application/json"}
+    )
     assert malformed.json()["code"] == "malformed_body"
     reply = await api.client.post(path)
     assert reply.status_code == 200, reply.text
