@@ -22,8 +22,9 @@ changes, over all numeric targets together so that they are not diluted by many,
     averages  for each of `LONG_SCALES`, g = exp(-1 / scale), the root of
               E_t = g E_(t-1) + (1 - g) mean over the targets of (a e / s_before)^2
 
-A target that an event does not have counts as 0, and an event without any has no statistics. The mean is stored as two float32, and followed
-relative to that before the chunk, so that a large offset of a stream costs no digits.
+A target that an event does not have counts as 0, and an event without any has no statistics. The
+mean is stored as two float32, and followed relative to that before the chunk, so that a large
+offset of a stream costs no digits.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from models.spec.layout import detection_columns, detection_of
 from models.spec.model import ModelSpec
 
 LIMIT: Final = 5.0
+LARGEST_SQUARE: Final = Z_LIMIT**2
 RESOLVED: Final = 1e-7
 """Smallest peak and spread, as a share of the value: float32 resolves no less."""
 LEAST_SPREAD: Final = 1e-12
@@ -134,35 +136,43 @@ class LongMeans:
         before[:count] = parts.before("long_weight")
         weights, means = np.split(sums(decay, before, counted.reshape(-1, batch, steps)), 2)
         parts.store("long_weight", weights)
-        means = means / np.maximum(weights, SMALLEST) + start
-        parts.store("long_mean", means)
-        parts.store("long_rest", means - means.astype(np.float32))
+        means /= np.maximum(weights, SMALLEST)
+        means += start
+        mean = parts.last(means)
+        parts.replace("long_mean", mean)
+        parts.replace("long_rest", mean - mean.astype(np.float32))
 
         own = np.maximum(weights[..., :-1], SMALLEST)
-        errors = np.stack([means[..., :-1], latest[..., :-1]])
-        np.subtract(values, errors, out=errors)
-        errors *= (weights[..., :-1] > SMALLEST) * counted[0]
+        errors = np.empty((2, *values.shape))
+        np.subtract(values, means[..., :-1], out=errors[0])
+        np.subtract(values, latest[..., :-1], out=errors[1])
+        has = weights[..., :-1] > SMALLEST
+        if present is not None or not has.all():
+            errors *= has * counted[0]
         distance = np.abs(errors).reshape(-1, batch, steps)
-        means_of = sums(decay, parts.before("long_distance"), distance)
-        parts.store("long_distance", means_of)
-        limit = means_of[..., 1:].reshape(errors.shape)
-        limit *= LIMIT / np.maximum(weights[..., 1:], SMALLEST)
-        limited = np.minimum(distance, limit.reshape(distance.shape))
-        # stored as roots, since float32 has no fourth power of small values
-        before = np.concatenate(
-            [parts.before("long_peak") ** 4, parts.before("long_spread") ** 2],
+        distances = sums(decay, parts.before("long_distance"), distance)
+        parts.store("long_distance", distances)
+        limit = distances[..., 1:].reshape(errors.shape) * (
+            LIMIT / np.maximum(weights[..., 1:], SMALLEST)
         )
-        powers = sums(decay, before, np.concatenate([distance**4, limited**2]))
-        np.sqrt(powers, out=powers)
-        peaks, spreads = np.split(powers, 2)
-        np.sqrt(peaks, out=peaks)
-        parts.store("long_peak", peaks)
-        parts.store("long_spread", spreads)
+        added = np.empty((4 * count, batch, steps))
+        squared, limited = np.square(distance), added[2 * count :]
+        np.square(squared, out=added[: 2 * count])
+        np.minimum(distance, limit.reshape(distance.shape), out=limited)
+        np.square(limited, out=limited)
+        # stored as roots, since float32 has no fourth power of small values
+        before = np.square(np.concatenate([parts.before("long_peak"), parts.before("long_spread")]))
+        np.square(before[: 2 * count], out=before[: 2 * count])
+        fourths, seconds = np.split(sums(decay, before, added), 2)
+        parts.replace("long_peak", np.sqrt(np.sqrt(parts.last(fourths))))
+        parts.replace("long_spread", np.sqrt(parts.last(seconds)))
         trust = own / (own + self._prior)
-        resolved = RESOLVED * np.abs(values) + LEAST_SPREAD
-        root = np.sqrt(own)
-        single = self._squares(distance, peaks, np.sqrt(root), trust, resolved)
-        squares = self._squares(distance, spreads, root, trust, resolved)
+        squared = squared.reshape(errors.shape) * np.square(trust)
+        least = np.square(RESOLVED * np.abs(values) + LEAST_SPREAD)
+        peaks = np.sqrt(fourths[..., :-1].reshape(errors.shape) / own)
+        single = np.minimum(squared / np.maximum(peaks, least), LARGEST_SQUARE)
+        spreads = seconds[..., :-1].reshape(errors.shape) / own
+        squares = np.minimum(squared / np.maximum(spreads, least), LARGEST_SQUARE)
         energy = sums(
             averages(LONG_SCALES, steps), parts.before("long_energy"), squares.mean(axis=1)
         )
@@ -181,13 +191,3 @@ class LongMeans:
             levels,
             parts.after,
         )
-
-    @staticmethod
-    def _squares(
-        distance: Floats, sizes: Floats, root: Floats, trust: Floats, resolved: Floats
-    ) -> Floats:
-        """(a e / size)^2 [2, N, B, T] of distances [2 N, B, T], given the sizes [2 N, B, T + 1] of
-        sums of weights with this root [N, B, T]."""
-        size = sizes[..., :-1].reshape(2, *root.shape) / root
-        z = distance.reshape(size.shape) * trust / np.maximum(size, resolved)
-        return np.asarray(np.square(np.minimum(z, Z_LIMIT)))

@@ -35,8 +35,6 @@ from models.spec.model import ModelSpec
 
 LEAST: Final = 1e-9
 """Of a weight, so that there are shares where all are 0."""
-ORDER: Final = 3
-"""Of the norm of a stream's own nats."""
 
 
 class Scores(NamedTuple):
@@ -139,7 +137,7 @@ class StreamScorer:
     def _weights(self, own: Floats, squares: Floats, inverse: Floats) -> Floats:
         """Weights [C, B, T]: the part of the channels' own tail by their statistics, those of
         levels and changes by the targets that are far off."""
-        parts = own**ORDER
+        parts = own * np.square(own)
         by_channel = self._channels.by_channel(inverse)
         by_channel *= parts[-1] / by_channel.sum(axis=0)
         if self._places:
@@ -161,6 +159,6 @@ def long_and_channels(long: Long, inverse: Floats) -> Floats:
 
 
 def combine_own(own: Floats) -> Floats:
-    """The nats [n] of tails of a stream [tails, n] together: their norm of this order, in which
+    """The nats [n] of tails of a stream [tails, n] together: their norm of order 3, in which
     several large ones count more than one, and the largest ones most."""
-    return np.asarray(np.cbrt((own**ORDER).sum(axis=0)))
+    return np.asarray(np.cbrt((own * np.square(own)).sum(axis=0)))

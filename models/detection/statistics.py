@@ -136,10 +136,14 @@ class StateParts:
         """A part before the events, [size, B]."""
         return np.asarray(self._before[self._columns[name]])
 
+    def last(self, sequence: Floats) -> Floats:
+        """The values [size, B] after each row's last event, of [size, B, T + 1] before the events
+        and after each."""
+        return sequence[..., -1] if self._is_full else sequence[:, self._rows, self._lengths]
+
     def store(self, name: str, sequence: Floats) -> None:
         """Store a part, of its values [size, B, T + 1] before the events and after each."""
-        last = sequence[..., -1] if self._is_full else sequence[:, self._rows, self._lengths]
-        self.after[:, self._columns[name]] = last.T
+        self.replace(name, self.last(sequence))
 
     def replace(self, name: str, values: Floats) -> None:
         """Store a part, of its values [size, B] after each row's last event."""
