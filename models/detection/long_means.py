@@ -117,7 +117,8 @@ class LongMeans:
             *parts, state = self._follow(values[..., part], own, kept, state)
             computed.append(tuple(parts))
         whole = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
-        return Long(*whole, state)
+        statistics, squares, levels = whole
+        return Long(statistics, squares, levels, state)
 
     def _follow(
         self, values: Floats, present: Bools | None, lengths: NDArray[Any], state: FloatRows

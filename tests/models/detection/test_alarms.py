@@ -74,6 +74,14 @@ def test_as_many_alarms_as_expected_are_opened_beside_a_stream_with_a_long_one()
     assert 36 <= count_alarms(alarm, streams, threshold)[0] <= 40
 
 
+def test_the_threshold_of_a_few_alarms_does_not_depend_on_the_most_unusual_event() -> None:
+    """One expected alarm among 40,000 events without anomalies, in 20 sets of them."""
+    alarm, random = AlarmSpec(hold_events=5), np.random.default_rng(21)
+    found = [alarm_threshold(alarm, list(random.random((10, 4000))), 1) for _ in range(20)]
+    assert 0.4 / 40_000 < min(found)
+    assert max(found) < 2.5 / 40_000
+
+
 def test_threshold_never_keeps_alarms_open_permanently() -> None:
     alarm = AlarmSpec(hold_events=50)
     streams = bursts()
