@@ -1,7 +1,7 @@
 """Sequences of categories as events of streams: tokens of Python, hospital cases, log keys.
 
-    code     the first 600 tokens of every file of Python's standard library (PSF licence), as
-             installed with the running Python: nothing to download
+    code     the tokens of every file of Python's standard library (PSF licence), as installed
+             with the running Python: nothing to download
     sepsis   1,049 cases of a hospital, `sepsis.csv` of the R package `eventdataR` (MIT); an event
              is an activity
     hdfs     4,854 blocks of a Hadoop file system, `hdfs_train` of the repository `logdeep` (MIT,
@@ -29,14 +29,15 @@ STREAM, ORDER, EVENT = "sequence", "at", "event"
 SPLITS = ("2001-01-01", "2002-01-01", "2003-01-01")
 """Days that the events of training, choice and test are put on, since tables are split by time."""
 SHARES = (0.70, 0.85)
-MAX_TOKENS = 600
+SALT = "2:"
+"""Begins what is hashed of a path, so that the split is not that of an earlier rule."""
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "pydoc_data",
            "site-packages", "dist-packages", "ensurepip", "__phello__"}  # fmt: skip
 """Folders of the standard library that are not read: tests, data, and what is not part of it."""
 
 
 def read_tokens(path: Path) -> list[str]:
-    """The categories of the first tokens of a Python file.
+    """The categories of the tokens of a Python file.
 
     Keywords and operators are their own category; a name, number, string, line end, indentation or
     its end is one of its type. Comments and empty lines have none.
@@ -48,8 +49,6 @@ def read_tokens(path: Path) -> list[str]:
                 continue
             is_own = token.type == tokenize.OP or keyword.iskeyword(token.string)
             categories.append(token.string if is_own else tokenize.tok_name[token.type])
-            if len(categories) == MAX_TOKENS:
-                break
     return categories
 
 
@@ -94,7 +93,7 @@ def read_sequences(name: str, folder: Path | None = None) -> pl.DataFrame:
     except (OSError, ValueError, SyntaxError, pl.exceptions.PolarsError) as error:
         raise ModelsError(f"{name}: expected its sequences in {folder}: {error}") from error
     if name == "code":  # by the path alone, whatever other files there are
-        digests = [hashlib.sha256(path.encode()).digest() for path in sequences]
+        digests = [hashlib.sha256((SALT + path).encode()).digest() for path in sequences]
         place = np.array([int.from_bytes(digest[:4], "big") / 2**32 for digest in digests])
     else:
         place = np.random.default_rng(0).permutation(len(sequences)) / len(sequences)

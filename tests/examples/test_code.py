@@ -10,10 +10,20 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from examples.code import comparison
-from examples.code.comparison import ROWS, SPEC, network_losses, spec_of, splits_of, table
+from examples.code.comparison import (
+    ROWS,
+    SPEC,
+    Floats,
+    kept,
+    network_losses,
+    spec_of,
+    splits_of,
+    table,
+)
 from examples.code.data import EVENT, SPLITS, STREAM, read_sequences, read_tokens
 from examples.code.trees import features
 from models.errors import ModelsError
+from models.spec.layers import LstmLayer
 from models.spec.layout import output_spec
 from models.spec.spec_file import read_spec
 
@@ -115,6 +125,30 @@ def test_the_specification_names_what_the_comparison_reads() -> None:
     spec = read_spec(SPEC)
     assert "next.surprise" in [output.name for output in output_spec(spec).outputs]
     assert set(ROWS) <= set(comparison.TRAINING)
+
+
+def test_the_smaller_sets_have_the_smaller_network(folder: Path) -> None:
+    frame = read_sequences("code", folder)
+    written = read_spec(SPEC)
+    for name, units in (("code", 128), ("sepsis", 64), ("hdfs", 64)):
+        spec = spec_of(name, frame, 7)
+        assert [layer.units for layer in spec.layers if isinstance(layer, LstmLayer)] == [units] * 2
+        assert (spec.name, spec.training.seed) == (name, 7)
+        assert (spec.training == written.training.model_copy(update={"seed": 7})) == (
+            name == "code"
+        )
+
+
+def test_losses_are_computed_once(tmp_path: Path) -> None:
+    calls = []
+
+    def compute(value: float) -> Floats:
+        calls.append(value)
+        return np.array([value])
+
+    for _ in range(2):
+        assert kept(tmp_path / "losses.npy", compute, 1.5).tolist() == [1.5]
+    assert calls == [1.5]
 
 
 def test_differences_are_paired_by_sequence() -> None:
