@@ -142,8 +142,9 @@ def compare(name: str, frame: pl.DataFrame, out: Path) -> str:
     for lags, further in ROWS.get(name, OTHER_ROWS):
         path, title = out / f"trees-{lags}-{further}.txt", f"trees on {lags} events"
         if not path.exists():
-            rows = [split.rows(lags, further) for split in (learned, chosen)]
-            train_trees(path, *rows, len(test.labels), **TREE_OPTIONS.get(name, {}))
+            known, select = (split.rows(lags, further) for split in (learned, chosen))
+            options = TREE_OPTIONS.get(name, {})
+            train_trees(path, known, select, len(test.labels), **options)
         title += f" and {further}" if further else ""
         rows_of_test = test.rows(lags, further)
         losses[title] = kept(path.with_suffix(".npy"), tree_losses, path, *rows_of_test)

@@ -133,10 +133,11 @@ def test_the_smaller_sets_have_the_smaller_network(folder: Path) -> None:
     for name, units in (("code", 128), ("sepsis", 64), ("hdfs", 64)):
         spec = spec_of(name, frame, 7)
         assert [layer.units for layer in spec.layers if isinstance(layer, LstmLayer)] == [units] * 2
+        assert spec.training is not None
+        assert written.training is not None
         assert (spec.name, spec.training.seed) == (name, 7)
-        assert (spec.training == written.training.model_copy(update={"seed": 7})) == (
-            name == "code"
-        )
+        as_written = written.training.model_copy(update={"seed": 7})
+        assert (spec.training == as_written) == (name == "code")
 
 
 def test_losses_are_computed_once(tmp_path: Path) -> None:
