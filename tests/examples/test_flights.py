@@ -5,9 +5,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+from examples.flights.__main__ import SPEC
+from examples.flights.candidates import NETWORKS, VALIDATE_FROM, candidate
 from models.pretrained import departures as data
 from models.pretrained.airport import AIRPORT_COLUMNS, AirportTraffic
 from models.pretrained.departures import EVENT_COLUMNS, flight_events, with_weather
+from models.spec.layers import LstmLayer
+from models.spec.spec_file import read_spec
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -171,3 +175,16 @@ def test_a_departure_earlier_than_the_one_before_is_rejected():
     }
     with pytest.raises(ValueError, match="expected a moment from 3600000 ms on, got 0"):
         traffic.add("JFK", 0, 0)
+
+
+def test_candidates_change_layers_and_regularisation_and_keep_the_held_out_months():
+    written = read_spec(SPEC)
+    for arguments in NETWORKS.values():
+        spec = candidate(**arguments)
+        assert spec.events == written.events
+        assert spec.training.validate_from == VALIDATE_FROM < written.training.validate_from
+        assert spec.training.test_from == written.training.test_from
+        units = [layer.units for layer in spec.layers if isinstance(layer, LstmLayer)]
+        assert units == [arguments["units"]] * 2
+    layers = candidate(units=8, rate=0.2, input_rate=0.1).layers
+    assert (layers[0].rate, layers[-1].rate) == (0.1, 0.2)
