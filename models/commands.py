@@ -366,9 +366,7 @@ def import_model(
     ] = 600.0,
     state: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="IN=OUT", help="ONNX: a state input and the output with its next value."
-        ),
+        typer.Option(metavar="IN=OUT", help="A state input and the output with its next value."),
     ] = None,
     input_: Annotated[
         list[str] | None, typer.Option("--input", help="ONNX: a feature input.")
@@ -408,6 +406,12 @@ def import_model(
     triton: Annotated[
         Path | None, typer.Option(metavar="config.pbtxt", help="ONNX: Triton's configuration.")
     ] = None,
+    code: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.py", help="Keras: the model's own classes; they are run: trust them."
+        ),
+    ] = None,
 ) -> None:
     """Import a Keras model or an ONNX graph as an artifact, and verify it."""
     from models.importing.isolation import Limits
@@ -420,6 +424,8 @@ def import_model(
         "limits": Limits(memory_bytes=memory_mib * 2**20, time_s=time_s),
     }
     if model.suffix.lower() == ".onnx":
+        if code is not None:
+            raise ImportedModelError(f"{model}: expected a Keras model with --code")
         options = onnx_options(
             states=state or (),
             inputs=input_ or (),
@@ -435,16 +441,16 @@ def import_model(
             triton=triton,
         )
         imported = import_onnx_model(model, out, options=options, **chosen)
-    elif any(
-        (state, input_, output, lengths, mask, initial, constant, features, context, labels)
-    ) or (axes or triton):
+    elif any((input_, output, lengths, mask, initial, constant, features, context, labels)) or (
+        axes or triton
+    ):
         raise ImportedModelError(
-            f"{model}: expected a .onnx file with --state, --input, --output, --lengths, --mask, "
+            f"{model}: expected a .onnx file with --input, --output, --lengths, --mask, "
             "--initial, --constant, --features, --context, --labels, --axes and --triton; they "
             "describe ONNX graphs"
         )
     else:
-        imported = import_keras_model(model, out, **chosen)
+        imported = import_keras_model(model, out, code=code, states=state or (), **chosen)
     artifact = imported.artifact
     typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")
     for line in imported.lines():

@@ -77,6 +77,20 @@ class OnnxOptions(BaseModel):
     triton_folder: str | None = None
 
 
+class KerasOptions(BaseModel):
+    """What the user says about a Keras model.
+
+    Attributes:
+        code: a Python file with its own classes and functions, which is run.
+        states: state output by state input.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code: str | None = None
+    states: dict[str, str] = {}
+
+
 class Conversion(BaseModel):
     """A converted model without its weights, as plain, untrusted data.
 
@@ -143,28 +157,30 @@ class Limits:
 
 
 def convert_isolated(
-    path: Path, name: str, options: OnnxOptions | None, limits: Limits
+    path: Path, name: str, options: OnnxOptions | KerasOptions, limits: Limits
 ) -> Converted:
     """Convert a model in another process.
 
     Args:
         path: a Keras model, or an ONNX graph.
         name: the packaged model's name, a lower-case slug.
-        options: what is known of an ONNX graph; None for a Keras model.
+        options: what is known of the model.
 
     Raises:
         ImportedModelError: the model cannot be converted; the file cannot be read, is too large or
             does not match its extension; a limit was reached; the process died.
     """
+    is_onnx = isinstance(options, OnnxOptions)
     with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
-        copy = Path(folder) / f"model{'.onnx' if options else _keras_suffix(path)}"
+        copy = Path(folder) / f"model{'.onnx' if is_onnx else _keras_suffix(path)}"
         _copy(path, copy, limits)
         task = {
             "name": name,
             "file": copy.name,
             "where": str(path),
             "folder": str(path.parent.resolve()),
-            "onnx": None if options is None else options.model_dump(mode="json"),
+            "onnx": is_onnx,
+            "options": options.model_dump(mode="json"),
         }
         _run(path, copy, task, limits)
         if (copy.parent / ERROR_NAME).exists():
@@ -174,7 +190,8 @@ def convert_isolated(
             raise ImportedModelError(message)
         result = _output(copy, RESULT_NAME, MAX_RESULT_BYTES, path)
         weights = _output(copy, WEIGHTS_NAME, limits.file_bytes, path)
-        graph = _output(copy, GRAPH_NAME, limits.file_bytes, path) if options else None
+        has_graph = (copy.parent / GRAPH_NAME).exists()
+        graph = _output(copy, GRAPH_NAME, limits.file_bytes, path) if has_graph else None
     try:
         return Conversion.model_validate_json(result), weights, graph
     except ValueError as error:
@@ -278,7 +295,7 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
         raise ImportedModelError(too_slow)
     if status < 0:
         hint = ""
-        if task["onnx"] is not None:
+        if task["onnx"]:
             hint = (
                 ", or have an operator for an element type that ONNX Runtime does not support: "
                 "export the graph in float32"
@@ -339,16 +356,19 @@ def convert(task: dict[str, Any]) -> None:
 
     file, where = Path(task["file"]), task["where"]
     try:
-        if task["onnx"] is None:
-            from models.importing.verification import convert_keras
+        graph: bytes | None
+        if not task["onnx"]:
+            from models.importing.keras_conversion import convert_keras
 
-            conversion, weights = convert_keras(file, task["name"])
+            keras_options = KerasOptions.model_validate(task["options"])
+            conversion, weights, graph = convert_keras(file, task["name"], keras_options)
         else:
             from models.importing.onnx_conversion import convert_onnx
 
-            options = OnnxOptions.model_validate(task["onnx"])
+            options = OnnxOptions.model_validate(task["options"])
             folder = Path(task["folder"])
             conversion, weights, graph = convert_onnx(file, folder, task["name"], options)
+        if graph is not None:
             Path(GRAPH_NAME).write_bytes(graph)
         Path(WEIGHTS_NAME).write_bytes(weights_bytes(weights))
         Path(RESULT_NAME).write_text(conversion.model_dump_json(), "utf-8")

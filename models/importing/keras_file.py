@@ -17,8 +17,12 @@ and TensorFlow write them, hold no configuration and are rejected.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import json
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -29,7 +33,6 @@ import h5py
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.ops import numpy as operations
 from numpy.typing import NDArray
 from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 from tensorflow.python.keras.protobuf.saved_metadata_pb2 import SavedMetadata
@@ -51,8 +54,17 @@ CHECKPOINT_NAME = "variables/variables"
 _MODELS = ("Sequential", "Functional", "Model")
 _TENSORS = ("__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__")
 """Classes that represent a tensor or a slice among a layer's arguments: a name, or numbers."""
-_OPERATIONS = "keras.src.ops.numpy"
-"""Module of operations that are not layers, such as `x[...]` and the masks that Keras computes."""
+_OPERATIONS = {
+    f"keras.src.ops.{name}": importlib.import_module(f"keras.src.ops.{name}")
+    for name in ("math", "nn", "numpy")
+}
+"""Modules of operations that are not layers, such as `x[...]` and the masks that Keras computes."""
+_MATHS = (
+    *("activations", "attention", "convolutional", "merging", "normalization", "pooling"),
+    *("regularization", "reshaping", "rnn"),
+)
+"""Packages of Keras whose layers compute, and read no file."""
+_QUANTISATION = ("AbsMaxQuantizer", "Int8QuantizationConfig")
 _INNER = ("layer", "backward_layer", "cell", "cells")
 """Members of a layer's configuration that are layers."""
 _PARTS = (
@@ -68,21 +80,56 @@ _PARTS = (
 """Namespaces of objects that configure a layer or a compiled model."""
 
 
-def read_keras_model(path: Path) -> Any:
+def read_keras_model(path: Path, code: Path | None = None) -> Any:
     """Load a `.keras` or `.h5` file, or a SavedModel folder of Keras 2.
 
     Args:
         path: the file or folder; no other process may write to it.
+        code: a Python file with the model's own classes and functions, which is run.
 
     Raises:
         ImportedModelError: it is not a Keras model, it contains code, or Keras cannot load it.
         MemoryError: the process reached its memory limit.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _read(path, Path(folder) / "model.h5")
+        own = {} if code is None else load_code(code)
+        return _read(path, Path(folder) / "model.h5", own)
 
 
-def _read(path: Path, rewritten: Path) -> Any:
+def load_code(code: Path) -> dict[str, Any]:
+    """Run a Python file, beside which it can import others; its classes and functions by name.
+
+    The names are those by which Keras stores them, also without
+    `keras.saving.register_keras_serializable`.
+
+    Raises:
+        ImportedModelError: it cannot be run.
+    """
+    name = f"carry_model_code_{code.stem}"
+    spec = importlib.util.spec_from_file_location(name, code)
+    if spec is None or spec.loader is None:
+        raise ImportedModelError(f"--code {code}: expected a Python file, MODEL.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(code.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the code may raise any
+        raise ImportedModelError(f"--code {code}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(code.parent))
+    own = {each for each in vars(module).values() if _is_usable(each, name)}
+    return {keras.saving.get_registered_name(each): each for each in own}
+
+
+def _is_usable(value: Any, module: str) -> bool:
+    """Whether a model may use it: a class that Keras stores, or a function of the file itself."""
+    if inspect.isclass(value):
+        return hasattr(value, "get_config") and not value.__module__.startswith("keras.")
+    return inspect.isfunction(value) and value.__module__ == module
+
+
+def _read(path: Path, rewritten: Path, own: Mapping[str, Any]) -> Any:
     """Check and load a model; files of Keras 2 are rewritten for Keras 3."""
     try:
         if path.is_dir():
@@ -95,13 +142,14 @@ def _read(path: Path, rewritten: Path) -> Any:
                 path = rewritten
             with h5py.File(path, "r+") as file:
                 file.attrs["model_config"] = json.dumps(config)
-        if config.get("class_name") not in _MODELS:
+        kind = config.get("class_name")
+        if kind not in _MODELS and config.get("registered_name") not in own:
             raise ImportedModelError(
-                f"expected a Sequential or functional model, got {config.get('class_name')!r}, a "
-                f"custom class, {NOT_LOADED}"
+                f"expected a Sequential or functional model, got {kind!r}, a custom class, "
+                f"{NOT_LOADED}"
             )
         # the model is loaded uncompiled; those nested in it are compiled as they were
-        foreign = list(_foreign({**config, "compile_config": None}))
+        foreign = list(_foreign({**config, "compile_config": None}, own))
     except (OSError, KeyError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise ImportedModelError(
             "expected a whole Keras model with its configuration, as model.save('model.keras') "
@@ -110,7 +158,7 @@ def _read(path: Path, rewritten: Path) -> Any:
     if foreign:
         raise ImportedModelError("the model has unsupported layers:\n" + "\n".join(foreign))
     try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
+        return keras.saving.load_model(path, own, compile=False, safe_mode=True)
     except MemoryError:
         raise
     except Exception as error:
@@ -164,24 +212,24 @@ def _modernise(config: Any) -> bool:
     return changed
 
 
-def _foreign(config: Any, name: str = "") -> Iterator[str]:
+def _foreign(config: Any, own: Mapping[str, Any], name: str = "") -> Iterator[str]:
     """Describe each object of the configuration that is not supported, and so may not be built."""
     if isinstance(config, list):
         for item in config:
-            yield from _foreign(item, name)
+            yield from _foreign(item, own, name)
     if not isinstance(config, dict):
         return
     inner = config.get("config")
     if isinstance(inner, dict):
         name = str(inner.get("name") or name)
     kind = config.get("class_name")
-    if kind is not None:
+    if kind is not None and not _is_own(config, own):
         reason = _why_foreign(str(kind), config.get("module"), config.get("registered_name"))
         if reason:
             yield f"  {kind} {name!r}: {reason}"
             return
     for value in config.values():
-        yield from _foreign(value, name)
+        yield from _foreign(value, own, name)
 
 
 def _why_foreign(kind: str, module: Any, registered: Any) -> str:
@@ -191,17 +239,31 @@ def _why_foreign(kind: str, module: Any, registered: Any) -> str:
     if ">" in str(registered) or ">" in kind:
         return OWN_CLASS
     parts = (getattr(part, kind, None) for part in _PARTS)
-    operation = getattr(operations, kind, None) if module == _OPERATIONS else None
+    operation = getattr(_OPERATIONS.get(str(module)), kind, None)
     if isinstance(operation, type) and issubclass(operation, keras.Operation):
         return ""
-    if kind in (*_MODELS, *_TENSORS) or any(isinstance(part, type) for part in parts):
+    if kind in (*_MODELS, *_TENSORS, *_QUANTISATION) or any(
+        isinstance(part, type) for part in parts
+    ):
         return ""
     if str(module).startswith("keras.src.ops."):
         return OPERATION
     layer = getattr(keras.layers, kind, None)
-    if layer in SUPPORTED:
+    package = getattr(layer, "__module__", "").removeprefix("keras.src.layers.").partition(".")[0]
+    if layer in SUPPORTED or (isinstance(layer, type) and package in _MATHS):
         return ""
     return reason_unsupported(kind) if isinstance(layer, type) or kind in REASONS else OWN_CLASS
+
+
+def _is_own(config: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether an object is a class or function of the model's code, or a `Lambda` of one."""
+    kind, content = config.get("class_name"), config.get("config")
+    if kind == "function":
+        return isinstance(content, str) and content in own
+    if kind == "Lambda" and own and isinstance(content, dict):
+        function = content.get("function")
+        return isinstance(function, dict) and _is_own(function, own)
+    return config.get("registered_name") in own
 
 
 def saved_model_to_hdf5(folder: Path, file: Path) -> None:

@@ -363,9 +363,9 @@ def _convert(operation: Any, call: Call, calls: int) -> Converted:
     masked = call.mask is not None and (call.mask.rejected or not call.mask.mask)
     problems = [
         (
-            calls > 1,
-            f"it is used {calls} times in the model, and each use would need its own state and "
-            "weights; use a separate layer for each",
+            calls > 1 and isinstance(operation, (kl.RNN, kl.Bidirectional)),
+            f"it is used {calls} times in the model, and each use needs its own state; use a "
+            "separate layer for each",
         ),
         (len(reads) > 1 and merge not in _MERGES, "it reads more than one tensor; expected one"),
         (
@@ -426,11 +426,16 @@ def _chunking_notes(
             "(predict), and has no streams",
             *([left_out] if stateful else []),
         ]
-    if steps is not None and steps > 1 and not stateful and not explicit:
-        return [
-            f"the original reads windows of {steps} events, each from the zero state "
-            "(stateful=False): a stream carries its state beyond them, and its outputs equal the "
-            f"original's on the first {steps} events alone; to begin from the zero state every "
-            f"{steps} events, import it with --reset-every {steps}"
-        ]
-    return []
+    return [] if explicit or steps is None else window_notes(model, steps)
+
+
+def window_notes(model: Any, steps: int) -> Sequence[str]:
+    """What differs between a stream and a model of windows of that many steps."""
+    if steps < 2 or any(getattr(layer, "stateful", False) for layer in model._flatten_layers()):
+        return []
+    return [
+        f"the original reads windows of {steps} events, each from the zero state (stateful=False): "
+        "a stream carries its state beyond them, and its outputs equal the original's on the first "
+        f"{steps} events alone; to begin from the zero state every {steps} events, import it with "
+        f"--reset-every {steps}"
+    ]

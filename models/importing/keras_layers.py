@@ -22,8 +22,8 @@ from models.spec.layers import ActivationName
 
 EXPORT = "export the model to ONNX and run carry import MODEL.onnx"
 NOT_LOADED = (
-    "which is not loaded; build the model of Keras' layers with keras.Model(inputs, outputs), or "
-    f"{EXPORT}"
+    "which is not loaded; give the Python file that defines it (carry import MODEL.keras OUT "
+    f"--code FILE.py), or {EXPORT}"
 )
 OWN_CLASS = f"it is a custom class, {NOT_LOADED}"
 OPERATION = (
@@ -54,7 +54,8 @@ REASONS = {
     "ConvLSTM3D": _CELL,
     "Lambda": (
         "it contains code, which is neither loaded nor run; use a layer of the same effect "
-        f"(Rescaling, Activation, a slice such as x[:, -1]), or {EXPORT}"
+        "(Rescaling, Activation, a slice such as x[:, -1]), or a named function of a file that "
+        "--code FILE.py gives"
     ),
     "Flatten": (
         "it flattens all steps into one row, and a stream has no fixed number of them; take the "
@@ -79,6 +80,10 @@ REASONS = {
     "AdditiveAttention": _WHOLE,
     "MultiHeadAttention": _WHOLE,
     "GroupQueryAttention": _WHOLE,
+    "CategoryEncoding": (
+        "it reads one code of an event otherwise than a sequence of them; use an Embedding, whose "
+        "weights are the identity matrix"
+    ),
     "StringLookup": _VOCABULARY,
     "IntegerLookup": _VOCABULARY,
     "TextVectorization": _VOCABULARY,
@@ -480,5 +485,6 @@ _RECURRENT: dict[type, Callable[[Any], Converted]] = {
 SUPPORTED = frozenset(
     {*_CONVERTERS, *_RECURRENT, *_CELLS, kl.StackedRNNCells, kl.InputLayer}
     | {kl.Embedding, kl.Masking, kl.Reshape}  # what they read decides what they are
+    | {kl.EinsumDense, kl.Discretization}
 )
-"""Classes of layers and cells that can be imported, their options aside."""
+"""Classes of layers and cells that may be loaded."""

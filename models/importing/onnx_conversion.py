@@ -43,7 +43,11 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def convert_onnx(
-    path: Path, folder: Path, name: str, options: OnnxOptions
+    path: Path,
+    folder: Path,
+    name: str,
+    options: OnnxOptions,
+    own_controls: Sequence[TritonControl] = (),
 ) -> tuple[Conversion, Arrays, bytes]:
     """Read an ONNX file, find its state pairs and axes, and verify what can be measured.
 
@@ -51,6 +55,7 @@ def convert_onnx(
         path: the file; no other process may write to it.
         folder: the folder of the original, where files with its weights may be.
         name: the packaged model's name, a lower-case slug.
+        own_controls: inputs about the sequence, besides those of Triton's configuration.
 
     Returns:
         The conversion, the initial values by state part, and the graph with all its data.
@@ -61,7 +66,9 @@ def convert_onnx(
         MemoryError: the process reached its memory limit.
     """
     options, initial, controls = _with_triton(options)
-    roles = _find_roles(read_signature(path, folder, options.constants), options, controls)
+    roles = _find_roles(
+        read_signature(path, folder, options.constants), options, [*controls, *own_controls]
+    )
     signature = roles.signature
     fed = {*roles.pairs, *(x.name for x in roles.features), *(x.name for x in roles.controls)}
     lengths = None if roles.steps is None else roles.steps.name

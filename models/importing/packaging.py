@@ -21,7 +21,13 @@ from models.artifact.files import open_regular
 from models.artifact.weights import read_weights
 from models.artifact.writing import write_artifact
 from models.errors import ArtifactError, ImportedModelError, SpecError
-from models.importing.isolation import Converted, Limits, OnnxOptions, convert_isolated
+from models.importing.isolation import (
+    Converted,
+    KerasOptions,
+    Limits,
+    OnnxOptions,
+    convert_isolated,
+)
 from models.importing.triton_config import MAX_CONFIG_BYTES
 from models.spec.model import parse_spec
 from models.spec.onnx_network import Axes, OnnxNetwork
@@ -51,10 +57,9 @@ class ImportReport:
     def lines(self) -> list[str]:
         """The report as lines of text."""
         network, checks = self.artifact.spec.onnx, self.verified
-        if network is not None:
-            lines = _graph_lines(network, checks)
-        else:
-            lines = [
+        lines = [] if network is None else _graph_lines(network, checks)
+        if "largest_difference" in checks:
+            lines += [
                 f"equal to the original within {checks['largest_difference']:.1e} on "
                 f"{checks['sequences']} sequences each of {sorted(set(checks['lengths_steps']))} "
                 "steps"
@@ -70,6 +75,8 @@ def import_keras_model(
     overwrite: bool = False,
     reset_every: int | None = None,
     limits: Limits | None = None,
+    code: Path | None = None,
+    states: Sequence[str] = (),
 ) -> ImportReport:
     """Package the model of a `.keras` or `.h5` file, or of a SavedModel folder of Keras 2.
 
@@ -80,6 +87,9 @@ def import_keras_model(
         overwrite: whether an artifact that is already there is replaced.
         reset_every: the model's `reset_every`.
         limits: resource limits for reading and verifying the model.
+        code: a Python file with the model's own classes and functions. It is run, in the process
+            that reads the model: give only code that you trust.
+        states: state pairs, `IN=OUT`, of a model with states as inputs that names do not tell.
 
     Raises:
         ImportedModelError: the file cannot be read, has unsupported layers (each is named with the
@@ -87,8 +97,9 @@ def import_keras_model(
             1e-5 + 1e-5 |b|, or reached a limit.
         ArtifactError: `out` is occupied.
     """
-    path = Path(path)
-    converted = convert_isolated(path, name or slug(path.stem), None, limits or Limits())
+    path, pairs = Path(path), _split("--state", states, "NAME_OF_INPUT=NAME_OF_OUTPUT")
+    options = KerasOptions(code=None if code is None else str(code.resolve()), states=pairs)
+    converted = convert_isolated(path, name or slug(path.stem), options, limits or Limits())
     return package(path, converted, out, overwrite=overwrite, reset_every=reset_every)
 
 

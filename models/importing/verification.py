@@ -1,4 +1,4 @@
-"""Converts a Keras model file, and verifies the result on random sequences of several lengths.
+"""Verifies a translated Keras model on random sequences of several lengths.
 
 What is compared depends on the chunking of the imported model:
 
@@ -12,7 +12,6 @@ What is compared depends on the chunking of the imported model:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,9 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ImportedModelError
-from models.importing.isolation import Conversion
-from models.importing.keras_file import read_keras_model
-from models.importing.keras_graph import ModelOutput, Translation, functional_of, translate
+from models.importing.keras_graph import ModelOutput, Translation, functional_of
 from models.networks.build import StepNetwork
 from models.spec.layout import network_state, output_spec, state_spec
 from models.spec.state import State
@@ -35,34 +32,6 @@ BATCH = 3
 SEED = 20240229
 
 Floats = NDArray[np.float32]
-
-
-def convert_keras(path: Path, name: str) -> tuple[Conversion, dict[str, Floats]]:
-    """Read a Keras model, translate it and verify the translation, in this process.
-
-    Args:
-        path: a `.keras` or `.h5` file, or a SavedModel folder of Keras 2; no other process may
-            write to it.
-        name: the packaged model's name, a lower-case slug.
-
-    Returns:
-        The conversion, and the weights by name.
-
-    Raises:
-        ImportedModelError: the file cannot be read, has unsupported layers, or its outputs differ
-            from the translation's.
-        MemoryError: the process reached its memory limit.
-    """
-    model = read_keras_model(path)
-    translation = translate(model, name)
-    conversion = Conversion(
-        spec=translation.spec.model_dump(mode="json"),
-        keras=keras.__version__,
-        layers=translation.layers,
-        notes=translation.notes,
-        verified=verify(model, translation),
-    )
-    return conversion, translation.weights
 
 
 def verify(model: Any, translation: Translation) -> dict[str, Any]:
@@ -85,7 +54,7 @@ def verify(model: Any, translation: Translation) -> dict[str, Any]:
     batch = int(max(batches, default=BATCH))
     fixed_steps = translation.columns.steps
     lengths = (fixed_steps,) * 3 if fixed_steps else LENGTHS_STEPS
-    is_stateful = _reset(model) and chunking != "whole"
+    is_stateful = reset(model) and chunking != "whole"
     if chunking == "per_chunk":
         _keep_states(model, batch)
     if fixed_steps and (chunking == "per_chunk" or translation.states):
@@ -95,7 +64,7 @@ def verify(model: Any, translation: Translation) -> dict[str, Any]:
     for length in lengths:
         rows = _random_rows(translation, batch, length, random)
         if not is_stateful:
-            _reset(model)
+            reset(model)
             state = _initial_state(translation, batch, random)
         in_chunks = chunking == "per_chunk" and fixed_steps is None
         for call in _split(rows, random) if in_chunks else [rows]:
@@ -104,7 +73,7 @@ def verify(model: Any, translation: Translation) -> dict[str, Any]:
             outputs, state = _run_imported(network, chunks, state)
             for output in translation.outputs:
                 actual = _output_of(translation, output, outputs, state)
-                gap = _difference(actual, expected[output.index], call.shape[1])
+                gap = difference(actual, expected[output.index], call.shape[1])
                 largest = max(largest, gap)
     return {"lengths_steps": lengths, "sequences": batch, "largest_difference": largest}
 
@@ -179,7 +148,12 @@ def _output_of(
     return np.stack([layout.by_name(State(row, ints))[str(output.part)] for row in state])
 
 
-def _difference(actual: Floats, expected: Floats, length: int) -> float:
+def difference(actual: Floats, expected: Floats, length: int) -> float:
+    """The largest |a - b| of outputs on a sequence of `length` steps.
+
+    Raises:
+        ImportedModelError: it is too large, or values are not finite.
+    """
     if actual.shape != expected.shape or not np.isfinite(expected).all():
         raise ImportedModelError(
             f"expected finite outputs of shape {list(actual.shape)} on a random "
@@ -198,7 +172,7 @@ def _difference(actual: Floats, expected: Floats, length: int) -> float:
     return float(gap.max())
 
 
-def _reset(model: Any) -> bool:
+def reset(model: Any) -> bool:
     """Zero the states of all `stateful=True` layers; returns whether any of them is recurrent."""
     is_stateful = False
     for layer in model._flatten_layers():

@@ -33,6 +33,7 @@ class Accepted:
         states: index of an output of Keras -> the state part that it is.
         codes: column -> number of codes.
         features: columns of a row.
+        of_events: how many of them change from event to event; the others belong to the stream.
         inputs: the arguments of the Keras model for rows [1, T, F].
     """
 
@@ -42,6 +43,7 @@ class Accepted:
     states: Mapping[int, str] = field(default_factory=dict)
     codes: Mapping[int, int] = field(default_factory=dict)
     features: int = FEATURES
+    of_events: int | None = None
     inputs: Callable[[Floats], Any] = lambda rows: rows
 
 
@@ -203,6 +205,11 @@ def bidirectional(layer: Callable[[], Any], merge: str) -> Callable[[], Any]:
     return lambda: kl.Bidirectional(layer(), merge_mode=merge)
 
 
+def shared_dense(rows: Any) -> Any:
+    layer = kl.Dense(FEATURES, activation="mish", name="twice")
+    return kl.Dense(1)(gru()()(layer(layer(rows))))
+
+
 def dilated(rows: Any) -> Any:
     for rate in (1, 2, 4):
         y = kl.Conv1D(3, 2, padding="causal", dilation_rate=rate, activation="relu")(rows)
@@ -356,6 +363,7 @@ ACCEPTED: dict[str, Accepted] = {
         sequential(lambda: kl.Conv1D(4, 3, padding="causal", activation="relu"), lstm(), dense())
     ),
     "dilated": Accepted(of_rows(dilated)),
+    "shared-dense": Accepted(of_rows(shared_dense)),
     "residual": Accepted(of_rows(residual)),
     "nested": Accepted(
         sequential(sequential(gru(name="cell"), dense(3)), lstm(2, name="cell")), heads=("cell",)

@@ -11,8 +11,12 @@ import pytest
 
 from models.artifact.weights import weights_bytes
 from models.errors import ImportedModelError
+from models.importing.isolation import KerasOptions
+from models.importing.keras_conversion import convert_keras
 from models.importing.packaging import ImportReport, package, slug
-from models.importing.verification import convert_keras
+from tests.models.importing import own_layers
+
+OWN_CODE = KerasOptions(code=str(Path(own_layers.__file__)))
 
 
 def save_model(model: keras.Model, path: Path, seed: int = 17) -> Path:
@@ -21,6 +25,8 @@ def save_model(model: keras.Model, path: Path, seed: int = 17) -> Path:
     for weight in model.weights:
         if weight.name in ("mean", "variance", "count"):
             continue  # of a Normalization, which has read them already
+        if weight.dtype == "int8" or weight.name.endswith("_scale"):
+            continue  # quantised weights
         shape = tuple(weight.shape)
         values = random.uniform(-0.4, 0.4, shape)
         if weight.path.endswith(("gamma", "moving_variance")):
@@ -38,25 +44,33 @@ def write_model(model: keras.Model, path: Path) -> Path:
 
 
 def import_here(
-    path: Path, out: Path, name: str | None = None, reset_every: int | None = None
+    path: Path,
+    out: Path,
+    name: str | None = None,
+    reset_every: int | None = None,
+    options: KerasOptions = OWN_CODE,
 ) -> ImportReport:
     """As `import_keras_model`, in this process: a process for each test would take seconds."""
-    conversion, weights = convert_keras(path, name or slug(path.stem))
-    converted = conversion, weights_bytes(weights), None
+    conversion, weights, graph = convert_keras(path, name or slug(path.stem), options)
+    converted = conversion, weights_bytes(weights), graph
     return package(path, converted, out, reset_every=reset_every)
 
 
 def import_model(
-    model: keras.Model, folder: Path, seed: int = 17, reset_every: int | None = None
+    model: keras.Model,
+    folder: Path,
+    seed: int = 17,
+    reset_every: int | None = None,
+    options: KerasOptions = OWN_CODE,
 ) -> ImportReport:
     """Import a model and return the report; the artifact is `folder / "out"`."""
     path = save_model(model, folder / "My Model.keras", seed)
-    return import_here(path, folder / "out", reset_every=reset_every)
+    return import_here(path, folder / "out", None, reset_every, options)
 
 
-def import_error(model: keras.Model, folder: Path) -> str:
+def import_error(model: keras.Model, folder: Path, options: KerasOptions = OWN_CODE) -> str:
     """The error of a rejected import; checks that nothing was written."""
     with pytest.raises(ImportedModelError) as caught:
-        import_model(model, folder)
+        import_model(model, folder, options=options)
     assert not (folder / "out").exists()
     return str(caught.value)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import keras
 import psutil
 import pytest
 from keras import layers as kl
@@ -19,7 +20,9 @@ from models.errors import ImportedModelError
 from models.importing import isolation
 from models.importing.isolation import Limits
 from models.importing.packaging import import_keras_model
+from tests.models.importing import own_layers
 from tests.models.importing.hostile import recurrent, save_edited, two_models
+from tests.models.importing.own_layers import Leaky
 from tests.models.importing.saving import save_model
 from tests.support.service import LEAN_KERAS, customise
 
@@ -49,6 +52,20 @@ def test_import_packages_the_model(tmp_path: Path) -> None:
     origin = load_artifact(tmp_path / "out").manifest["training"]["imported"]
     assert origin["file"] == "m.keras"
     assert origin["verified"]["largest_difference"] == report.verified["largest_difference"]
+
+
+def test_own_code_runs_in_the_process_that_exports_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    save_model(keras.Sequential([kl.Input((None, 2)), kl.RNN(Leaky(3))]), path)
+    code = tmp_path / "own.py"
+    code.write_text(Path(own_layers.__file__).read_text() + "\nimport beside\nassert beside.X\n")
+    (tmp_path / "beside.py").write_text("X = 1")
+    report = import_keras_model(path, tmp_path / "out", code=code)
+    assert report.artifact.spec.onnx is not None
+    assert 0 < report.verified["largest_difference"] < 1e-5
+    code.write_text("print(1 / 0)")
+    with pytest.raises(ImportedModelError, match=r"own\.py: ZeroDivisionError: division by zero"):
+        import_keras_model(path, tmp_path / "out2", code=code)
 
 
 def test_errors_name_the_original_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

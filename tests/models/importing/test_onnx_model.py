@@ -138,7 +138,7 @@ def test_the_command_reports_what_it_found_and_measured(tmp_path: Path) -> None:
     assert "h_in -> h_out float32 [2, 8], batch axis 1" in result.output
     assert "chunking: invisible; measured: batch equals alone" in result.output
     assert "batching: padded" in result.output
-    result = CliRunner().invoke(app, ["import", "model.keras", str(out), "--state", "a=b"])
+    result = CliRunner().invoke(app, ["import", "model.keras", str(out), "--input", "a"])
     assert result.exit_code == 1
     assert "model.keras: expected a .onnx file" in result.output
     result = CliRunner().invoke(app, ["import", "model.pt", str(out)])

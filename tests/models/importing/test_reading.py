@@ -43,8 +43,8 @@ OBJECTS: dict[str, tuple[Edit, str]] = {
     ),
     "class that is none": (change(class_name="Popper"), "Popper 'cell': it is a custom class"),
     "operation": (
-        change(module="keras.src.ops.nn", class_name="Sigmoid"),
-        "Sigmoid 'cell': it is an operation of keras.ops",
+        change(module="keras.src.ops.core", class_name="Map"),
+        "Map 'cell': it is an operation of keras.ops",
     ),
     "function of a namespace": (change(class_name="deserialize"), "deserialize 'cell'"),
     "class that is no string": (change(class_name=["LSTM"]), "['LSTM'] 'cell'"),

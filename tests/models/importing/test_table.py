@@ -15,10 +15,12 @@ from models.errors import ImportedModelError, ModelsError
 from models.importing import verification
 from models.importing.packaging import ImportReport
 from tests.models.importing.accepted_models import ACCEPTED, STEPS, Accepted, gru, lstm, sequence
+from tests.models.importing.exported_models import EXPORTED
 from tests.models.importing.rejected_models import REJECTED
 from tests.models.importing.saving import import_error, import_here, save_model
 from tests.support.service import running
 
+MODELS = {**ACCEPTED, **{name: EXPORTED[name] for name in ("custom-cell", "conditioned")}}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WINDOWED = "window-reset"
 """The model `window`, whose state is reset after each window."""
@@ -34,7 +36,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Import]:
     (folder / "models").mkdir()
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(verification, "LENGTHS_STEPS", (3,))
-    for seed, (name, case) in enumerate(ACCEPTED.items()):
+    for seed, (name, case) in enumerate(MODELS.items()):
         model = case.build()
         path = save_model(model, folder / f"{name}.keras", seed)
         try:
@@ -62,15 +64,16 @@ def client(
         yield up
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", MODELS)
 def test_chunks_equal_keras_on_the_whole_sequence(
     name: str, imported: dict[str, Import], client: httpx.Client
 ) -> None:
-    case, (model, report) = ACCEPTED[name], imported[name]
+    case, (model, report) = MODELS[name], imported[name]
     assert isinstance(report, ImportReport), report
+    assert (report.artifact.spec.onnx is not None) == (name in EXPORTED)
     random = np.random.default_rng(len(name))
-    rows = _rows(case, random)
-    expected = _keras_outputs(case, model, rows)
+    rows = random_rows(case, random)
+    expected = keras_outputs(case, model, rows)
     assert tuple(output.name for output in report.artifact.outputs.outputs) == case.heads
     for words in case.notes:
         assert any(words in note for note in report.notes), report.notes
@@ -139,14 +142,16 @@ def test_weights_without_a_model_are_rejected_with_an_alternative(tmp_path: Path
         import_here(path, tmp_path / "out")
 
 
-def _rows(case: Accepted, random: np.random.Generator) -> np.ndarray:
+def random_rows(case: Accepted, random: np.random.Generator) -> np.ndarray:
     rows = random.normal(size=(1, STEPS, case.features)).astype(np.float32)
     for column, codes in case.codes.items():
         rows[..., column] = random.integers(1, codes, STEPS)
+    own = case.of_events or case.features
+    rows[..., own:] = rows[:, :1, own:]
     return rows
 
 
-def _keras_outputs(case: Accepted, model: Any, rows: np.ndarray) -> list[np.ndarray]:
+def keras_outputs(case: Accepted, model: Any, rows: np.ndarray) -> list[np.ndarray]:
     """All outputs on the whole sequence, from the zero state, in Keras' order."""
     for layer in model._flatten_layers():
         if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
