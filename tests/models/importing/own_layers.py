@@ -61,7 +61,7 @@ class Drifting(kl.Layer):
 
 @keras.saving.register_keras_serializable("own")
 class TwoMeans(keras.Model):
-    """[x, fast, slow] -> (x - fast, fast, slow), states of one shape and without names."""
+    """[x, fast, slow] -> (x - fast, fast, slow), states of one shape."""
 
     def call(self, inputs: Any) -> Any:
         x, fast, slow = inputs

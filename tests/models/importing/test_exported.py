@@ -18,7 +18,7 @@ from models.spec.layout import output_spec
 from tests.models.importing.accepted_models import Floats, sequential
 from tests.models.importing.exported_models import EXPORTED, recurrent
 from tests.models.importing.own_layers import Leaky
-from tests.models.importing.saving import import_error, import_model
+from tests.models.importing.saving import import_error, import_here, import_model, write_model
 from tests.models.importing.test_table import CLOSE, keras_outputs, random_rows
 
 
@@ -65,11 +65,12 @@ def quantised(rows: Floats) -> tuple[keras.Model, Floats]:
     return model, before
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of Keras' quantisation
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 def test_int8_weights_become_float32(tmp_path: Path) -> None:
     rows = np.random.default_rng(1).normal(size=(2, 6, 3)).astype(np.float32)
     model, before = quantised(rows)
-    report = import_model(model, tmp_path)
+    report = import_here(write_model(model, tmp_path / "m.keras"), tmp_path / "out")
     assert any("the int8 weights of ['dense" in note for note in report.notes), report.notes
     artifact = load_artifact(tmp_path / "out")
     assert artifact.spec.onnx is None

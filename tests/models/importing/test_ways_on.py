@@ -36,14 +36,12 @@ class Way:
         rejected: builds the rejected model.
         instead: builds the model that is imported instead; the same one by default.
         options: of the first import.
-        then: of the second import.
     """
 
     words: tuple[str, ...]
     rejected: Callable[[], keras.Model]
     instead: Callable[[], keras.Model] | None = None
     options: KerasOptions = OWN_CODE
-    then: KerasOptions = OWN_CODE
 
 
 def two_means() -> keras.Model:
@@ -79,7 +77,7 @@ def attended(rows: Any) -> Any:
 
 WAYS = {
     "own-class": Way(
-        ("Leaky 'own_cell': it is a custom class", "--code FILE.py"),
+        ("Leaky 'own_cell': it comes from", "--code FILE.py"),
         sequential(lambda: recurrent(Leaky(4, name="own_cell"))),
         options=KerasOptions(),
     ),
@@ -95,18 +93,12 @@ WAYS = {
         sequential(lstm(), lambda: Drifting(name="drift")),
         sequential(lstm(), lambda: recurrent(Leaky(4))),
     ),
-    "ambiguous-states": Way(
-        ("ambiguous", "--state input_1=output_1 --state input_2=output_2"),
-        two_means,
-        then=OWN_CODE.model_copy(update={"states": {"input_1": "output_1", "input_2": "output_2"}}),
-    ),
     "wrong-states": Way(
         ("the packaged model gives", "the original gives"),
         two_means,
         options=OWN_CODE.model_copy(
             update={"states": {"input_1": "output_2", "input_2": "output_1"}}
         ),
-        then=OWN_CODE.model_copy(update={"states": {"input_1": "output_1", "input_2": "output_2"}}),
     ),
     "precision": Way(
         ("LSTM 'half': it computes in float16", "set_dtype_policy('float32')", "set_weights"),
@@ -147,5 +139,5 @@ def test_what_the_error_says_to_do_works(name: str, tmp_path: Path) -> None:
     error = import_error(way.rejected(), tmp_path, way.options)
     for words in way.words:
         assert words in error, error
-    report = import_model((way.instead or way.rejected)(), tmp_path, options=way.then)
+    report = import_model((way.instead or way.rejected)(), tmp_path)
     assert report.verified["largest_difference"] < 1e-5
