@@ -92,6 +92,9 @@ consumers:
 }
 
 
+CONSUMED = "consumers.a.config.model=m,consumers.a.config.from=a,consumers.a.config.to=b"
+
+
 def helm(*arguments: str | Path, values: str = "{}") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["helm", *arguments, "--values", "-"],
@@ -212,12 +215,30 @@ def test_lint_has_no_warning() -> None:
         ("expose.kind=gateway,expose.host=a,expose.grpcHost=a,grpc=true", "expose.grpcHost"),
         ("store.bundled.enabled=true,store.secret=", "store.secret"),
         ("store.urlKey=url,store.secret=", "store.secret"),
+        ("store.url=redis://carry:s3cret@cache:6379", "store.url: expected no password"),
+        (f"store.urlKey=url,{CONSUMED}", "consumerDefaults.store.url"),
     ],
 )
 def test_wrong_values_are_named(option: str, named: str) -> None:
     done = helm("template", "carry", CHART, "--set", option)
     assert done.returncode != 0
     assert named in done.stderr.partition("Error:")[2]
+
+
+def test_consumers_use_the_store_of_the_service_as_another_user() -> None:
+    values = """
+store: {url: "rediss://carry@cache.example.com:6380/1?ssl_ca_certs=/secrets/ca.crt"}
+consumers:
+  one: {config: {model: flights, from: departures, to: scores}}
+  two: {config: {model: flights, from: a, to: b}, store: {url: "redis://own@other:6379/0"}}
+"""
+    objects = {each["metadata"]["name"]: each for each in render(values=values)}
+    urls = [
+        objects[f"carry-consumer-{name}-settings"]["data"]["CARRY_REDIS_URL"]
+        for name in ("one", "two")
+    ]
+    own = "rediss://consumer@cache.example.com:6380/1?ssl_ca_certs=/secrets/ca.crt"
+    assert urls == [own, "redis://own@other:6379/0"]
 
 
 def test_chart_has_the_version_of_the_project() -> None:

@@ -21,6 +21,14 @@ The objects of a group of pods: settings, deployment, disruption budget, network
   {{- $url := printf "redis://%s-store:6379/0" (include "carry.fullname" $root) }}
   {{- $store = merge (dict "url" $url "urlKey" "") $values.store }}
 {{- end }}
+{{- if not (or $store.url $store.urlKey) }}
+  {{- if $values.store.urlKey }}{{ fail "consumerDefaults.store.url: expected an address, or urlKey, since the service's is in a secret" }}{{ end }}
+  {{- $url := regexReplaceAll "://([^@/]*@)?" $values.store.url "://consumer@" }}
+  {{- $store = mergeOverwrite (deepCopy $store) (dict "url" $url) }}
+{{- end }}
+{{- if regexMatch "://[^@/]*:[^@/]*@" $store.url }}
+  {{- fail "store.url: expected no password, which a ConfigMap would show: keep it in the secret store.secret as store.passwordKey, or the whole address as store.urlKey" }}
+{{- end }}
 {{- with $store.secret }}
   {{- $volumes = append $volumes (dict "name" "secrets" "secret" (dict "secretName" . "defaultMode" 288)) }}
   {{- $mounts = append $mounts (dict "name" "secrets" "mountPath" "/secrets" "readOnly" true) }}
