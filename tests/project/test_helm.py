@@ -24,7 +24,7 @@ from service.store.embedded import server_binary
 from tests.project.test_kubernetes import CONSUMER, EXTENSIONS, MARGIN_S, OVERLAYS, rendered
 from tests.support.monitoring import check_rules, rule_test
 from tests.support.needs import needs_tools
-from tests.support.pages import ROOT
+from tests.support.pages import ROOT, blocks
 from tests.support.servers import until
 
 pytestmark = needs_tools("helm", "kubectl")
@@ -53,7 +53,9 @@ expose:
   annotations: {nginx.ingress.kubernetes.io/proxy-read-timeout: "3600"}
   from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ingress-nginx}}}]
 """
+(TEAM,) = [text for _, text in blocks("docs/how-to/deploy.md") if "networkPolicy:" in text]
 VARIANTS = {
+    "the guide's": TEAM,
     "defaults": "{}",
     "ingress": INGRESS,
     "existing gateway": """
@@ -226,18 +228,15 @@ def test_wrong_values_are_named(option: str, named: str) -> None:
 
 
 def test_consumers_use_the_store_of_the_service_as_another_user() -> None:
-    values = """
-store: {url: "rediss://carry@cache.example.com:6380/1?ssl_ca_certs=/secrets/ca.crt"}
-consumers:
-  one: {config: {model: flights, from: departures, to: scores}}
-  two: {config: {model: flights, from: a, to: b}, store: {url: "redis://own@other:6379/0"}}
-"""
-    objects = {each["metadata"]["name"]: each for each in render(values=values)}
+    other = f"--set=consumers.other.store.url=redis://own@other:6379/0,{CONSUMED}".replace(
+        ".a.", ".other."
+    )
+    objects = {each["metadata"]["name"]: each for each in render(other, values=TEAM)}
     urls = [
         objects[f"carry-consumer-{name}-settings"]["data"]["CARRY_REDIS_URL"]
-        for name in ("one", "two")
+        for name in ("departures", "other")
     ]
-    own = "rediss://consumer@cache.example.com:6380/1?ssl_ca_certs=/secrets/ca.crt"
+    own = "rediss://consumer@cache.example.com:6380/0?ssl_ca_certs=/secrets/ca.crt"
     assert urls == [own, "redis://own@other:6379/0"]
 
 
