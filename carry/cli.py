@@ -42,9 +42,9 @@ EXTRAS = {
     "replay": "replay",
     "score": "backfill",
     "streams": "backfill",
-    **dict.fromkeys(COMMANDS, "train"),
+    **dict.fromkeys(COMMANDS, "tensorflow,train"),
 }
-"""The extra with the packages that a command needs."""
+"""The extras with the packages that a command needs."""
 
 EXTRAS_OF_PACKAGES = {
     "deltalake": "delta",
@@ -74,7 +74,7 @@ class Commands(TyperGroup):
                     raise
                 extra = EXTRAS_OF_PACKAGES.get(package, extra)
                 line += (
-                    f"; `carry {ctx.invoked_subcommand}` needs the extra `{extra}`: "
+                    f"; `carry {ctx.invoked_subcommand}` needs `carry[{extra}]`: "
                     f"pip install 'carry[{extra}]' (in a clone: scripts/setup dev)"
                 )
             typer.echo(f"carry: {line}", err=True)

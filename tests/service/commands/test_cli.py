@@ -27,20 +27,21 @@ def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "status"),
+    ("module", "words", "extra", "status"),
     [
-        ("models.training.train_frame", ["train", "spec.yaml", "data.csv", "out"], 1),
-        ("carry_client", ["replay"], 2),
+        ("polars", ["train", "spec.yaml", "data.csv", "out"], "tensorflow,train", 1),
+        ("carry_client", ["replay"], "replay", 2),
     ],
 )
 def test_a_missing_package_names_its_extra(
-    monkeypatch: pytest.MonkeyPatch, module: str, words: list[str], status: int
+    monkeypatch: pytest.MonkeyPatch, module: str, words: list[str], extra: str, status: int
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == status
     assert result.stderr.startswith("carry: ")
-    assert f"`carry {words[0]}` needs the extra `{words[0]}`: pip install" in result.stderr
+    needed = f"`carry {words[0]}` needs `carry[{extra}]`: pip install 'carry[{extra}]'"
+    assert needed in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_missing_package_of_an_option_names_its_extra(
     Path("events.csv").write_text("stream\n")
     monkeypatch.setitem(sys.modules, module, None)
     command = ["backfill", "small", *words, "--stream", "stream"]
-    assert f"needs the extra `{extra}`" in CliRunner().invoke(cli.app, command).stderr
+    assert f"needs `carry[{extra}]`" in CliRunner().invoke(cli.app, command).stderr
 
 
 def test_unexpected_errors_are_left_to_typer(monkeypatch: pytest.MonkeyPatch) -> None:
