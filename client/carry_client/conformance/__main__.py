@@ -2,7 +2,8 @@
 
 A line for each case says whether it passes, fails, or is not supported: its extension is not listed
 by the server, or there is no address of gRPC. Requests are sent to one model, in sequences with
-random ids. The exit status is 0 if no case fails, 1 if one does, 2 if the server has no such model.
+random ids. The exit status is 0 if no case fails, 1 if one does, 2 if the server has no such
+model or an option is wrong.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import sys
 from collections import Counter
 from contextlib import closing
 
-from carry_client.conformance.cases import CASES, FAIL
-from carry_client.conformance.server import Server
-
 
 def _header(text: str) -> tuple[str, str]:
-    name, _, value = text.partition(":")
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"expected NAME:VALUE, got {text!r}")
     return name, value.strip()
 
 
 def _shape(text: str) -> tuple[str, list[int]]:
     name, _, sizes = text.rpartition(":")
-    return name, [int(size) for size in sizes.split(",")]
+    try:
+        shape = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        shape = []
+    if not name or not shape:
+        raise argparse.ArgumentTypeError(f"expected an input and its shape, got {text!r}")
+    return name, shape
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--header", type=_header, action="append", metavar="NAME:VALUE", help=header)
     add("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
+    try:
+        from carry_client.conformance.cases import CASES, FAIL
+        from carry_client.conformance.server import Server
+    except ModuleNotFoundError as error:
+        print(f"{error}: pip install 'carry-client[conformance]'", file=sys.stderr)
+        return 2
     shapes, headers = dict(given.shape or ()), dict(given.header or ())
     try:
         server = Server(given.url, given.model, given.grpc, shapes, headers)
@@ -48,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
             f"{given.url}: no metadata of the model {given.model}: {type(error).__name__}: {error}",
             file=sys.stderr,
         )
+        return 2
+    known = [each["name"] for each in server.metadata["inputs"]]
+    if unknown := shapes.keys() - known:
+        got = ", ".join(map(repr, unknown))
+        print(f"{given.url}: expected --shape of the inputs {known}, got {got}", file=sys.stderr)
         return 2
     with closing(server):
         outcomes = [(case, *case.run(server)) for case in CASES]

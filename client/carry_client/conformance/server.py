@@ -176,7 +176,7 @@ class Server:
         generator, found = np.random.default_rng(seed), {}
         for name, (datatype, shape) in self._inputs.items():
             if datatype not in NUMERIC:
-                raise Unsupported(f"input {name} has the datatype {datatype}")
+                raise Unsupported(f"input {name} is {datatype}: choose others by --shape")
             is_float = datatype.startswith("FP")
             values = generator.uniform(-1, 1, shape) if is_float else generator.random(shape) < 0.5
             found[name] = np.asarray(values).astype(triton_to_np_dtype(datatype))

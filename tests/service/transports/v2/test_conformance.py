@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -47,3 +48,21 @@ def test_command_prints_each_outcome(service: Service, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == f"{found['counts'][PASS]} pass, {len(grpc)} not supported"
     assert main([service.url, "--model", "nothing"]) == 2
+
+
+def test_command_names_wrong_options(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [service.url, "--model", MODEL]
+    assert main([*arguments, "--shape", "rows:1,5,1"]) == 2
+    assert "expected --shape of the inputs ['inputs'], got 'rows'" in capsys.readouterr().err
+    for option, value in (("--shape", "inputs:1,x"), ("--shape", "1,5"), ("--header", "KEY")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, option, value])
+        assert f"{option}: expected " in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "carry_client.conformance.cases", None)
+    assert main(["http://127.0.0.1:1", "--model", MODEL]) == 2
+    assert "pip install 'carry-client[conformance]'" in capsys.readouterr().err
