@@ -1,7 +1,7 @@
 """Carry's Python API: train, import and evaluate models, read their artifacts, send events.
 
-`import carry` loads nothing; a name loads what it needs when it is used first. The name `models`
-of a program, a folder or a file of its own, is never used nor taken.
+`import carry` loads nothing; a name loads what it needs when it is used first. A program's own
+module or folder `models` is neither imported nor replaced.
 """
 
 from __future__ import annotations

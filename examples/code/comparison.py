@@ -147,7 +147,7 @@ def compare(name: str, frame: pl.DataFrame, out: Path) -> str:
             train_trees(path, known, select, len(test.labels), **options)
         title += f" and {further}" if further else ""
         rows_of_test = test.rows(lags, further)
-        losses[title] = kept(path.with_suffix(".npy"), tree_losses, path, *rows_of_test)
+        losses[title] = load_or_compute(path.with_suffix(".npy"), tree_losses, path, *rows_of_test)
     settings = product(ORDERS, DISCOUNTS)
     order, discount = min(settings, key=lambda each: ngram_losses(learned, chosen, *each).mean())
     losses[f"n-grams, {order} events back"] = ngram_losses(learned, test, order, discount)
@@ -156,8 +156,8 @@ def compare(name: str, frame: pl.DataFrame, out: Path) -> str:
     return table(losses, test.sequences())
 
 
-def kept(path: Path, compute: Callable[..., Floats], *arguments: Any) -> Floats:
-    """What a function returns, from a file if it is there: what trees predict takes minutes."""
+def load_or_compute(path: Path, compute: Callable[..., Floats], *arguments: Any) -> Floats:
+    """Load what a function returned before, or call it and save that: trees take minutes."""
     if not path.exists():
         np.save(path, compute(*arguments))
     return np.asarray(np.load(path))

@@ -30,7 +30,7 @@ SPLITS = ("2001-01-01", "2002-01-01", "2003-01-01")
 """Days that the events of training, choice and test are put on, since tables are split by time."""
 SHARES = (0.70, 0.85)
 SALT = "2:"
-"""Begins what is hashed of a path, so that the split is not that of an earlier rule."""
+"""Prefix of the hashed paths, so that the split differs from that of an earlier rule."""
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "pydoc_data",
            "site-packages", "dist-packages", "ensurepip", "__phello__"}  # fmt: skip
 """Folders of the standard library that are not read: tests, data, and what is not part of it."""

@@ -13,7 +13,7 @@ tail_memory_events); "before" means from the events before this one only:
     trust     a = W_before / (W_before + prior_events)
 
 all with the weights of the mean. Where the stream is often far from its mean, the peak is large; so
-a |e| / p_before has a light tail, and what is beyond all of the past is told from what is not. One
+a |e| / p_before has a light tail, which separates events beyond all of the past from others. One
 outlier makes the peak large for several times the memory, but not the spread, so that a |e| /
 s_before orders what follows it. Both are at most `Z_LIMIT`. The statistics, of levels and of
 changes, over all numeric targets together so that they are not diluted by many, are
@@ -62,8 +62,8 @@ RESOLVED: Final = 1e-7
 LEAST_SPREAD: Final = 1e-12
 
 
-class Long(NamedTuple):
-    """What long means say of T events of B streams, with N numeric targets.
+class LongStatistics(NamedTuple):
+    """Statistics of levels and changes of T events of B streams, with N numeric targets.
 
     Attributes:
         statistics: [2 (1 + scales), B, T], single and averages, of levels, then of changes.
@@ -98,8 +98,8 @@ class LongMeans:
         )
         self._parts = detection_columns(spec)
 
-    def follow(self, events: Events, lengths: NDArray[Any], state: FloatRows) -> Long:
-        """The long means of the next events of each stream.
+    def follow(self, events: Events, lengths: NDArray[Any], state: FloatRows) -> LongStatistics:
+        """Compute the statistics of the next events of each stream.
 
         Args:
             lengths: int [B], 1..T.
@@ -118,11 +118,11 @@ class LongMeans:
             computed.append(tuple(parts))
         whole = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
         statistics, squares, levels = whole
-        return Long(statistics, squares, levels, state)
+        return LongStatistics(statistics, squares, levels, state)
 
     def _follow(
         self, values: Floats, present: Bools | None, lengths: NDArray[Any], state: FloatRows
-    ) -> Long:
+    ) -> LongStatistics:
         """The same of at most `MAX_STEPS` events. Without `present` all have all values."""
         count, batch, steps = values.shape
         parts = StateParts(state, lengths, steps, self._parts)
@@ -186,7 +186,7 @@ class LongMeans:
             statistics *= present.any(axis=0)
         levels = errors[0]
         levels[self._is_in_peaks] = (np.sqrt(single[0]) * np.sign(levels))[self._is_in_peaks]
-        return Long(
+        return LongStatistics(
             statistics.reshape(-1, batch, steps),
             single.reshape(-1, batch, steps),
             levels,

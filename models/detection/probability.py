@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.alarms import Tails, combine
-from models.detection.long_means import Long, LongMeans
+from models.detection.long_means import LongMeans, LongStatistics
 from models.detection.statistics import (
     Bools,
     Channels,
@@ -150,7 +150,7 @@ class StreamScorer:
         return by_channel + LEAST
 
 
-def long_and_channels(long: Long, inverse: Floats) -> Floats:
+def long_and_channels(long: LongStatistics, inverse: Floats) -> Floats:
     """The quantities [tails, B T] that have tails of each stream, given the inverse tail
     probabilities [K, B T] of the statistics of the channels."""
     return np.concatenate(

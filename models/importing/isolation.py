@@ -78,7 +78,7 @@ class OnnxOptions(BaseModel):
 
 
 class KerasOptions(BaseModel):
-    """What the user says about a Keras model.
+    """Options of the import of a Keras model.
 
     Attributes:
         code: a Python file with its own classes and functions, which is run.

@@ -372,7 +372,7 @@ class Nodes:
 
 
 def find_backward_layer(model: Any) -> str | None:
-    """Why no state continues the streams of a ModelProto that reads them backwards; else None."""
+    """Say which layer of a ModelProto reads sequences backwards, and what to do; None: no layer."""
     for node in inner_messages(model, NodeProto):
         for each in node.attribute:
             if each.name == "direction" and each.s != b"forward":

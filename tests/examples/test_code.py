@@ -14,7 +14,7 @@ from examples.code.comparison import (
     ROWS,
     SPEC,
     Floats,
-    kept,
+    load_or_compute,
     network_losses,
     spec_of,
     splits_of,
@@ -148,7 +148,7 @@ def test_losses_are_computed_once(tmp_path: Path) -> None:
         return np.array([value])
 
     for _ in range(2):
-        assert kept(tmp_path / "losses.npy", compute, 1.5).tolist() == [1.5]
+        assert load_or_compute(tmp_path / "losses.npy", compute, 1.5).tolist() == [1.5]
     assert calls == [1.5]
 
 

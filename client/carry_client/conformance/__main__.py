@@ -40,36 +40,37 @@ def main(arguments: list[str] | None = None) -> int:
     add("url", help="such as http://127.0.0.1:8000")
     add("--model", required=True, help="a model with numeric inputs")
     add("--grpc", default="", metavar="HOST:PORT", help="address of gRPC")
-    shape = "an input to send; default: all, and 1 for each axis of any size"
+    shape = "an input to send; default: all inputs, with 1 for each axis of any size"
     add("--shape", type=_shape, action="append", metavar="INPUT:1,16,4", help=shape)
-    header = "of each request, such as an access key"
+    header = "a header of each request, such as an access key"
     add("--header", type=_header, action="append", metavar="NAME:VALUE", help=header)
     add("--json", action="store_true", help="print JSON")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
         from carry_client.conformance.cases import CASES, FAIL
         from carry_client.conformance.server import Server
     except ModuleNotFoundError as error:
         print(f"{error}: pip install 'carry-client[conformance]'", file=sys.stderr)
         return 2
-    shapes, headers = dict(given.shape or ()), dict(given.header or ())
+    shapes, headers = dict(options.shape or ()), dict(options.header or ())
     try:
-        server = Server(given.url, given.model, given.grpc, shapes, headers)
+        server = Server(options.url, options.model, options.grpc, shapes, headers)
     except Exception as error:  # an unknown server may answer anything
         print(
-            f"{given.url}: no metadata of the model {given.model}: {type(error).__name__}: {error}",
+            f"{options.url}: no metadata of the model {options.model}: "
+            f"{type(error).__name__}: {error}",
             file=sys.stderr,
         )
         return 2
     known = [each["name"] for each in server.metadata["inputs"]]
     if unknown := shapes.keys() - known:
         got = ", ".join(map(repr, unknown))
-        print(f"{given.url}: expected --shape of the inputs {known}, got {got}", file=sys.stderr)
+        print(f"{options.url}: expected --shape of the inputs {known}, got {got}", file=sys.stderr)
         return 2
     with closing(server):
         outcomes = [(case, *case.run(server)) for case in CASES]
     counts = Counter(outcome for _, outcome, _ in outcomes)
-    if given.json:
+    if options.json:
         cases = [
             {"case": case.name, "section": case.section, "outcome": outcome, "detail": detail}
             for case, outcome, detail in outcomes

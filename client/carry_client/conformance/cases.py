@@ -38,7 +38,7 @@ Check = Callable[[Server], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One case.
+    """A case of the protocol.
 
     Attributes:
         section: file and heading of the specification.
@@ -52,7 +52,7 @@ class Case:
     check: Check
 
     def run(self, server: Server) -> tuple[str, str]:
-        """Its outcome, and why it did not pass."""
+        """Run the case: its outcome, and the reason if it did not pass."""
         if self.extension and self.extension not in server.extensions:
             return UNSUPPORTED, f"the server does not list the extension {self.extension}"
         try:

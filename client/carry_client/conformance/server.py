@@ -23,7 +23,7 @@ NUMERIC: Final = (
     *("BOOL", "FP16", "FP32", "FP64", "INT8", "INT16", "INT32", "INT64"),
     *("UINT8", "UINT16", "UINT32", "UINT64"),
 )
-"""The datatypes but BYTES."""
+"""All datatypes except BYTES."""
 
 
 class Failure(Exception):
@@ -57,7 +57,7 @@ class Transport:
         self._as_json = {} if self.is_http else {"as_json": True}
 
     def get(self, method: str, *names: str) -> Any:
-        """What a method of the client returns, messages as JSON."""
+        """Call a method of the client; messages are returned as JSON."""
         as_json = self._as_json if method.startswith("get_") else {}
         return getattr(self.client, method)(*names, headers=self._headers, **as_json)
 
@@ -166,7 +166,7 @@ class Server:
 
     @cached_property
     def grpc(self) -> Transport:
-        """Its gRPC."""
+        """The transport of gRPC, which connects when it is used first."""
         if self._connect is None:
             raise Unsupported("no address of gRPC was given")
         return self._connect()
@@ -188,13 +188,13 @@ class Server:
         return transport.infer(self.model, self.tensors(seed), **options)
 
     def alone(self) -> dict[str, Any]:
-        """The options of such a request."""
+        """Options of a request that is a whole sequence, if the model takes sequences."""
         if not self.is_stateful:
             return {}
         return {"sequence_id": new_id(), "sequence_start": True, "sequence_end": True}
 
     def body(self) -> dict[str, Any]:
-        """Such a request in JSON."""
+        """A request in JSON that is a whole sequence, if the model takes sequences."""
         inputs = [
             {"name": name, "datatype": datatype, "shape": [*shape], "data": values.ravel().tolist()}
             for (name, (datatype, shape)), values in zip(
