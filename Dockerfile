@@ -3,6 +3,7 @@
 #   (last)   both runtimes, and the dependencies of `carry replay`
 # A final image contains the locked environment without build tools, runs as an unprivileged
 # user, and writes only to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
+# Nothing here depends on the architecture: docker buildx build --platform linux/amd64,linux/arm64 .
 
 ARG PYTHON_IMAGE=python:3.13-slim
 FROM ${PYTHON_IMAGE} AS environment
@@ -11,7 +12,8 @@ RUN python3 -m venv /opt/venv
 
 FROM environment AS locked-lean
 COPY requirements-lean.lock ./
-RUN /opt/venv/bin/pip install --require-hashes -r requirements-lean.lock
+# The lock is complete without the dependencies that `scripts/lock` leaves out.
+RUN /opt/venv/bin/pip install --no-compile --no-deps --require-hashes -r requirements-lean.lock
 
 FROM environment AS locked
 COPY requirements.lock ./
@@ -25,10 +27,22 @@ COPY carry carry
 COPY client client
 COPY models models
 COPY service service
-RUN /opt/venv/bin/pip install --no-build-isolation --no-deps --target /opt/carry ./client .
+RUN /opt/venv/bin/pip install --no-build-isolation --no-compile --no-deps --target /opt/carry ./client . \
+    && /opt/venv/bin/python -m compileall -q -x '/models/(importing|training)/' /opt/carry
 
+# Removes from packages what no service uses: ONNX Runtime's library for C, and its tools that write models; NumPy's
+# interface to Fortran; all lexers but Python's, for tracebacks; tests; sources in C and stubs; debug symbols.
 FROM locked-lean AS stripped-lean
-RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils
+RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy tomlkit pip \
+    && cd /opt/venv/lib/python3*/site-packages \
+    && rm -r onnxruntime/capi/libonnxruntime.so.* onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \
+    && rm -r numpy/f2py numpy/_core/_simd.*.so \
+    && find pygments/lexers -name '[a-z]*.py' ! -name python.py ! -name special.py -delete \
+    && find . -type d -name tests -prune -exec rm -r {} + \
+    && find . -type f \( -name '*.[ach]' -o -name '*.cpp' -o -name '*.p[xy][dxi]' \) -delete \
+    && find . -name '*.so' -exec strip --strip-unneeded {} + \
+    && /opt/venv/bin/python -m compileall -q .
 
 FROM locked AS stripped
 RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
@@ -52,7 +66,19 @@ FROM sbom AS sbom-full
 COPY --from=stripped /opt/venv /opt/venv
 RUN $LIST_PACKAGES
 
-FROM ${PYTHON_IMAGE} AS service
+# The base image without package managers, Perl, administration of disks, and conversion of character sets; its
+# Python without IDLE and Tk, and with the bytecode of what every start imports.
+FROM ${PYTHON_IMAGE} AS slim
+RUN useradd --system --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/nologin carry \
+    && install --directory --owner carry --group carry --mode 700 /data
+RUN dpkg --purge --force-depends --force-remove-essential apt libapt-pkg7.0 perl-base sqv util-linux \
+    && rm -rf /usr/lib/*-linux-gnu/gconv /usr/local/include \
+    && cd /usr/local/lib && rm -rf python3*/ensurepip python3*/idlelib python3*/site-packages/pip* python3*/tkinter \
+    && python3 -c "import asyncio, ctypes, decimal, difflib, email.message, fractions, html, http.cookies, inspect, \
+    ipaddress, logging.handlers, multiprocessing.spawn, statistics, timeit, urllib.request, uuid, wsgiref, zoneinfo"
+
+FROM scratch AS service
+COPY --from=slim / /
 
 # docker build --build-arg VERSION=0.1.0 --build-arg REVISION=$(git rev-parse HEAD) .
 ARG VERSION= REVISION=
@@ -62,10 +88,8 @@ LABEL org.opencontainers.image.title="carry" \
       org.opencontainers.image.description="Serves stateful stacked LSTMs over event streams" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-RUN useradd --system --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/nologin carry \
-    && install --directory --owner carry --group carry --mode 700 /data
-
-ENV PATH=/opt/carry/bin:/opt/venv/bin:$PATH \
+ENV PATH=/opt/carry/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \
+    LANG=C.UTF-8 \
     PYTHONPATH=/opt/carry \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

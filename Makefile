@@ -1,4 +1,4 @@
-# Tasks of the project. Each sets up what it needs; only Python 3.11 to 3.13 and
+# Tasks of the project. Each sets up what it needs; only Python 3.11 to 3.14 and
 # make must be installed. `make` without a task lists them.
 
 # Python of the environment; empty: the newest supported one

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-import simdjson
 
 from models.events.columns import BoolArray
 from models.events.frame import InvalidRows
@@ -56,15 +56,20 @@ def _reject_line(line: str, names: Sequence[str]) -> tuple[str, str] | None:
     """What was expected of a line and what it is instead; None if it is an object of values."""
     shown = repr(line[:100])
     try:
-        row = simdjson.Parser().parse(line.encode())
-    except ValueError:
+        # objects as tuples of their members, lists as lists
+        row = json.loads(line, object_pairs_hook=tuple, parse_constant=_reject_constant)
+    except (ValueError, RecursionError):
         return "a JSON object", shown
-    if not isinstance(row, simdjson.Object):
+    if not isinstance(row, tuple):
         return "a JSON object", shown
-    members = Counter(row.keys())
+    counts, members = Counter(name for name, _ in row), dict(row)
     for name in names:
-        if members[name] > 1:
-            return "each member once", f"{name!r} {members[name]} times"
-        if name in members and isinstance(row[name], (simdjson.Object, simdjson.Array)):
+        if counts[name] > 1:
+            return "each member once", f"{name!r} {counts[name]} times"
+        if isinstance(members.get(name), tuple | list):
             return f"one value as {name!r}", shown
     return None
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

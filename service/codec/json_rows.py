@@ -2,7 +2,7 @@
 
 It makes one array of all numbers, without an object for each, and makes no errors: what it does not
 accept, because it is invalid or only unusual, is decoded by `decoding`. Both give the same values
-for what both accept.
+for what both accept. Where simdjson has no wheel (Python 3.14) it accepts nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
-import simdjson
 
 from models.spec.stream_name import is_stream_name
 from service.codec.field_rules import MAX_FRAME_ID_CHARS, MAX_POSITION, is_epoch
 from service.core.values import Feed, FloatRows, Steps
+
+try:
+    from simdjson import Array, Object, Parser
+except ImportError:  # on Python 3.14
+
+    class Parser:  # type: ignore[no-redef]
+        """Parses no body."""
+
+        def parse(self, body: bytes) -> Any:
+            """Raises ValueError."""
+            raise ValueError("simdjson is not installed")
+
 
 MAX_BYTES: Final = 256 * 1024
 """Longest body for the parser of each model, which keeps the memory of the longest. Longer ones
@@ -56,7 +67,7 @@ _PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError)
 """What simdjson raises for malformed JSON, and for a list of values other than numbers."""
 
 
-_LONG_PARSER: Final = simdjson.Parser()
+_LONG_PARSER: Final = Parser()
 """The parser of the long bodies of all models, which keeps up to 32 MiB. A parser for each body
 would be filled with new pages of memory each time, which takes as long as parsing."""
 
@@ -103,7 +114,7 @@ class JsonRowsDecoder:
     def __init__(self, features: int, max_rows: int):
         self._features = features
         self._max_rows = max_rows
-        self._parser = simdjson.Parser()
+        self._parser = Parser()
         # entering `np.errstate` for each body would cost twice as much as the call in it
         self._ignoring_overflow = Context()
         self._ignoring_overflow.run(np.seterr, over="ignore")
@@ -147,12 +158,12 @@ class JsonRowsDecoder:
             if tuple(members) != ("chunks",):
                 return None
             chunks = members["chunks"]
-            if not isinstance(chunks, simdjson.Array) or not 0 < len(chunks) <= max_items:
+            if not isinstance(chunks, Array) or not 0 < len(chunks) <= max_items:
                 return None
             streams: list[str] = []
             read: list[tuple[int, memoryview, int | None, str | None]] = []
             for item in chunks:
-                if not isinstance(item, simdjson.Object):
+                if not isinstance(item, Object):
                     return None
                 lists, position, epoch = self._read(item, _ITEM_MEMBERS)
                 read.append((len(lists), self._numbers(lists), position, epoch))
@@ -196,8 +207,8 @@ class JsonRowsDecoder:
             return None
 
     def _read(
-        self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
-    ) -> tuple[simdjson.Array, int | None, str | None]:
+        self, members: Object, orders: frozenset[tuple[str, ...]]
+    ) -> tuple[Array, int | None, str | None]:
         """Read a chunk: its rows, the position and the epoch.
 
         Raises:
@@ -214,11 +225,11 @@ class JsonRowsDecoder:
         if epoch is not None and not (type(epoch) is str and is_epoch(epoch)):
             raise ValueError("another epoch")
         lists = members["inputs"]
-        if not isinstance(lists, simdjson.Array):
+        if not isinstance(lists, Array):
             raise ValueError("no list of rows")
         return lists, position, epoch
 
-    def _numbers(self, lists: simdjson.Array) -> memoryview:
+    def _numbers(self, lists: Array) -> memoryview:
         """The values (float64) of the rows of a chunk, or of some of them.
 
         Raises:

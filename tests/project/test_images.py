@@ -21,3 +21,9 @@ def test_every_file_names_the_same_base_images() -> None:
     images = set(re.findall(r"(?:PYTHON|REDIS)_IMAGE(?:=|:-)([^\s}\"]+)", text))
     assert {image.partition("@")[0] for image in images} == {"python:3.13-slim", "redis:8"}
     assert len(images) == 2
+
+
+def test_no_image_is_built_for_one_architecture() -> None:
+    for name in FILES:
+        commands = re.sub(r"(?m)^\s*#.*$", "", (ROOT / name).read_text(encoding="utf-8"))
+        assert not re.search("x86|amd64|aarch|arm64|--platform", commands), name

@@ -18,7 +18,7 @@ LOAD = REPOSITORY / "requirements-load.lock"
 SBOM = REPOSITORY / "requirements-sbom.lock"
 LOCKS = (RUN, LEAN, DEV, LOAD)
 EXTRAS = {RUN: ("tensorflow", "replay"), LEAN: ()}
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORMS = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
 
 

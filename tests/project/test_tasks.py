@@ -50,7 +50,7 @@ def test_a_python_that_does_not_start_is_one_clear_line(tmp_path: Path) -> None:
     shim = executable(tmp_path / "python", "echo 'shim: no such version' >&2; exit 127")
     done = setup(tmp_path / "venv", PYTHON=shim)
     assert done.returncode == 1
-    assert done.stderr == f"setup: PYTHON={shim} is not a Python 3.11, 3.12 or 3.13 that starts\n"
+    assert done.stderr == f"setup: PYTHON={shim} is not a Python 3.11 to 3.14 that starts\n"
     assert not (tmp_path / "venv").exists()
 
 
@@ -61,7 +61,7 @@ def test_no_python_at_all_is_one_clear_line(tmp_path: Path) -> None:
         executable(tools / tool, f'PATH={os.environ["PATH"]} exec {tool} "$@"')
     done = setup(tmp_path / "venv", PATH=str(tools), PYTHON="")
     assert done.returncode == 1
-    assert done.stderr.startswith("setup: no Python 3.11, 3.12 or 3.13 found; ")
+    assert done.stderr.startswith("setup: no Python 3.11 to 3.14 found; ")
     assert done.stderr.count("\n") == 1
 
 
