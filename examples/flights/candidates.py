@@ -33,6 +33,7 @@ VALIDATE_FROM = "2013-08-01"
 STRONG = {"rate": 0.4, "input_rate": 0.1, "weight_decay": 0.1, "unknown": 0.1}
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "96": {"units": 96},
+    "96-16": {"units": 96, "epochs": 16},
     "64-strong": {"units": 64, **STRONG},
 }
 """By name, the arguments of `candidate`."""
@@ -48,6 +49,7 @@ def candidate(
     input_rate: float = 0.0,
     weight_decay: float = 1e-4,
     unknown: float = 0.0,
+    epochs: int = 8,
 ) -> ModelSpec:
     """`spec.yaml` with other layers and regularisation, validated from `VALIDATE_FROM` on.
 
@@ -57,6 +59,7 @@ def candidate(
         input_rate: dropout of the features.
         weight_decay: of AdamW, on matrices.
         unknown: share of the categories that training hides.
+        epochs: over which the learning rate falls to zero.
     """
     written = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
     layers = written["layers"]
@@ -67,7 +70,7 @@ def candidate(
             layer["rate"] = rate
     if input_rate:
         layers.insert(0, {"kind": "dropout", "rate": input_rate})
-    changed = {"epochs": 8, "batch_streams": 32, "seeds": 1, "validate_from": VALIDATE_FROM}
+    changed = {"epochs": epochs, "batch_streams": 32, "seeds": 1, "validate_from": VALIDATE_FROM}
     regularised = {"weight_decay": weight_decay, "unknown_rate": unknown}
     written["training"].update(changed, **regularised)
     return parse_spec(written)

@@ -188,3 +188,6 @@ def test_candidates_change_layers_and_regularisation_and_keep_the_held_out_month
         assert units == [arguments["units"]] * 2
     layers = candidate(units=8, rate=0.2, input_rate=0.1).layers
     assert (layers[0].rate, layers[-1].rate) == (0.1, 0.2)
+    training = candidate(units=8, epochs=16).training
+    assert training is not None
+    assert training.epochs == 16
