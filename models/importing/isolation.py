@@ -38,6 +38,9 @@ ERROR_NAME = "error.txt"
 """Output files of the process: a `Conversion`, its weights and an imported graph, or an error."""
 OUT_OF_MEMORY = "out of memory"
 """The error of a process that reached its memory limit."""
+_is_missing_package = re.compile(
+    "ModuleNotFoundError: (No module named '(keras|tensorflow|onnxruntime)')"
+).fullmatch
 
 
 class OnnxOptions(BaseModel):
@@ -308,6 +311,8 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
         with stderr_path.open("rb") as stderr:
             stderr.seek(-min(2000, stderr_path.stat().st_size), os.SEEK_END)
             lines = stderr.read().decode("utf-8", "replace").strip().splitlines() or [""]
+        if missing := _is_missing_package(lines[-1]):
+            raise ModuleNotFoundError(missing[1], name=missing[2])
         raise ImportedModelError(f"{path}: the process that read it failed: {lines[-1]}")
 
 

@@ -14,7 +14,9 @@ import keras
 import psutil
 import pytest
 from keras import layers as kl
+from typer.testing import CliRunner
 
+from carry import cli
 from models.artifact.artifact import load_artifact
 from models.errors import ImportedModelError
 from models.importing import isolation
@@ -128,6 +130,17 @@ def test_a_misbehaving_worker_process_is_an_error(
     # on a busy machine a process may start for seconds
     limits = Limits(time_s=2) if "longer" in words else Limits()
     assert words in import_failure(path, limits)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "raise ModuleNotFoundError(\"No module named 'keras'\", name='keras')"
+    monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
+    path = tmp_path / "m.keras"
+    path.write_bytes(b"PK")
+    result = CliRunner().invoke(cli.app, ["import", str(path), str(tmp_path / "out")])
+    assert (
+        "No module named 'keras'; `carry import` needs `carry[tensorflow,train]`" in result.stderr
+    )
 
 
 def test_processes_and_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
