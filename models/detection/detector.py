@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from models.detection.alarms import AlarmRecord, AlarmState, follow_alarm, record_alarm
 from models.detection.causes import SMALL_Z
 from models.detection.forecasts import DESCRIBED, LARGEST, in_field_units
+from models.detection.long_means import LongStatistics
 from models.detection.probability import PooledScorer, Scores, StreamScorer
-from models.detection.statistics import Channels, Deviations
+from models.detection.statistics import Channels, Deviations, StateParts
 from models.errors import SpecError
 from models.events.schema import NumericField
 from models.spec.detection import ALARM_RATE, OF_THE_ALARM
@@ -110,25 +111,29 @@ class Detector:
             Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the state after each
             row's last event.
         """
-        parameters = outputs[..., self._parameters]
-        deviations = self._channels.follow(rows, lengths, parameters, state)
         scored = np.empty((*outputs.shape[:2], self._size), np.float32)
         for source, place in self._copied:
             scored[..., place] = outputs[..., source]
-        described, after = self._scores(deviations, lengths, state)
-        for name, values in described.items():
-            scored[..., self._places[name]] = values.transpose(1, 2, 0)
-        return scored, after
+        size, parameters = self._channels.max_steps, outputs[..., self._parameters]
+        for at in range(0, rows.shape[1], size):
+            part = slice(at, min(at + size, rows.shape[1]))
+            kept = np.clip(lengths - at, 0, part.stop - at)
+            parts = StateParts(state, kept, part.stop - at, self._parts)
+            for name, values in self._scores(rows[:, part], parameters[:, part], parts).items():
+                scored[:, part, self._places[name]] = values.transpose(1, 2, 0)
+            state = parts.after
+        return scored, state
 
     def _scores(
-        self, deviations: Deviations, lengths: NDArray[Any], state: FloatRows
-    ) -> tuple[dict[str, Floats], FloatRows]:
-        """The outputs [size, B, T], and the state after them."""
-        scores = self._scorer.score(deviations, lengths)
+        self, rows: FloatRows, parameters: FloatRows, parts: StateParts
+    ) -> dict[str, Floats]:
+        """The outputs [size, B, T] of at most `Channels.max_steps` events; updates the states."""
+        deviations = self._channels.follow(rows, parameters, parts)
+        scores = self._scorer.score(deviations, parts)
         events = deviations.events
-        outputs: dict[str, Floats] = {"probability": np.exp(-scores.nats)[np.newaxis]}
-        weights = cache(scores.weights)
-        outputs |= self._follow_alarms(deviations, scores, weights, lengths, state)
+        probability, weights = np.exp(-scores.nats), cache(scores.weights)
+        outputs: dict[str, Floats] = {"probability": probability[np.newaxis]}
+        outputs |= self._follow_alarms(deviations, scores, probability, weights, parts)
         if "deviation" in self._outputs:
             outputs["deviation"] = deviations.z
         if "share" in self._outputs:
@@ -138,27 +143,27 @@ class Detector:
             self._described, events.values, events.present, events.parameters
         )
         outputs.update((name, values) for name, values in described.items())
-        return outputs, scores.state
+        return outputs
 
     def _follow_alarms(
         self,
         deviations: Deviations,
         scores: Scores,
+        probability: Floats,
         weights: Callable[[], Floats],
-        lengths: NDArray[Any],
-        state: FloatRows,
+        parts: StateParts,
     ) -> dict[str, Floats]:
         """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
-        after, probability = scores.state, np.exp(-scores.nats)
-        thresholds = np.full(len(state), self._threshold)
-        for row in np.flatnonzero(state[:, self._rate_at]).tolist():
-            thresholds[row] = self._fit.threshold(float(state[row, self._rate_at]))
+        after, lengths = parts.after, parts.lengths
+        thresholds = np.full(len(after), self._threshold)
+        for row in np.flatnonzero(after[:, self._rate_at]).tolist():
+            thresholds[row] = self._fit.threshold(float(after[row, self._rate_at]))
         names = ("alarm", *(name for name in OF_THE_ALARM if name in self._outputs))
         outputs = {name: np.zeros((1, *probability.shape)) for name in names}
-        active = state[:, self._alarm_at.start] != 0
+        active = after[:, self._alarm_at.start] != 0
         active |= (probability <= thresholds[:, np.newaxis]).any(axis=1)
         for row in np.flatnonzero(active).tolist():
-            length, own = lengths[row], AlarmState(state[row, self._alarm_at])
+            length, own = lengths[row], AlarmState(after[row, self._alarm_at])
             codes = follow_alarm(self._alarm, probability[row, :length], thresholds[row], own)
             outputs["alarm"][0, row, :length] = codes
             after[row, self._alarm_at] = own.values()
@@ -167,7 +172,7 @@ class Detector:
             record = self._record(codes, scores.nats[row, :length], after[row])
             if record.at_peak is not None:
                 channel = int(np.argmax(weights()[:, row, record.at_peak]))
-                excess = self._excess(deviations, scores.levels, channel, row, record.at_peak)
+                excess = self._excess(deviations, scores.long, channel, row, record.at_peak)
                 after[row, self._parts["alarm_cause"]] = channel, excess
             by_threshold = record.peaks / -np.log(thresholds[row])
             for name, values in (("severity", by_threshold), ("since", record.since)):
@@ -186,7 +191,7 @@ class Detector:
         return record
 
     def _excess(
-        self, deviations: Deviations, levels: Floats | None, channel: int, row: int, at: int
+        self, deviations: Deviations, long: LongStatistics | None, channel: int, row: int, at: int
     ) -> float:
         """How far the value of a channel was off at an event, in the field's unit; 0 if it was
         unusual over the last events rather than at this one, or has no order."""
@@ -196,8 +201,11 @@ class Detector:
         if not isinstance(field, NumericField):
             return 0.0
         value = events.values[place, row, at]
-        if kind == "level" and levels is not None:
-            error = levels[self._numeric.index(target), row, at]
+        if kind == "level" and long is not None:
+            error = long.errors[event := (self._numeric.index(target), row, at)]
+            # of values that are not the encoded ones: in peaks
+            if field.normalisation is not None:
+                error = np.copysign(np.sqrt(long.squares[0][event]), error)
         elif abs(deviations.z[channel, row, at]) < SMALL_Z:
             return 0.0
         elif kind == "forecast":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from models.detection.alarms import Tails, combine, count_alarms, fit_tail
 from models.detection.long_means import LongMeans
 from models.detection.probability import StreamScorer, long_and_channels
-from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels
+from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels, StateParts
 from models.errors import DataError
 from models.spec.detection import (
     MAX_ALARM_RATE,
@@ -31,9 +31,8 @@ FloatRows = NDArray[np.float32]
 
 EXCEEDED: Final = 0.05
 """Share of the events beyond the threshold of a tail."""
-STEPS: Final = 256
 BATCH: Final = 64
-"""Events of a stream, and streams, that are computed in one call."""
+"""Streams that are computed in one call."""
 MIN_EVENTS: Final = 200
 SMALLEST_SQUARE: Final = 0.1
 FEW_ALARMS: Final = 10
@@ -99,12 +98,12 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     streams = [_until_last_counted(stream) for stream in streams if stream.counted.any()]
     count = len(detection.channels_of(head.targets, events))
     ones = np.ones(count)
-    _, states = _follow(spec, streams, _statistics_of(Channels(spec, ones, ones)))
+    _, states = _follow(spec, streams, Channels(spec, ones, ones), _statistics)
     spreads = _usual_spreads(spec, states)
-    statistics, _ = _follow(spec, streams, _statistics_of(Channels(spec, spreads, ones)))
+    statistics, _ = _follow(spec, streams, Channels(spec, spreads, ones), _statistics)
     squares = _usual_squares(statistics[:count])
     channels = Channels(spec, spreads, squares)
-    statistics, _ = _follow(spec, streams, _statistics_of(channels))
+    statistics, _ = _follow(spec, streams, channels, _statistics)
     tails = tuple(fit_tail(column, EXCEEDED) for column in statistics)
     memory, own = detection.tail_memory_events, None
     if memory is None:
@@ -148,41 +147,35 @@ def _fit_stream_tails(
 ) -> tuple[StreamTailsFit, Floats]:
     """What the tails of each stream start from, and the nats of all counted events by them
     together, given the tails of the statistics."""
-    long = partial(_long, channels, LongMeans(spec, memory), Tails(tails))
-    values, _ = _follow(spec, streams, long)
+    long = partial(_long, LongMeans(spec, memory), Tails(tails))
+    values, _ = _follow(spec, streams, channels, long)
     fit = StreamTailsFit(tails=tuple(fit_tail(column, EXCEEDED) for column in values))
-    step = partial(_scored, channels, StreamScorer(spec, memory, channels, tails, fit, None))
+    step = partial(_scored, StreamScorer(spec, memory, channels, tails, fit, None))
     # by tails as they are when the model is served, rather than those of new streams
-    _, states = _follow(spec, streams, step)
-    nats, _ = _follow(spec, streams, step, _only_tails(spec, states))
+    _, states = _follow(spec, streams, channels, step)
+    nats, _ = _follow(spec, streams, channels, step, _only_tails(spec, states))
     return fit, nats[0]
 
 
-Chunks = tuple[FloatRows, NDArray[Any], FloatRows, FloatRows]
-"""Encoded rows [B, T, F], lengths [B], forecasts [B, T, P] and states [B, S]."""
+Chunks = tuple[FloatRows, FloatRows, StateParts]
+"""Encoded rows [B, T, F], forecasts [B, T, P], and states, which are updated."""
+Step = Callable[[Channels, Chunks], Floats]
 
 
-def _statistics_of(channels: Channels) -> Callable[[Chunks], tuple[Floats, FloatRows]]:
-    def step(chunks: Chunks) -> tuple[Floats, FloatRows]:
-        followed = channels.follow(*chunks)
-        return followed.statistics, followed.state
-
-    return step
+def _statistics(channels: Channels, chunks: Chunks) -> Floats:
+    return channels.follow(*chunks).statistics
 
 
-def _long(
-    channels: Channels, means: LongMeans, tails: Tails, chunks: Chunks
-) -> tuple[Floats, FloatRows]:
+def _long(means: LongMeans, tails: Tails, channels: Channels, chunks: Chunks) -> Floats:
     followed = channels.follow(*chunks)
     statistics = followed.statistics
-    long = means.follow(followed.events, chunks[1], followed.state)
+    long = means.follow(followed.events, chunks[-1])
     inverse = np.exp(tails.nats(statistics.reshape(len(statistics), -1)))
-    return long_and_channels(long, inverse).reshape(-1, *statistics.shape[1:]), long.state
+    return long_and_channels(long, inverse).reshape(-1, *statistics.shape[1:])
 
 
-def _scored(channels: Channels, scorer: StreamScorer, chunks: Chunks) -> tuple[Floats, FloatRows]:
-    scores = scorer.score(channels.follow(*chunks), chunks[1])
-    return scores.nats[np.newaxis], scores.state
+def _scored(scorer: StreamScorer, channels: Channels, chunks: Chunks) -> Floats:
+    return scorer.score(channels.follow(*chunks), chunks[-1]).nats[np.newaxis]
 
 
 def _only_tails(spec: ModelSpec, states: FloatRows) -> FloatRows:
@@ -216,33 +209,32 @@ def _usual_squares(deviations: Floats) -> Floats:
 def _follow(
     spec: ModelSpec,
     streams: Sequence[Stream],
-    step: Callable[[Chunks], tuple[Floats, FloatRows]],
+    channels: Channels,
+    step: Step,
     initial: FloatRows | None = None,
 ) -> tuple[Floats, FloatRows]:
     """The numbers [K, n] of the counted events, stream by stream, and the last states.
 
     Args:
-        step: gives the numbers [K, B, T] of events, and the states after them.
+        step: gives the numbers [K, B, T] of events.
         initial: the states to start from; those of new streams by default.
     """
     by_stream: list[list[Floats]] = [[] for _ in streams]
     new = np.tile(detection_state(spec).zero().floats, (len(streams), 1))
     states = new if initial is None else initial
     longest = sorted(range(len(streams)), key=lambda i: -len(streams[i].rows))
+    size, columns = channels.max_steps, detection_columns(spec)
     for first in range(0, len(streams), BATCH):
         group = longest[first : first + BATCH]
-        for at in range(0, len(streams[group[0]].rows), STEPS):
+        for at in range(0, len(streams[group[0]].rows), size):
             active = [i for i in group if len(streams[i].rows) > at]
-            parts = [streams[i].part(slice(at, at + STEPS)) for i in active]
+            parts = [streams[i].part(slice(at, at + size)) for i in active]
+            rows = _pad([part.rows for part in parts])
+            parameters = _pad([part.parameters for part in parts])
             lengths = np.array([len(part.rows) for part in parts])
-            numbers, states[active] = step(
-                (
-                    _pad([part.rows for part in parts]),
-                    lengths,
-                    _pad([part.parameters for part in parts]),
-                    states[active],
-                )
-            )
+            after = StateParts(states[active], lengths, rows.shape[1], columns)
+            numbers = step(channels, (rows, parameters, after))
+            states[active] = after.after
             for place, (i, part) in enumerate(zip(active, parts, strict=True)):
                 by_stream[i].append(numbers[:, place, np.flatnonzero(part.counted)])
     return np.concatenate([each for parts in by_stream for each in parts], axis=1), states

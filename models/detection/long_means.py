@@ -29,18 +29,14 @@ offset of a stream costs no digits.
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.detection.statistics import (
-    MAX_STEPS,
     SMALLEST,
     Z_LIMIT,
-    Bools,
     Events,
-    FloatRows,
     Floats,
     StateParts,
     averages,
@@ -48,11 +44,12 @@ from models.detection.statistics import (
     decay_matrix,
     latest_values,
     sums,
+    sums_of,
 )
 from models.events.schema import NumericField
 from models.spec.detection import LONG_SCALES
 from models.spec.heads import DEVIATION_LIMIT
-from models.spec.layout import detection_columns, detection_of
+from models.spec.layout import detection_of
 from models.spec.model import ModelSpec
 
 LIMIT: Final = 5.0
@@ -67,16 +64,13 @@ class LongStatistics(NamedTuple):
 
     Attributes:
         statistics: [2 (1 + scales), B, T], single and averages, of levels, then of changes.
-        squares: [2 N, B, T], (a e / p_before)^2 of the level of each target, then of the changes.
-        levels: [N, B, T], how far each value is from its mean, encoded, or in peaks where values as
-            they come differ from encoded ones.
-        state: float32 [B, S], after each stream's last event.
+        squares: [2, N, B, T], (a e / p_before)^2 of the level of each target, then of the changes.
+        errors: [N, B, T], e of the levels.
     """
 
     statistics: Floats
     squares: Floats
-    levels: Floats
-    state: FloatRows
+    errors: Floats
 
 
 class LongMeans:
@@ -93,102 +87,73 @@ class LongMeans:
         fields = [events.field(name) for name in head.targets]
         numeric = [d for d, field in enumerate(fields) if isinstance(field, NumericField)]
         self._numeric = columns_of(numeric)
-        self._is_in_peaks = np.array(
-            [f.normalisation is not None for f in fields if isinstance(f, NumericField)], np.bool_
-        )
-        self._parts = detection_columns(spec)
 
-    def follow(self, events: Events, lengths: NDArray[Any], state: FloatRows) -> LongStatistics:
-        """Compute the statistics of the next events of each stream.
+    def follow(self, events: Events, parts: StateParts) -> LongStatistics:
+        """Compute the statistics of the next events of each stream, at most `MAX_STEPS`.
 
         Args:
-            lengths: int [B], 1..T.
-            state: [B, S].
+            parts: the states, of `models.spec.layout.detection_columns`; updated.
         """
-        values = np.clip(events.raw, -DEVIATION_LIMIT, DEVIATION_LIMIT)
+        values = np.maximum(np.minimum(events.raw, DEVIATION_LIMIT), -DEVIATION_LIMIT)
         present = None if events.is_complete else events.present[self._numeric]
-        if values.shape[-1] <= MAX_STEPS:
-            return self._follow(values, present, lengths, state)
-        computed: list[tuple[Floats, ...]] = []
-        for at in range(0, values.shape[-1], MAX_STEPS):
-            part = slice(at, at + MAX_STEPS)
-            kept = np.clip(lengths - at, 0, values[..., part].shape[-1])
-            own = None if present is None else present[..., part]
-            *parts, state = self._follow(values[..., part], own, kept, state)
-            computed.append(tuple(parts))
-        whole = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
-        statistics, squares, levels = whole
-        return LongStatistics(statistics, squares, levels, state)
-
-    def _follow(
-        self, values: Floats, present: Bools | None, lengths: NDArray[Any], state: FloatRows
-    ) -> LongStatistics:
-        """The same of at most `MAX_STEPS` events. Without `present` all have all values."""
         count, batch, steps = values.shape
-        parts = StateParts(state, lengths, steps, self._parts)
         decay = decay_matrix(self._memory_events, steps)
         latest = latest_values(values, present, parts.before("long_last"))
         parts.store("long_last", latest)
         start = (parts.before("long_mean") + parts.before("long_rest"))[..., np.newaxis]
-        counted = np.empty((2, *values.shape))
-        counted[0] = 1.0 if present is None else present
-        np.multiply(values - start, counted[0], out=counted[1])
-        before = np.zeros((2 * count, batch))
-        before[:count] = parts.before("long_weight")
-        weights, means = np.split(sums(decay, before, counted.reshape(-1, batch, steps)), 2)
+        counted = np.empty((2, *latest.shape))
+        counted[0, ..., 0], counted[1, ..., 0] = parts.before("long_weight"), 0.0
+        counted[0, ..., 1:] = 1.0 if present is None else present
+        np.subtract(values, start, out=counted[1, ..., 1:])
+        if present is not None:
+            counted[1, ..., 1:] *= present
+        weights, means = sums_of(decay, counted)
         parts.store("long_weight", weights)
-        means /= np.maximum(weights, SMALLEST)
+        known = np.maximum(weights, SMALLEST)
+        means /= known
         means += start
         mean = parts.last(means)
         parts.replace("long_mean", mean)
         parts.replace("long_rest", mean - mean.astype(np.float32))
 
-        own = np.maximum(weights[..., :-1], SMALLEST)
+        own = known[..., :-1]
         errors = np.empty((2, *values.shape))
         np.subtract(values, means[..., :-1], out=errors[0])
         np.subtract(values, latest[..., :-1], out=errors[1])
-        has = weights[..., :-1] > SMALLEST
-        if present is not None or not has.all():
-            errors *= has * counted[0]
-        distance = np.abs(errors).reshape(-1, batch, steps)
-        distances = sums(decay, parts.before("long_distance"), distance)
+        if present is not None or own.min() <= SMALLEST:
+            errors *= (own > SMALLEST) * counted[0, ..., 1:]
+        distance = np.abs(errors)
+        flat = distance.reshape(-1, batch, steps)
+        distances = sums(decay, parts.before("long_distance"), flat)
         parts.store("long_distance", distances)
-        limit = distances[..., 1:].reshape(errors.shape) * (
-            LIMIT / np.maximum(weights[..., 1:], SMALLEST)
-        )
-        added = np.empty((4 * count, batch, steps))
-        squared, limited = np.square(distance), added[2 * count :]
-        np.square(squared, out=added[: 2 * count])
-        np.minimum(distance, limit.reshape(distance.shape), out=limited)
-        np.square(limited, out=limited)
+        limited = distances.reshape(2, *latest.shape)[..., 1:] * (LIMIT / known[..., 1:])
+        np.minimum(limited, distance, out=limited)
         # stored as roots, since float32 has no fourth power of small values
-        before = np.square(np.concatenate([parts.before("long_peak"), parts.before("long_spread")]))
-        np.square(before[: 2 * count], out=before[: 2 * count])
-        fourths, seconds = np.split(sums(decay, before, added), 2)
+        powers = np.empty((2, 2 * count, batch, steps + 1))
+        powers[0, ..., 0] = np.square(np.square(parts.before("long_peak")))
+        powers[1, ..., 0] = np.square(parts.before("long_spread"))
+        squared = np.square(distance, out=distance)
+        np.square(flat, out=powers[0, ..., 1:])
+        np.square(limited.reshape(flat.shape), out=powers[1, ..., 1:])
+        fourths, seconds = powers = sums_of(decay, powers)
         parts.replace("long_peak", np.sqrt(np.sqrt(parts.last(fourths))))
         parts.replace("long_spread", np.sqrt(parts.last(seconds)))
-        trust = own / (own + self._prior)
-        squared = squared.reshape(errors.shape) * np.square(trust)
-        least = np.square(RESOLVED * np.abs(values) + LEAST_SPREAD)
-        peaks = np.sqrt(fourths[..., :-1].reshape(errors.shape) / own)
-        single = np.minimum(squared / np.maximum(peaks, least), LARGEST_SQUARE)
-        spreads = seconds[..., :-1].reshape(errors.shape) / own
-        squares = np.minimum(squared / np.maximum(spreads, least), LARGEST_SQUARE)
-        energy = sums(
-            averages(LONG_SCALES, steps), parts.before("long_energy"), squares.mean(axis=1)
-        )
+        # (a e)^2 by the squares of peaks, and of spreads
+        squares = powers[..., :-1].reshape(2, *errors.shape) / own
+        np.sqrt(squares[0], out=squares[0])
+        least = np.abs(values)
+        least *= RESOLVED
+        least += LEAST_SPREAD
+        np.maximum(squares, np.square(least, out=least), out=squares)
+        squared *= np.square(own / (own + self._prior))
+        np.minimum(np.divide(squared, squares, out=squares), LARGEST_SQUARE, out=squares)
+        single, limited = squares.sum(axis=2) / count
+        energy = sums(averages(LONG_SCALES, steps), parts.before("long_energy"), limited)
         parts.store("long_energy", energy)
         statistics = np.empty((2, 1 + len(LONG_SCALES), batch, steps))
-        statistics[:, 0] = single.mean(axis=1)
+        statistics[:, 0] = single
         statistics[:, 1:] = energy[..., 1:].reshape(-1, 2, batch, steps).swapaxes(0, 1)
         np.sqrt(np.maximum(statistics, 0.0, out=statistics), out=statistics)
         if present is not None:
             statistics *= present.any(axis=0)
-        levels = errors[0]
-        levels[self._is_in_peaks] = (np.sqrt(single[0]) * np.sign(levels))[self._is_in_peaks]
-        return LongStatistics(
-            statistics.reshape(-1, batch, steps),
-            single.reshape(-1, batch, steps),
-            levels,
-            parts.after,
-        )
+        return LongStatistics(statistics.reshape(-1, batch, steps), squares[0], errors[0])

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.detection.alarms import Tails, combine
 from models.detection.long_means import LongMeans, LongStatistics
@@ -23,8 +22,8 @@ from models.detection.statistics import (
     Channels,
     Deviations,
     Events,
-    FloatRows,
     Floats,
+    StateParts,
     columns_of,
 )
 from models.detection.stream_tails import StreamTails
@@ -38,13 +37,12 @@ LEAST: Final = 1e-9
 
 
 class Scores(NamedTuple):
-    """The nats [B, T] of events, what computes the weights [C, B, T] of the channels in them, the
-    state after them, and with long means how far each level is from its own [N, B, T]."""
+    """The nats [B, T] of events, what computes the weights [C, B, T] of the channels in them, and
+    what long means say of them."""
 
     nats: Floats
     weights: Callable[[], Floats]
-    state: FloatRows
-    levels: Floats | None = None
+    long: LongStatistics | None = None
 
 
 class PooledScorer:
@@ -60,14 +58,14 @@ class PooledScorer:
         self._channels = channels
         self._tails, self._combined = Tails(tails), Tails([combined])
 
-    def score(self, deviations: Deviations, lengths: NDArray[Any]) -> Scores:
+    def score(self, deviations: Deviations, parts: StateParts) -> Scores:
         """Score events, given their deviations."""
-        del lengths
-        statistics, state = deviations.statistics, deviations.state
+        del parts
+        statistics = deviations.statistics
         inverse = np.exp(self._tails.nats(statistics.reshape(len(statistics), -1)))
         nats = self._combined.nats(combine(inverse)[np.newaxis])
         weights = partial(self._channels.by_channel, inverse.reshape(statistics.shape))
-        return Scores(nats.reshape(statistics.shape[1:]), weights, state)
+        return Scores(nats.reshape(statistics.shape[1:]), weights)
 
 
 class StreamScorer:
@@ -108,22 +106,22 @@ class StreamScorer:
         places = [head.targets.index(target) for target in numeric]
         self._numeric = columns_of(places)
 
-    def score(self, deviations: Deviations, lengths: NDArray[Any]) -> Scores:
-        """Score events, given their deviations."""
-        statistics, state, events = deviations[2:]
+    def score(self, deviations: Deviations, parts: StateParts) -> Scores:
+        """Score events, given their deviations; updates the states."""
+        statistics, events = deviations.statistics, deviations.events
         shape = statistics.shape[1:]
         inverse = np.exp(self._tails.nats(statistics.reshape(len(statistics), -1)))
-        long = self._long.follow(events, lengths, state)
+        long = self._long.follow(events, parts)
         values = long_and_channels(long, inverse)
         pooled = self._pooled.nats(values).reshape(len(values), *shape)
-        own, state = self._own.follow(
-            pooled, self._present(events, len(values)), lengths, long.state
-        )
-        nats = combine_own(own.reshape(len(own), -1))
+        own = self._own.follow(pooled, self._present(events, len(values)), parts)
+        # their norm of order 3: several large ones count more than one, the largest ones most
+        cubes = own * np.square(own)
+        nats = np.cbrt(cubes.sum(axis=0)).ravel()
         if self._combined is not None:
             nats = self._combined.nats(nats[np.newaxis])[0]
-        weights = partial(self._weights, own, long.squares, inverse.reshape(statistics.shape))
-        return Scores(nats.reshape(shape), weights, state, long.levels)
+        weights = partial(self._weights, cubes, long.squares, inverse.reshape(statistics.shape))
+        return Scores(nats.reshape(shape), weights, long)
 
     def _present(self, events: Events, tails: int) -> Bools | None:
         """Whether each event has the quantity of each tail, [tails, B, T]; None if all have."""
@@ -134,20 +132,18 @@ class StreamScorer:
         present[-1] = events.present.any(axis=0)
         return present
 
-    def _weights(self, own: Floats, squares: Floats, inverse: Floats) -> Floats:
+    def _weights(self, cubes: Floats, squares: Floats, inverse: Floats) -> Floats:
         """Weights [C, B, T]: the part of the channels' own tail by their statistics, those of
         levels and changes by the targets that are far off."""
-        parts = own * np.square(own)
         by_channel = self._channels.by_channel(inverse)
-        by_channel *= parts[-1] / by_channel.sum(axis=0)
+        by_channel *= cubes[-1] / by_channel.sum(axis=0)
         if self._places:
-            off = squares.reshape(2, -1, *squares.shape[1:]) + LEAST
-            off *= (parts[:-1].reshape(2, -1, *parts.shape[1:]).sum(axis=1) / off.sum(axis=1))[
-                :, np.newaxis
-            ]
-            for place, weight in zip(self._places, off.reshape(squares.shape), strict=True):
-                by_channel[place] += weight
-        return by_channel + LEAST
+            off, shape = squares + LEAST, cubes.shape[1:]
+            parts = cubes[:-1].reshape(2, -1, *shape).sum(axis=1, keepdims=True)
+            off *= parts / off.sum(axis=1, keepdims=True)
+            np.add.at(by_channel, self._places, off.reshape(-1, *shape))
+        by_channel += LEAST
+        return by_channel
 
 
 def long_and_channels(long: LongStatistics, inverse: Floats) -> Floats:
@@ -156,9 +152,3 @@ def long_and_channels(long: LongStatistics, inverse: Floats) -> Floats:
     return np.concatenate(
         [long.statistics.reshape(len(long.statistics), -1), combine(inverse)[np.newaxis]]
     )
-
-
-def combine_own(own: Floats) -> Floats:
-    """The nats [n] of tails of a stream [tails, n] together: their norm of order 3, in which
-    several large ones count more than one, and the largest ones most."""
-    return np.asarray(np.cbrt((own * np.square(own)).sum(axis=0)))

@@ -46,7 +46,7 @@ from models.detection.forecasts import Forecasts, steps_last
 from models.events.schema import NumericField
 from models.spec.detection import ROOT_OF_NORMAL
 from models.spec.heads import DEVIATION_LIMIT as LARGEST
-from models.spec.layout import detection_columns, detection_of
+from models.spec.layout import detection_of
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -91,6 +91,12 @@ def sums(matrix: Floats, initial: Floats, values: NDArray[Any]) -> Floats:
     return np.asarray(product.reshape(-1, batch, steps + 1))
 
 
+def sums_of(matrix: Floats, sequence: Floats) -> Floats:
+    """y of a recurrence, of the initial y and x [..., T + 1]."""
+    product = sequence.reshape(-1, len(matrix)) @ matrix
+    return np.asarray(product.reshape(sequence.shape))
+
+
 def latest_values(x: Floats, is_present: NDArray[np.bool_] | None, last: Floats) -> Floats:
     """The latest value at or before each step, [N, B, T + 1], beginning with `last`.
 
@@ -116,6 +122,8 @@ class StateParts:
         columns: of each part, by name.
 
     Attributes:
+        lengths: as given.
+        is_full: whether they are all T.
         after: float32 [B, S]; parts that are not stored keep their values.
     """
 
@@ -126,11 +134,13 @@ class StateParts:
         steps: int,
         columns: Mapping[str, slice],
     ):
-        self._before = state.T.astype(np.float64)
-        self._columns, self._lengths = columns, lengths
-        self._is_full = int(lengths.min()) == steps
+        # parts are rows, so that each is contiguous
+        self._before = state.T.astype(np.float64, order="C")
+        self._after = state.T.astype(np.float32, order="C")
+        self._columns, self.lengths = columns, lengths
+        self.is_full = int(lengths.min()) == steps
         self._rows = np.arange(len(state))
-        self.after: FloatRows = state.astype(np.float32)
+        self.after: FloatRows = self._after.T
 
     def before(self, name: str) -> Floats:
         """A part before the events, [size, B]."""
@@ -139,7 +149,7 @@ class StateParts:
     def last(self, sequence: Floats) -> Floats:
         """The values [size, B] after each row's last event, of [size, B, T + 1] before the events
         and after each."""
-        return sequence[..., -1] if self._is_full else sequence[:, self._rows, self._lengths]
+        return sequence[..., -1] if self.is_full else sequence[:, self._rows, self.lengths]
 
     def store(self, name: str, sequence: Floats) -> None:
         """Store a part, of its values [size, B, T + 1] before the events and after each."""
@@ -147,21 +157,21 @@ class StateParts:
 
     def replace(self, name: str, values: Floats) -> None:
         """Store a part, of its values [size, B] after each row's last event."""
-        self.after[:, self._columns[name]] = values.T
+        self._after[self._columns[name]] = values
 
     def add(self, name: str, values: NDArray[Any]) -> None:
         """Add integers [B] to a part of one number."""
-        self.after[:, self._columns[name].start] += values
+        self._after[self._columns[name].start] += values
 
     def store_window(self, name: str, history: Floats) -> None:
         """Store a part of N x L numbers, of its history [N, B, L + T]: the last L up to the
         length."""
         size = self._columns[name].stop - self._columns[name].start
         length = size // max(len(history), 1)
-        if self._is_full:
+        if self.is_full:
             window = history[..., history.shape[-1] - length :]
         else:
-            within = self._lengths[:, np.newaxis] + np.arange(length)
+            within = self.lengths[:, np.newaxis] + np.arange(length)
             window = history[:, self._rows[:, np.newaxis], within]
         self.after[:, self._columns[name]] = window.transpose(1, 0, 2).reshape(-1, size)
 
@@ -209,12 +219,6 @@ class Events(NamedTuple):
     is_complete: bool
     raw: Floats
 
-    def part(self, steps: slice) -> Events:
-        """Some of the steps."""
-        values, present, parameters, is_complete, raw = self
-        numbers = (values[..., steps], present[..., steps], parameters[..., steps])
-        return Events(*numbers, is_complete, raw[..., steps])
-
 
 class Deviations(NamedTuple):
     """The deviations of T events of B streams.
@@ -225,14 +229,12 @@ class Deviations(NamedTuple):
         statistics: [K, B, T]: |z| of every channel, then for each scale the square of every
             channel, then for each scale its inverse of the channels that may be too quiet; 0 where
             the event has none.
-        state: float32 [B, S], after each stream's last event.
         events: the events as they were read.
     """
 
     z: Floats
     errors: Floats
     statistics: Floats
-    state: FloatRows
     events: Events
 
 
@@ -246,6 +248,7 @@ class Channels:
 
     Attributes:
         forecasts: of the model's head.
+        max_steps: the most events that can be followed at once.
     """
 
     def __init__(self, spec: ModelSpec, spreads: Floats, squares: Floats):
@@ -254,6 +257,8 @@ class Channels:
         self.forecasts = Forecasts(spec)
         self._scales = detection.scales
         self._memory_events, self._season_events = detection.memory_events, detection.season_events
+        # the matrices grow with the steps, and the season's past is known for a season only
+        self.max_steps = min(self._season_events or MAX_STEPS, MAX_STEPS)
         self._targets, self._count = len(head.targets), len(channels)
         columns = events.column_index
         self._columns = columns_of([columns[name] for name in head.targets])
@@ -277,77 +282,40 @@ class Channels:
         self._roots = (np.sqrt(spreads) * ROOT_OF_NORMAL)[:, np.newaxis, np.newaxis]
         self._minimum = (spreads * detection.minimum_spread)[:, np.newaxis, np.newaxis]
         self._squares = squares[:, np.newaxis, np.newaxis]
-        self._parts = detection_columns(spec)
 
-    def follow(
-        self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows, state: FloatRows
-    ) -> Deviations:
-        """The deviations of the next events of each stream.
+    def _events(self, rows: FloatRows, parameters: FloatRows, parts: StateParts) -> Events:
+        values, raw = steps_last(rows[..., self._columns]), steps_last(rows[..., self._raw])
+        exact, present = steps_last(parameters), np.ones(values.shape, np.bool_)
+        if not parts.is_full:
+            present &= np.arange(rows.shape[1]) < parts.lengths[:, np.newaxis]
+            values, raw, exact = (np.where(present[0], x, 0.0) for x in (values, raw, exact))
+        for index, column in self._missing:
+            present[index] &= rows[..., column] == 0
+        is_complete = parts.is_full and (not self._missing or bool(present.all()))
+        return Events(values, present, exact, is_complete, raw)
+
+    def follow(self, rows: FloatRows, parameters: FloatRows, parts: StateParts) -> Deviations:
+        """The deviations of the next events of each stream, at most `max_steps`.
 
         Args:
             rows: [B, T, F], encoded; anything beyond a length.
-            lengths: int [B], 1..T.
             parameters: [B, T, P], the forecast of each event, made before it.
-            state: [B, S].
+            parts: the states, of `models.spec.layout.detection_columns`; updated.
         """
-        events, steps = self._events(rows, lengths, parameters), rows.shape[1]
-        # the matrices grow with the steps, and the season's past is known for a season only
-        max_steps = min(self._season_events or MAX_STEPS, MAX_STEPS)
-        if steps <= max_steps:
-            return Deviations(*self._follow(events, lengths, state), events)
-        computed: list[tuple[Floats, ...]] = []
-        for at in range(0, steps, max_steps):
-            part = events.part(slice(at, at + max_steps))
-            *parts, state = self._follow(part, np.clip(lengths - at, 0, max_steps), state)
-            computed.append(tuple(parts))
-        whole = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
-        z, errors, statistics = whole
-        return Deviations(z, errors, statistics, state, events)
-
-    def by_channel(self, weights: Floats) -> Floats:
-        """The sum [C, B, T] over each channel of weights [K, B, T] of the statistics."""
-        single, square, inverse = self._parts_of(weights)
-        total = single + square.sum(axis=0)
-        total[self._quiet] += inverse.sum(axis=0)
-        return np.asarray(total)
-
-    def _events(self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows) -> Events:
-        steps = rows.shape[1]
-        values = steps_last(rows[..., self._columns])
-        exact = steps_last(parameters)
-        present = np.ones(values.shape, np.bool_)
-        is_complete = not self._missing
-        if int(lengths.min()) < steps:
-            valid = np.arange(steps) < lengths[:, np.newaxis]
-            values, exact = np.where(valid, values, 0.0), np.where(valid, exact, 0.0)
-            present &= valid
-            is_complete = False
-        for index, column in self._missing:
-            present[index] &= rows[..., column] == 0
-        raw = steps_last(rows[..., self._raw])
-        if int(lengths.min()) < steps:
-            raw = np.where(valid, raw, 0.0)
-        return Events(values, present, exact, is_complete or bool(present.all()), raw)
-
-    def _follow(
-        self, events: Events, lengths: NDArray[Any], state: FloatRows
-    ) -> tuple[Floats, Floats, Floats, FloatRows]:
-        """Deviations, errors, statistics and the state after at most a season's events."""
-        steps = events.values.shape[-1]
-        parts = StateParts(state, lengths, steps, self._parts)
+        events, steps = self._events(rows, parameters, parts), rows.shape[1]
         decay = decay_matrix(self._memory_events, steps)
         weights = sums(decay, parts.before("weight"), events.present)
         parts.store("weight", weights)
         count = parts.before("events").T + np.arange(steps)
-        parts.add("events", lengths)
-        own = weights[..., :-1]
+        parts.add("events", parts.lengths)
+        own = np.maximum(weights[..., :-1], SMALLEST)
         prior = self._prior * np.exp(count * (-0.5 / self._prior))
-        known = np.maximum(own + prior, SMALLEST)
+        known = own + prior
 
         values, has, season = self._values(events, own > SMALLEST, count, parts)
         means = sums(decay, parts.before("mean"), values)
         parts.store("mean", means)
-        errors = means[..., :-1] / self._by_channel(np.maximum(own, SMALLEST))
+        errors = means[..., :-1] / self._by_channel(own)
         np.subtract(values, errors, out=errors)
         if has is not None:
             errors *= has
@@ -362,7 +330,7 @@ class Channels:
         np.square(spread, out=spread)
         np.maximum(spread, self._minimum, out=spread)
         z = errors / spread
-        usual = roots[..., :-1] / self._by_channel(np.maximum(own, SMALLEST) * ROOT_OF_NORMAL)
+        usual = roots[..., :-1] / self._by_channel(own * ROOT_OF_NORMAL)
         np.square(np.divide(np.square(usual, out=usual), spread, out=usual), out=usual)
         np.minimum(usual, ENERGY_LIMIT, out=usual)
         usual *= self._squares
@@ -391,7 +359,14 @@ class Channels:
             single *= has
             square *= has
             inverse *= has[self._quiet]
-        return z, errors, statistics, parts.after
+        return Deviations(z, errors, statistics, events)
+
+    def by_channel(self, weights: Floats) -> Floats:
+        """The sum [C, B, T] over each channel of weights [K, B, T] of the statistics."""
+        single, square, inverse = self._parts_of(weights)
+        total = single + square.sum(axis=0)
+        total[self._quiet] += inverse.sum(axis=0)
+        return np.asarray(total)
 
     def _parts_of(
         self, statistics: NDArray[Any]

@@ -19,16 +19,17 @@ is cut into chunks, and a chunk needs no loop over its steps.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.alarms import MAX_NATS
-from models.detection.statistics import MAX_STEPS, Bools, FloatRows, Floats, StateParts
+from models.detection.statistics import Bools, Floats, StateParts
 from models.spec.detection import LEVEL_STEP
-from models.spec.layout import detection_columns, detection_of
+from models.spec.layout import detection_of
 from models.spec.model import ModelSpec
 
 BLOCK: Final = 32
@@ -53,95 +54,78 @@ class StreamTails:
         detection, _, _ = detection_of(spec)
         levels = np.array(detection.tail_levels)
         self._decay = float(np.exp(-BLOCK / memory_events))
-        self._parts = detection_columns(spec)
-        self._levels, self._distances = levels, np.diff(levels)
-        self._weights = np.where(levels[1:] <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)
+        # by level, [levels, 1], as tables are [K, levels, B]
+        self._levels, self._distances = levels[:, np.newaxis], np.diff(levels)[:, np.newaxis]
+        self._weights = np.where(self._levels[1:] <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)
         self._prior = self._weights * np.exp(-self._distances)
         # the last level below each multiple of LEVEL_STEP
         multiples = np.arange(0.0, MAX_NATS + 2 * LEVEL_STEP, LEVEL_STEP)
         self._level_of = np.searchsorted(levels, multiples, side="right") - 1
 
-    def follow(
-        self, nats: Floats, present: Bools | None, lengths: NDArray[Any], state: FloatRows
-    ) -> tuple[Floats, FloatRows]:
-        """The nats of the next events of each stream by its own tails, and the state after them.
+    def follow(self, nats: Floats, present: Bools | None, parts: StateParts) -> Floats:
+        """The nats of the next events of each stream, at most `MAX_STEPS`, by its own tails.
 
         Args:
             nats: [K, B, T], by the pooled tails.
             present: bool [K, B, T], whether the event has the statistic; false beyond a length.
                 None if every event has every one.
-            lengths: int [B], 1..T.
-            state: [B, S].
+            parts: the states, of `models.spec.layout.detection_columns`; updated.
         """
-        if nats.shape[-1] <= MAX_STEPS:
-            return self._follow(nats, present, lengths, state)
-        own = np.empty_like(nats)
-        for at in range(0, nats.shape[-1], MAX_STEPS):
-            part = slice(at, at + MAX_STEPS)
-            kept = np.clip(lengths - at, 0, nats[..., part].shape[-1])
-            counted = None if present is None else present[..., part]
-            own[..., part], state = self._follow(nats[..., part], counted, kept, state)
-        return own, state
-
-    def _follow(
-        self, nats: Floats, present: Bools | None, lengths: NDArray[Any], state: FloatRows
-    ) -> tuple[Floats, FloatRows]:
         size, batch, steps = nats.shape
-        parts = StateParts(state, lengths, steps, self._parts)
         counts, pending = (
-            np.maximum(parts.before(name), 0.0).reshape(size, -1, batch).transpose(0, 2, 1)
+            np.maximum(parts.before(name), 0.0).reshape(size, -1, batch)
             for name in ("tail_counts", "tail_pending")
         )
-        filled = np.minimum(np.maximum(parts.before("tail_filled")[0], 0), BLOCK - 1)
-        # the place of each event in a table [K, B, levels]
+        filled = parts.before("tail_filled")[0] % BLOCK
+        # the place of each event in a table [K, levels, B]
         multiple = (nats * (1.0 / LEVEL_STEP)).astype(np.intp)
         place = np.take(self._level_of, multiple, mode="clip")
-        rows = np.arange(0, size * batch * len(self._levels), len(self._levels))
-        place += rows.reshape(size, batch, 1)
-        own = self._own_nats(counts, nats, place)
-        is_ended = filled + lengths >= BLOCK
-        if not is_ended.any():
-            pending = pending + self._count(place, present, counts.shape)
-        else:
-            is_next = filled[:, np.newaxis] + np.arange(steps) >= BLOCK
-            before, after = (
-                ~is_next if present is None else present & ~is_next,
-                is_next if present is None else present & is_next,
-            )
-            pending = pending + self._count(place, before, counts.shape)
+        place *= batch
+        place += _first_places(size, len(self._levels), batch)
+        after = filled + parts.lengths
+        is_ended = after >= BLOCK
+        if has_ended := bool(is_ended.any()):
+            # events of the next block have a second table, of the counts after this one
+            place += counts.size * (filled[:, np.newaxis] + np.arange(steps) >= BLOCK)
+        new = self._count(place, present, ((1 + has_ended) * size, *counts.shape[1:]))
+        pending, tables = pending + new[:size], counts
+        if has_ended:
             # as it is stored, wherever a chunk ends
             ended = (counts * self._decay + pending).astype(np.float32).astype(np.float64)
-            own = np.where(is_next, self._own_nats(ended, nats, place), own)
-            change = is_ended[:, np.newaxis]
-            counts = np.where(change, ended, counts)
-            pending = np.where(change, self._count(place, after, counts.shape), pending)
-            parts.replace("tail_counts", counts.transpose(0, 2, 1).reshape(-1, batch))
-        parts.replace("tail_pending", pending.transpose(0, 2, 1).reshape(-1, batch))
-        parts.replace("tail_filled", ((filled + lengths) % BLOCK)[np.newaxis])
-        return np.minimum(own, MAX_NATS, out=own), parts.after
+            tables = np.concatenate([counts, ended])
+            pending = np.where(is_ended, new[size:], pending)
+            parts.replace("tail_counts", np.where(is_ended, ended, counts).reshape(-1, batch))
+        parts.replace("tail_pending", pending.reshape(-1, batch))
+        parts.replace("tail_filled", after % BLOCK)
+        own = self._own_nats(tables, nats, place)
+        return np.minimum(own, MAX_NATS, out=own)
 
     def _count(
         self, place: NDArray[np.intp], counted: Bools | None, shape: tuple[int, ...]
     ) -> Floats:
-        """How many events [K, B, levels] of the counted ones are above each level."""
-        if counted is not None:
-            place = place[np.broadcast_to(counted, place.shape)]
-        found = np.bincount(place.ravel(), minlength=prod(shape)).reshape(shape)
-        return np.cumsum(found[..., ::-1], axis=-1, dtype=np.float64)[..., ::-1]
+        """How many events [K, levels, B] of the counted ones are above each level."""
+        places = place.ravel() if counted is None else place[counted]
+        found = np.bincount(places, minlength=prod(shape)).reshape(shape)
+        return np.cumsum(found[:, ::-1], axis=1, dtype=np.float64)[:, ::-1]
 
     def _own_nats(self, counts: Floats, nats: Floats, place: NDArray[np.intp]) -> Floats:
-        """A stream's own nats [K, B, T] of pooled ones, given its counts [K, B, levels]."""
+        """A stream's own nats [K, B, T] of pooled ones, by their places in tables of counts."""
         # a restored state may have any counts
-        shares = (counts[..., 1:] + self._prior) / (counts[..., :-1] + self._weights)
+        shares = (counts[:, 1:] + self._prior) / (counts[:, :-1] + self._weights)
         np.minimum(np.maximum(shares, SMALLEST, out=shares), 1.0, out=shares)
         steps = np.negative(np.log(shares, out=shares), out=shares)
-        slope = np.empty(counts.shape)
-        np.divide(steps, self._distances, out=slope[..., :-1])
-        slope[..., -1] = slope[..., -2]
-        start = np.zeros(counts.shape)
-        np.cumsum(steps, axis=-1, out=start[..., 1:])
+        slope, start = np.empty(counts.shape), np.zeros(counts.shape)
+        np.divide(steps, self._distances, out=slope[:, :-1])
+        slope[:, -1] = slope[:, -2]
+        np.cumsum(steps, axis=1, out=start[:, 1:])
         start -= slope * self._levels
         own = np.take(slope, place)
         own *= nats
         own += np.take(start, place)
         return own
+
+
+@lru_cache(maxsize=256)
+def _first_places(size: int, levels: int, batch: int) -> NDArray[np.intp]:
+    """The place [K, B, 1] of the first level of each stream in a table [K, levels, B]."""
+    return np.arange(size * levels * batch).reshape(size, levels, batch)[:, 0, :, np.newaxis]

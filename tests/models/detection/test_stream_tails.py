@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from models.detection.detector import Detector
 from models.detection.fit import Stream, fit_detection
-from models.detection.statistics import FloatRows, Floats
+from models.detection.statistics import FloatRows, Floats, StateParts
 from models.detection.stream_tails import BLOCK, StreamTails
 from models.spec.detection import DetectionSpec
 from models.spec.layout import detection_columns, detection_state, network_outputs
@@ -209,17 +209,24 @@ def test_events_without_any_target_count_in_no_tail(optional_targets: ModelSpec)
 
 def follow(nats: Floats, cuts: list[int], missing: NDArray[np.bool_]) -> tuple[Floats, FloatRows]:
     """The nats of one stream [K, T] by its own tails, and its state, in chunks of these lengths."""
-    tails = StreamTails(ONE_TARGET, 10_000)
     state, own, at = detection_state(ONE_TARGET).zero().floats[np.newaxis], [], 0
     for length in cuts:
         part = slice(at, at + length)
-        values, state = tails.follow(
-            nats[:, np.newaxis, part], ~missing[:, np.newaxis, part], np.array([length]), state
-        )
-        own.append(values[:, 0])
+        values, state = follow_chunk(nats[:, part], ~missing[:, part], state)
+        own.append(values)
         at += length
     assert at == nats.shape[1]
     return np.concatenate(own, axis=1), state
+
+
+def follow_chunk(
+    nats: Floats, present: NDArray[np.bool_], state: FloatRows
+) -> tuple[Floats, FloatRows]:
+    """The nats of the next events [K, T] of one stream, and its state."""
+    tails, columns = StreamTails(ONE_TARGET, 10_000), detection_columns(ONE_TARGET)
+    parts = StateParts(state, np.array([nats.shape[1]]), nats.shape[1], columns)
+    own = tails.follow(nats[:, np.newaxis], present[:, np.newaxis], parts)
+    return own[:, 0], parts.after
 
 
 def random_nats(steps: int, scale: float = 1.0) -> tuple[Floats, NDArray[np.bool_]]:
@@ -233,8 +240,13 @@ def random_nats(steps: int, scale: float = 1.0) -> tuple[Floats, NDArray[np.bool
 
 def test_states_are_bit_identical_for_any_chunks() -> None:
     nats, missing = random_nats(700, scale=4.0)
-    own, state = follow(nats, [700], missing)
-    for cuts in ([1] * 700, [BLOCK] * 21 + [28], [BLOCK - 1] * 22 + [18], [300, 3, 397]):
+    own, state = follow(nats, [20] * 35, missing)
+    for cuts in (
+        [1] * 700,
+        [BLOCK] * 21 + [28],
+        [BLOCK - 1] * 22 + [18],
+        [30, 3, 32] * 10 + [25, 25],
+    ):
         again, after = follow(nats, cuts, missing)
         np.testing.assert_array_equal(again, own)
         np.testing.assert_array_equal(after, state)
@@ -252,20 +264,18 @@ def test_probabilities_become_the_streams_own(scale: float) -> None:
     """Of a stream whose statistics are larger or smaller than those of others. Where they are
     smaller, the pooled tail is forgotten slowly, and probabilities are too large, not too small."""
     nats, missing = random_nats(20_000, scale)
-    own, state = follow(nats, [500] * 40, missing)
+    own, state = follow(nats, [25] * 800, missing)
     late, counted = own[:, 10_000:], ~missing[:, 10_000:]
     share = (late[counted] >= -np.log(0.01)).mean()
     assert (0.002 if scale < 1 else 0.006) < share < 0.016
     pooled = (nats[:, 10_000:][counted] >= -np.log(0.01)).mean()
     assert scale == 1.0 or not 0.006 < pooled < 0.016
     # larger statistics are never more probable
-    ordered = np.linspace(0, 70, 500)[np.newaxis, np.newaxis].repeat(len(nats), axis=0)
+    ordered = np.linspace(0, 70, 500)[np.newaxis].repeat(len(nats), axis=0)
     present = np.ones(ordered[..., :BLOCK].shape, np.bool_)
     state[:, detection_columns(ONE_TARGET)["tail_filled"]] = 0
-    tails = StreamTails(ONE_TARGET, 10_000)
     again = [
-        tails.follow(ordered[..., at : at + BLOCK], present, np.array([BLOCK]), state)[0]
-        for at in range(0, 480, BLOCK)
+        follow_chunk(ordered[:, at : at + BLOCK], present, state)[0] for at in range(0, 480, BLOCK)
     ]
     assert (np.diff(np.concatenate(again, axis=-1), axis=-1) >= 0).all()
 
