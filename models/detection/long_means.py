@@ -97,6 +97,8 @@ class LongMeans:
         values = np.maximum(np.minimum(events.raw, DEVIATION_LIMIT), -DEVIATION_LIMIT)
         present = None if events.is_complete else events.present[self._numeric]
         count, batch, steps = values.shape
+        if not count:
+            return LongStatistics(values, values, values)
         decay = decay_matrix(self._memory_events, steps)
         latest = latest_values(values, present, parts.before("long_last"))
         parts.store("long_last", latest)

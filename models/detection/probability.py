@@ -150,5 +150,5 @@ def long_and_channels(long: LongStatistics, inverse: Floats) -> Floats:
     """The quantities [tails, B T] that have tails of each stream, given the inverse tail
     probabilities [K, B T] of the statistics of the channels."""
     return np.concatenate(
-        [long.statistics.reshape(len(long.statistics), -1), combine(inverse)[np.newaxis]]
+        [long.statistics.reshape(-1, inverse.shape[1]), combine(inverse)[np.newaxis]]
     )

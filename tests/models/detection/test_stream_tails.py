@@ -34,6 +34,9 @@ EVERY_TARGET = spec_of(
 OPTIONAL_TARGETS = spec_of(
     ["heat", "open"], prior_events=5, tail_memory_events=MEMORY, outputs=["nats", "share"]
 )
+NO_NUMERIC_TARGET = spec_of(
+    ["mode", "open"], prior_events=5, tail_memory_events=MEMORY, outputs=["nats", "share"]
+)
 ONE_TARGET = spec_of(["flow"], tail_memory_events=10_000)
 
 
@@ -201,6 +204,10 @@ def test_a_constant_stream_has_no_level(as_they_come: ModelSpec) -> None:
         assert peak[0] < 1e-3, peak
         shares.append(scored["odd.share"])
     np.testing.assert_allclose(shares[0], shares[1], rtol=1e-2, atol=1e-5)
+
+
+def test_a_model_without_a_numeric_target_has_a_tail_of_its_channels() -> None:
+    check_against_oracle(fitted_to_events(NO_NUMERIC_TARGET), [40, 110])
 
 
 def test_events_without_any_target_count_in_no_tail(optional_targets: ModelSpec) -> None:
