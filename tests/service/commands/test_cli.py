@@ -29,7 +29,10 @@ def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("module", "words", "extra", "status"),
     [
-        ("polars", ["train", "spec.yaml", "data.csv", "out"], "tensorflow,train", 1),
+        (
+            *("models.training.train_frame", ["train", "spec.yaml", "data.csv", "out"]),
+            *("tensorflow,train", 1),
+        ),
         ("carry_client", ["replay"], "replay", 2),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from contextlib import suppress
 from itertools import pairwise
 from urllib.parse import urlsplit
@@ -32,28 +33,30 @@ _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 async def answers(service: Service, *segments: bytes) -> list[int]:
     """The statuses of all that comes back until the service closes the connection."""
-    address = urlsplit(service.url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    address, loop = urlsplit(service.url), asyncio.get_running_loop()
     received = b""
 
     async def receive() -> None:
         nonlocal received
-        while part := await reader.read(65536):
-            received += part
-
-    receiving = asyncio.create_task(receive())
-    try:
+        # a service that closes a connection with unread bytes resets it
         with suppress(ConnectionError):
-            for segment in segments:
-                writer.write(segment)
-                await writer.drain()
-                await asyncio.sleep(PAUSE_S)
-        async with asyncio.timeout(60):
-            await receiving
-    finally:
-        receiving.cancel()
-        writer.close()
-        await asyncio.gather(receiving, writer.wait_closed(), return_exceptions=True)
+            while part := await loop.sock_recv(connection, 65536):
+                received += part
+
+    # not a stream: its reader drops what it has when the connection is reset
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.setblocking(False)
+        receiving = asyncio.create_task(receive())
+        try:
+            with suppress(ConnectionError):
+                for segment in segments:
+                    await loop.sock_sendall(connection, segment)
+                    await asyncio.sleep(PAUSE_S)
+            async with asyncio.timeout(60):
+                await receiving
+        finally:
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
     return [int(status) for status in _STATUS.findall(received)]
 
 
