@@ -62,12 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    known = [each["name"] for each in server.metadata["inputs"]]
-    if unknown := shapes.keys() - known:
-        got = ", ".join(map(repr, unknown))
-        print(f"{options.url}: expected --shape of the inputs {known}, got {got}", file=sys.stderr)
-        return 2
     with closing(server):
+        known = [each["name"] for each in server.metadata["inputs"]]
+        if unknown := shapes.keys() - known:
+            got = ", ".join(map(repr, unknown))
+            expected = f"expected --shape of the inputs {known}, got {got}"
+            print(f"{options.url}: {expected}", file=sys.stderr)
+            return 2
         outcomes = [(case, *case.run(server)) for case in CASES]
     counts = Counter(outcome for _, outcome, _ in outcomes)
     if options.json:

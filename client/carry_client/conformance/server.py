@@ -145,15 +145,22 @@ class Server:
         self.raw = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
         self.http = Transport("http", parts.netloc + parts.path, headers, parts.scheme == "https")
         self._connect = partial(Transport, "grpc", grpc, headers) if grpc else None
+        try:
+            self._read_metadata(shapes or {})
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_metadata(self, shapes: Mapping[str, Sequence[int]]) -> None:
         self.extensions = frozenset(self.http.get("get_server_metadata")["extensions"])
-        self.metadata = self.http.get("get_model_metadata", model)
+        self.metadata = self.http.get("get_model_metadata", self.model)
         self.outputs = {each["name"]: False for each in self.metadata["outputs"]}
         self._inputs = {
-            name: (each["datatype"], (shapes or {}).get(name) or [max(1, n) for n in each["shape"]])
+            name: (each["datatype"], shapes.get(name) or [max(1, n) for n in each["shape"]])
             for each in self.metadata["inputs"]
             if (name := each["name"]) in (shapes or {name})
         }
-        config = self.raw.get(f"/v2/models/{model}/config")
+        config = self.raw.get(f"/v2/models/{self.model}/config")
         self.has_config = config.status_code == httpx.codes.OK
         self.is_stateful = self.has_config and "sequence_batching" in config.json()
 

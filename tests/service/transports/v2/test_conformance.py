@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -51,9 +52,11 @@ def test_command_prints_each_outcome(service: Service, capsys: pytest.CaptureFix
 
 
 def test_command_names_wrong_options(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """And closes its connections: what stays open is reported when garbage is collected."""
     arguments = [service.url, "--model", MODEL]
     assert main([*arguments, "--shape", "rows:1,5,1"]) == 2
     assert "expected --shape of the inputs ['inputs'], got 'rows'" in capsys.readouterr().err
+    gc.collect()
     for option, value in (("--shape", "inputs:1,x"), ("--shape", "1,5"), ("--header", "KEY")):
         with pytest.raises(SystemExit, match="2"):
             main([*arguments, option, value])
