@@ -77,6 +77,13 @@ networkPolicy: {enabled: false}
 podDisruptionBudget: {enabled: false}
 settings: {CARRY_DRAIN_S: 0.5, CARRY_LAME_DUCK_S: 0, CARRY_STATE_CACHE_BYTES: 67108864}
 """,
+    "values that YAML reads otherwise": """
+image: {tag: "1e3"}
+store: {secret: "1", bundled: {enabled: true, storageClass: "1", storage: "10"}}
+expose: {kind: ingress, className: "1", host: "*.example.com", tlsSecret: "1", from: [{}]}
+monitoring: {namespace: "123"}
+""",
+    "wildcard of a gateway": "expose: {kind: gateway, className: a, host: '*.example.com'}",
     "models of a claim": "models: {claim: models}",
     "models of an image": "models: {image: registry.example.com/models:7}",
     "models of a registry": """
@@ -197,6 +204,7 @@ def test_lint_has_no_warning() -> None:
     [
         ("replica=3", "replica"),
         ("replicas=none", "replicas"),
+        ("fullnameOverride=A.b", "fullnameOverride"),
         ("store.adress=redis://a", "adress"),
         ("store.url=http://a", "url"),
         ("settings.KEEP_ALIVE_S=3", "KEEP_ALIVE_S"),

@@ -5,7 +5,7 @@
 {{- end }}
 
 {{- define "carry.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) | toJson }}
 {{- end }}
 
 {{/* Labels that select pods, of (dict "root" $ "app" NAME "component" NAME), in JSON. */}}
@@ -69,7 +69,7 @@ spec:
     - type: prometheus
       metricType: {{ .trigger.metricType }}
       metadata:
-        serverAddress: {{ .root.Values.monitoring.prometheus }}
+        serverAddress: {{ toJson .root.Values.monitoring.prometheus }}
         query: {{ .trigger.query | quote }}
         threshold: {{ .trigger.threshold | quote }}
         # without metrics the number of pods stays the same

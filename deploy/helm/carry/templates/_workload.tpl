@@ -123,7 +123,7 @@ spec:
       initContainers:
         {{- range $name, $uri := . }}
         - name: pull-{{ $name }}
-          image: {{ $values.models.pullImage | default (include "carry.image" $root) }}
+          image: {{ empty $values.models.pullImage | ternary (include "carry.image" $root) (toJson $values.models.pullImage) }}
           imagePullPolicy: {{ $values.image.pullPolicy }}
           args: [models, pull, {{ $uri | quote }}, "/models/artifacts/{{ $name }}", --overwrite]
           {{- $folders := list (dict "name" "HOME" "value" "/models") (dict "name" "TMPDIR" "value" "/models") }}
@@ -180,7 +180,7 @@ spec:
   maxUnavailable: {{ $values.podDisruptionBudget.maxUnavailable }}
 {{- end }}
 {{- if $values.networkPolicy.enabled }}
-{{- $monitoring := printf "{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: %s}}}" $values.monitoring.namespace }}
+{{- $monitoring := printf "{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: %s}}}" (toJson $values.monitoring.namespace) }}
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
