@@ -31,6 +31,8 @@ from models.artifact.manifest import MAX_ARTIFACT_BYTES
 from models.errors import ImportedModelError, ModelsError
 from models.spec.onnx_network import Axes
 
+TASK_NAME = "task.json"
+"""Input of the process, in its folder; an argument could not have long options."""
 RESULT_NAME = "result.json"
 WEIGHTS_NAME = "weights.safetensors"
 GRAPH_NAME = "graph.onnx"
@@ -275,10 +277,11 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
     }
     task = {**task, "parent": os.getpid(), "limits": resources}
     too_slow = f"{path}: reading it took longer than {limits.time_s:g} s"
+    (copy.parent / TASK_NAME).write_text(json.dumps(task))
     stderr_path = copy.parent / "stderr.txt"
     with stderr_path.open("wb") as stderr:
         process = subprocess.Popen(  # noqa: S603, our own program
-            [sys.executable, *WORKER_ARGUMENTS, json.dumps(task)],
+            [sys.executable, *WORKER_ARGUMENTS],
             cwd=copy.parent,
             env={**os.environ, **_ENVIRONMENT, "TMPDIR": str(copy.parent)},
             stdin=subprocess.DEVNULL,
@@ -329,11 +332,11 @@ def _memory_limit(limits: Limits) -> str:
 
 
 def main() -> None:
-    """Convert one file in this process, as the JSON object in the first argument says.
+    """Convert one file in this process, as the task in the working directory says.
 
     The limits are set before any library reads the file.
     """
-    task = json.loads(sys.argv[1])
+    task = json.loads(Path(TASK_NAME).read_text())
     end_with_parent(task["parent"])
     for name, most in task["limits"].items():
         _set_limit(name, most)

@@ -236,6 +236,13 @@ def test_the_isolated_import_names_the_file(tmp_path: Path) -> None:
         import_onnx_model(path, tmp_path / "out")
 
 
+def test_the_isolated_import_takes_long_options(tmp_path: Path) -> None:
+    plain(tmp_path / "m.onnx")
+    options = onnx_options(labels=[f"y={','.join(map(str, range(50_000)))}"])
+    with pytest.raises(ImportedModelError, match=r"labels|names|values"):
+        import_onnx_model(tmp_path / "m.onnx", tmp_path / "out", options=options)
+
+
 def runner(path: Path, out: Path, **changes: Any) -> tuple[StatefulGraph, Artifact]:
     """A graph, imported and run with changes of its signature."""
     artifact = import_here(path, out).artifact
