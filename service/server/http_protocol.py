@@ -209,7 +209,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
             raise
         self.transport.write(response)
         if closes:
-            self.transport.close()
+            self._linger()
             return
         self._complete_fast_request()
         if self._buffered or self._half_closed or self._flow.pauses & BUFFER_FULL:
@@ -246,13 +246,6 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         """Send an error and close the connection."""
         self.transport.write(self._error_response(error))
         self._linger()
-
-    def _close(self) -> None:
-        """Close the connection after the last response, without a reset that could destroy it."""
-        if self._message_complete and not self._buffered:
-            self.transport.close()
-        else:
-            self._linger()
 
     def _drop_received(self) -> None:
         self._buffered = b""
@@ -443,10 +436,10 @@ class HttpProtocol(HttpToolsProtocol, Connection):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running_cycle = cycle
-        # the cycle uses the transport only to write and to close; `_close` is this protocol's own
+        # the cycle uses the transport only to write and to close
         transport = self.transport
         cycle.transport = SimpleNamespace(
-            write=transport.write, is_closing=transport.is_closing, close=self._close
+            write=transport.write, is_closing=transport.is_closing, close=self._linger
         )
         super()._start_asgi_task(cycle, app)
 

@@ -126,6 +126,24 @@ async def test_a_rejected_body_is_drained_up_to_a_limit(api: Harness) -> None:
         await client.is_cut_off()
 
 
+@pytest.mark.parametrize("is_announced", [False, True], ids=["asked for", "announced"])
+async def test_bytes_after_the_last_request_do_not_reset_its_reply(
+    api: Harness, is_announced: bool
+) -> None:
+    health = request(b"", "Connection: close", first="GET /health/live HTTP/1.1", length="")
+    async with connected(api) as client:
+        if is_announced:
+            client.connections.announce_close()
+        client.writer.write(request(chunk()) if is_announced else health)
+        await becomes(lambda: client.connection.phase is Phase.LINGER, "a close")
+        for _ in range(3):
+            assert not client.connection.transport.is_closing()
+            client.writer.write(b"x" * 100_000)
+            await client.writer.drain()
+        assert await client.statuses(1) == [b"200"]
+        assert await client.reader.read() == b""
+
+
 LONG_BODY = "Content-Length: 100000000"
 REJECTED_HEADS = {
     # its body is not read
