@@ -33,6 +33,11 @@ def _shape(text: str) -> tuple[str, list[int]]:
     return name, shape
 
 
+def _line(text: str) -> str:
+    """What a server sent as one line without control characters."""
+    return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases and return the exit status."""
     parser = argparse.ArgumentParser("python -m carry_client.conformance", description=__doc__)
@@ -58,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # an unknown server may answer anything
         print(
             f"{options.url}: no metadata of the model {options.model}: "
-            f"{type(error).__name__}: {error}",
+            f"{type(error).__name__}: {_line(str(error))}",
             file=sys.stderr,
         )
         return 2
@@ -79,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"counts": counts, "cases": cases}, indent=2))
     else:
         for case, outcome, detail in outcomes:
-            print(f"{outcome:13}  {case.name:63}  {detail or case.section}")
+            print(f"{outcome:13}  {case.name:63}  {_line(detail) or case.section}")
         print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return 1 if counts[FAIL] else 0
 

@@ -54,12 +54,14 @@ class Transport:
         options = timeouts if self.is_http else {}
         self.client: Any = self.kind.InferenceServerClient(address, ssl=is_tls, **options)
         self._headers = headers
-        self._as_json = {} if self.is_http else {"as_json": True}
+        self._as_json: dict[str, Any] = {} if self.is_http else {"as_json": True}
 
     def get(self, method: str, *names: str) -> Any:
         """Call a method of the client; messages are returned as JSON."""
-        as_json = self._as_json if method.startswith("get_") else {}
-        return getattr(self.client, method)(*names, headers=self._headers, **as_json)
+        options = self._as_json if method.startswith("get_") else {}
+        if not self.is_http:  # whose client has it for all calls
+            options = {**options, "client_timeout": TIMEOUT_S}
+        return getattr(self.client, method)(*names, headers=self._headers, **options)
 
     def call(
         self,

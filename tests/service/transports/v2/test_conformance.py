@@ -5,14 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
+from carry_client.conformance import cases
+from carry_client.conformance import server as server_module
 from carry_client.conformance.__main__ import main
-from carry_client.conformance.cases import CASES, PASS, UNSUPPORTED, Case
+from carry_client.conformance.cases import CASES, FAIL, PASS, UNSUPPORTED, Case, expect
 from carry_client.conformance.server import Server
 from tests.support.post_tables import INPUT
 from tests.support.service import Service, running
@@ -49,6 +55,43 @@ def test_command_prints_each_outcome(service: Service, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == f"{found['counts'][PASS]} pass, {len(grpc)} not supported"
     assert main([service.url, "--model", "nothing"]) == 2
+
+
+def test_a_reason_of_the_server_is_one_printable_line(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case("a case", "a section", "", lambda _: expect(False, "<p>\x1b[31m\npass\r</p>"))
+    monkeypatch.setattr(cases, "CASES", [case])
+    assert main([service.url, "--model", MODEL]) == 1
+    line, counts = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert line.split()[:3] == ["fail", "a", "case"]
+    assert counts == "1 fail"
+
+
+@pytest.mark.timeout(60)
+def test_calls_that_are_not_answered_fail(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    class Silent(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(lambda *_: ended.wait())
+
+    silent = grpc.server(ThreadPoolExecutor(1), handlers=[Silent()])
+    port = silent.add_insecure_port("127.0.0.1:0")
+    silent.start()
+    try:
+        with closing(Server(service.url, MODEL, f"127.0.0.1:{port}", ROWS)) as server:
+            monkeypatch.setattr(server_module, "TIMEOUT_S", 1.0)
+            (case,) = [each for each in CASES if each.name == "gRPC: server metadata"]
+            outcome, reason = case.run(server)
+    finally:
+        ended.set()
+        silent.stop(None).wait()
+    assert outcome == FAIL
+    assert "Deadline Exceeded" in reason
 
 
 def test_command_names_wrong_options(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
