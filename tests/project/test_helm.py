@@ -215,6 +215,13 @@ def test_lint_has_no_warning() -> None:
         ("consumers.a.replicas=3", "config"),
         ("consumers.A.config.model=flights", "A"),
         ("consumerDefaults.autoscaling.queueWaitMs=1", "queueWaitMs"),
+        ("autoscaling.minReplicas=11", "carry: expected autoscaling.minReplicas of at most 10"),
+        ("autoscaling.kind=keda,autoscaling.maxReplicas=1", "of at most 1 (maxReplicas), got 2"),
+        (
+            f"{CONSUMED},consumerDefaults.autoscaling.kind=keda,"
+            "consumers.a.autoscaling.maxReplicas=1",
+            "carry-consumer-a: expected autoscaling.minReplicas of at most 1",
+        ),
         ("networkPolicy.clients=null", "clients"),
         ("models.pull.flights=s3://bucket/flights", "flights"),
         ("models.claim=a,models.image=b", "models.claim, models.image"),
@@ -301,10 +308,13 @@ consumers:
     check_rules(tmp_path, [rule_test("query", series, promql_expr_test=[expected])])
 
 
+PASSWORD = """12345 #"'\\x41 $HOME `id` é """
+
+
 @contextmanager
 def bundled_store(folder: Path) -> Iterator[str]:
     """Runs the script of the bundled store in a folder, on a unix socket; yields its address."""
-    (folder / "password").write_text("s3cret\n")
+    (folder / "password").write_text(f"{PASSWORD}\n", encoding="utf-8")
     (folder / "valkey-server").symlink_to(server_binary())
     (store,) = [
         each for each in render(values=VARIANTS["bundled store"]) if each["kind"] == "StatefulSet"

@@ -42,6 +42,11 @@ imagePullSecrets: {{ toJson .Values.imagePullSecrets }}
 
 {{/* Scales the deployment `name` by `autoscaling`; `trigger` is what KEDA reads from Prometheus. */}}
 {{- define "carry.scaler" -}}
+{{- with .autoscaling }}
+{{- if and (ne .kind "none") (gt (int .minReplicas) (int .maxReplicas)) }}
+  {{- fail (printf "%s: expected autoscaling.minReplicas of at most %v (maxReplicas), got %v" $.name .maxReplicas .minReplicas) }}
+{{- end }}
+{{- end }}
 {{- if eq .autoscaling.kind "hpa" }}
 ---
 apiVersion: autoscaling/v2
