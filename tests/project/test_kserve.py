@@ -1,7 +1,7 @@
 """KServe's objects: valid, consistent with each other and with the settings.
 
 The schema of KServe's resources is large; the fields that are used were compared with it (version
-0.20), and what they contain of Kubernetes is validated here as a pod.
+0.20.0), and what they contain of Kubernetes is validated here as a pod.
 """
 
 from __future__ import annotations
