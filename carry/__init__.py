@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carry.own_packages import PrivateModels
+from carry.public import EXTRAS, add_arguments, naming_extra
 
 if TYPE_CHECKING:
     from carry import client
@@ -113,7 +114,14 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    value: object = getattr(import_module(module), attribute)
+    with naming_extra(name):
+        value: Any = getattr(import_module(module), attribute)
+    if name in EXTRAS:
+        value = naming_extra(name)(value)
+        if module == "carry.models.commands":
+            add_arguments(value)
+        # it is pickled by its public name
+        value.__module__, value.__qualname__ = __name__, name
     globals()[name] = value
     return value
 

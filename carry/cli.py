@@ -15,13 +15,14 @@ import typer
 from typer.core import TyperGroup
 
 from carry.own_packages import load_own_packages
+from carry.public import EXTRAS, describe_missing
 
 # Pydantic would look for plugins, of which none is used, in the metadata of all installed packages.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 # Worker processes import this module first too, since it is the main module's.
 load_own_packages()
 
-from models.commands import COMMANDS, add_model_commands  # noqa: E402
+from models.commands import add_model_commands  # noqa: E402
 from models.errors import ModelsError  # noqa: E402
 from service.commands.backfill import backfill, score  # noqa: E402
 from service.commands.backup import backup, restore  # noqa: E402
@@ -35,24 +36,6 @@ from service.commands.replay.command import replay  # noqa: E402
 from service.commands.serve import check, serve  # noqa: E402
 from service.commands.streams import list_alarms, streams_app  # noqa: E402
 from service.core.errors import CarryError, OperatorError  # noqa: E402
-
-EXTRAS = {
-    "backfill": "backfill",
-    "models": "mlflow",
-    "replay": "replay",
-    "score": "backfill",
-    "streams": "backfill",
-    **dict.fromkeys(COMMANDS, "tensorflow,train"),
-}
-"""The extras with the packages that a command needs."""
-
-EXTRAS_OF_PACKAGES = {
-    "deltalake": "delta",
-    "pyarrow": "iceberg",
-    "pyiceberg": "iceberg",
-    "ray": "ray",
-}
-"""The extra of a package that only some options of a command need."""
 
 
 class Commands(TyperGroup):
@@ -68,15 +51,10 @@ class Commands(TyperGroup):
                 raise  # not expected, or handled by Typer
             line = error.detail if isinstance(error, CarryError) else str(error)
             if isinstance(error, ModuleNotFoundError):
-                package = (error.name or "").partition(".")[0]
                 extra = EXTRAS.get(ctx.invoked_subcommand or "")
                 if extra is None:
                     raise
-                extra = EXTRAS_OF_PACKAGES.get(package, extra)
-                line += (
-                    f"; `carry {ctx.invoked_subcommand}` needs `carry[{extra}]`: "
-                    f"pip install 'carry[{extra}]' (in a clone: scripts/setup dev)"
-                )
+                line = describe_missing(error, f"carry {ctx.invoked_subcommand}", extra)
             typer.echo(f"carry: {line}", err=True)
             # status 1 of a replay means that the service broke a guarantee
             status = 2 if ctx.invoked_subcommand == "replay" else 1

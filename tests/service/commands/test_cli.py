@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import carry
 from carry import cli
 from tests.support.backfill import small_artifact
+
+SPEC = """
+name: pumps
+events: {fields: [{kind: timestamp, name: at}, {kind: numeric, name: x}]}
+layers: [{kind: lstm, units: 4}]
+heads: [{kind: forecast, name: next, targets: [x]}]
+training: {validate_from: 2025-01-02, test_from: 2025-01-03}
+"""
 
 
 def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +57,45 @@ def test_a_missing_package_names_its_extra(
     assert result.stderr.startswith("carry: ")
     needed = f"`carry {words[0]}` needs `carry[{extra}]`: pip install 'carry[{extra}]'"
     assert needed in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "call", "extra"),
+    [
+        ("keras", "train(Path('spec.yaml'), Path('a.csv'), Path('out'))", "tensorflow,train"),
+        ("polars", "train_frame", "tensorflow,train"),
+        ("mlflow", "pull_model('models:/a/1', Path('out'))", "mlflow"),
+    ],
+)
+def test_a_missing_package_of_a_function_names_its_extra(
+    tmp_path: Path, missing: str, call: str, extra: str
+) -> None:
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    (tmp_path / "a.csv").write_text("at,x\n")
+    program = f"""
+import sys; sys.modules["{missing}"] = None
+from pathlib import Path; import carry
+try:
+    carry.{call}
+except ModuleNotFoundError as error:
+    print(error.name, error)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    name = call.partition("(")[0]
+    needed = f"`carry.{name}` needs `carry[{extra}]`: pip install 'carry[{extra}]'"
+    assert done.stdout.startswith(missing)
+    assert needed in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare"])
+def test_help_of_a_function_has_each_argument(name: str) -> None:
+    function = getattr(carry, name)
+    assert pickle.loads(pickle.dumps(function)) is function
+    arguments = inspect.getdoc(function).partition("Args:\n")[2].partition("\n\n")[0]
+    described = dict(line.strip().split(": ", 1) for line in arguments.splitlines())
+    assert list(described) == list(inspect.signature(function).parameters)
+    assert "Annotated" not in str(inspect.signature(function))
 
 
 @pytest.mark.parametrize(
