@@ -31,7 +31,7 @@ from models.spec.detection import AlarmSpec, DetectionFit
 from models.spec.layout import anomaly_size, detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Streams, moment_ms, streams_of
-from models.training.defaults import CLOSE_ABOVE, HOLD_EVENTS, TAIL_LEVELS
+from models.training.defaults import BACKOFF_NATS, CLOSE_ABOVE, HOLD_EVENTS, TAIL_LEVELS
 from models.training.detection_baselines import RAW_NATS, Parts, detection_baselines, own_past_nats
 from models.training.evaluate import anomalous_events, detect, run_network
 
@@ -44,7 +44,9 @@ RATES: Final = (0.05, 0.2, 1.0)
 LEVELS: Final = (0.01, 0.001)
 THRESHOLDS: Final = 80
 ZERO: Final = np.zeros(1)
-ALARM: Final = AlarmSpec(hold_events=HOLD_EVENTS, close_above=CLOSE_ABOVE)
+ALARM: Final = AlarmSpec(
+    hold_events=HOLD_EVENTS, close_above=CLOSE_ABOVE, backoff_nats=BACKOFF_NATS
+)
 STREAM_TAILS: Final = {"tail_memory_events": 10_000, "tail_levels": TAIL_LEVELS}
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "a tail for each stream": STREAM_TAILS,
@@ -53,8 +55,10 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
 
 
 class Tested(NamedTuple):
-    """The test part of one stream: where it is among all rows, its labels and its normal days."""
+    """The test part of one stream: where its past begins and where it is among all rows, its labels
+    and its normal days."""
 
+    start: int
     rows: slice
     labels: NDArray[np.bool_]
     days: float
@@ -68,7 +72,7 @@ def tested_of(spec: ModelSpec, streams: Streams, day: float) -> list[Tested]:
     for start, stop in streams.spans:
         first = start + int(np.argmax(is_test[start:stop]))
         own = labels[first:stop]
-        found.append(Tested(slice(first, stop), own, float((~own).sum()) / day))
+        found.append(Tested(start, slice(first, stop), own, float((~own).sum()) / day))
     return found
 
 
@@ -156,13 +160,15 @@ def row_of(name: str, tested: Sequence[Tested], score: Floats) -> str:
 
 
 def promises(name: str, tested: Sequence[Tested], fit: DetectionFit, nats: Floats) -> Iterator[str]:
-    """Lines of what the model's own thresholds give, at each rate."""
+    """Lines of what the model's own thresholds give, at each rate; the streams' alarms come from
+    all of their past."""
     days, anomalies = [own.days for own in tested], sum(len(runs(own.labels)) for own in tested)
     for rate in RATES:
-        codes = [
-            follow_alarm(ALARM, np.exp(-nats[own.rows]), fit.threshold(rate), AlarmState(ZERO))
-            for own in tested
-        ]
+        codes = []
+        for own in tested:
+            past, promised = np.exp(-nats[own.start : own.rows.stop]), rate / fit.events_per_day
+            followed = follow_alarm(ALARM, past, fit.threshold(rate), AlarmState(ZERO), promised)
+            codes.append(followed[own.rows.start - own.start :])
         opened = [np.flatnonzero(each == OPENED) for each in codes]
         counts, alarmed = counts_of(tested, opened), np.concatenate(codes) > 0
         ratios = counts[:, 1] / np.maximum(days, 1e-9) / rate

@@ -16,12 +16,23 @@ threshold. It closes after `hold_events` consecutive usual events: those whose p
 `close_above`, or else above `hysteresis` times the threshold. So it does not flicker, and one cause
 opens it once. An alarm with `close_above` has a record: how long it has been open, how unusual its
 most unusual event was, and what was unusual in it.
+
+With `backoff_nats` b, alarms beyond the promised rate need more. A stream's alarms that are ahead
+of the promise r, alarms an event, are
+
+    a_t = max(a_(t-1) - r, 0) + 1 if an alarm opens at t,
+
+and one opens at most at the threshold times exp(-b max(a - 1, 0)). Since no event has more than
+`MAX_NATS`, over n events at most r n + MAX_NATS / b + 2 open, whatever the probabilities are. This
+is an online control of a rate, as in adaptive conformal inference (Gibbs & Candes, 2021), that is
+never more sensitive than the threshold.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from math import exp
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -102,27 +113,38 @@ class AlarmState:
     Stored as one number, the first of `values`: the consecutive unusual events if there is no
     alarm; -1 - the consecutive usual ones if there is one; or `_MUTED` + the muted ones.
 
+    Args:
+        values: as stored.
+        since, ahead: as stored.
+
     Attributes:
         is_open: whether there is an alarm.
         muted: next events that open none.
         unusual: consecutive events beyond the threshold, up to the latest.
         usual: consecutive usual events of an open alarm, up to the latest.
+        since: events since the latest alarm opened.
+        ahead: alarms ahead of the promise when it had opened.
     """
 
-    __slots__ = ("is_open", "muted", "unusual", "usual")
+    __slots__ = ("ahead", "is_open", "muted", "since", "unusual", "usual")
 
-    def __init__(self, values: NDArray[Any]):
+    def __init__(self, values: NDArray[Any], since: float = 0.0, ahead: float = 0.0):
         stored = int(values[0])
         self.is_open = stored < 0
         # a restored state may have any number
         self.muted = stored - _MUTED if 0 < stored - _MUTED <= MUTED_EVENTS else 0
         self.unusual, self.usual = 0 if self.muted else max(stored, 0), max(-1 - stored, 0)
+        self.since, self.ahead = max(since, 0.0), max(ahead, 0.0)
 
     def values(self) -> tuple[float]:
         """The state as one number."""
         if self.is_open:
             return (float(-1 - self.usual),)
         return (float(_MUTED + self.muted if self.muted else self.unusual),)
+
+    def ahead_at(self, at: int, promised: float) -> float:
+        """The alarms ahead of the promise before the event `at` of the next ones."""
+        return max(self.ahead - promised * (self.since + at + 1), 0.0)
 
 
 def acknowledge_alarm(spec: ModelSpec, floats: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -137,14 +159,20 @@ def acknowledge_alarm(spec: ModelSpec, floats: NDArray[np.float32]) -> NDArray[n
 
 
 def follow_alarm(
-    spec: AlarmSpec, probability: Floats, threshold: float, state: AlarmState
+    spec: AlarmSpec,
+    probability: Floats,
+    threshold: float,
+    state: AlarmState,
+    promised: float | None = None,
 ) -> NDArray[np.int64]:
     """The alarm at each of T events, of `ALARM_STATES`; updates the state.
 
     Args:
         probability: [T], tail probabilities.
         threshold: of these events; an alarm that earlier ones opened also follows it.
+        promised: alarms an event, for `backoff_nats`; None is without.
     """
+    backoff = None if promised is None else spec.backoff_nats
     codes = np.zeros(len(probability), np.int64)
     # a restored state may have any number
     state.usual = min(state.usual, spec.hold_events - 1)
@@ -170,10 +198,18 @@ def follow_alarm(
         if following > at:
             state.unusual, at = 0, following
             continue
+        ahead = 0.0
+        if backoff is not None and promised is not None:
+            ahead = state.ahead_at(at, promised)
+            if probability[at] > threshold * exp(-backoff * max(ahead - 1.0, 0.0)):
+                state.unusual, at = 0, at + 1
+                continue
         state.unusual += 1
         if state.unusual >= spec.min_events:
             state.is_open, state.unusual, codes[at] = True, 0, OPENED
+            state.ahead, state.since = ahead + 1.0, -at - 1.0
         at += 1
+    state.since += end
     return codes
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
+BACKOFF: Final = ("alarm_since", "alarm_ahead")
+MANY_EVENTS: Final = 1 << 20
 NetworkStep = Callable[[FloatRows, NDArray[np.int32], FloatRows], tuple[FloatRows, FloatRows]]
 
 
@@ -69,6 +71,9 @@ class Detector:
         self._threshold = fit.threshold(detection.alarm.false_alarms_per_day)
         self._parts = detection_columns(spec)
         self._alarm_at, self._rate_at = self._parts["alarm"], self._parts[ALARM_RATE].start
+        backoff = [self._parts[name].start for name in BACKOFF if name in self._parts]
+        # of a model without, the rate of alarms has no effect
+        self._backoff, self._events_per_day = backoff, fit.events_per_day or 1.0
         self._fields = [events.field(name) for name in head.targets]
         self._numeric = [f.name for f in self._fields if isinstance(f, NumericField)]
         self._of_channel = detection.channels_of(head.targets, events)
@@ -156,17 +161,25 @@ class Detector:
         """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
         after, lengths = parts.after, parts.lengths
         thresholds = np.full(len(after), self._threshold)
+        promised = np.full(len(after), self._alarm.false_alarms_per_day / self._events_per_day)
         for row in np.flatnonzero(after[:, self._rate_at]).tolist():
-            thresholds[row] = self._fit.threshold(float(after[row, self._rate_at]))
+            rate = float(after[row, self._rate_at])
+            thresholds[row] = self._fit.threshold(rate)
+            promised[row] = max(rate, 0.0) / self._events_per_day
         names = ("alarm", *(name for name in OF_THE_ALARM if name in self._outputs))
         outputs = {name: np.zeros((1, *probability.shape)) for name in names}
         active = after[:, self._alarm_at.start] != 0
         active |= (probability <= thresholds[:, np.newaxis]).any(axis=1)
         for row in np.flatnonzero(active).tolist():
-            length, own = lengths[row], AlarmState(after[row, self._alarm_at])
-            codes = follow_alarm(self._alarm, probability[row, :length], thresholds[row], own)
+            own = AlarmState(after[row, self._alarm_at], *after[row, self._backoff].tolist())
+            length, threshold = lengths[row], thresholds[row]
+            codes = follow_alarm(
+                self._alarm, probability[row, :length], threshold, own, promised[row]
+            )
             outputs["alarm"][0, row, :length] = codes
             after[row, self._alarm_at] = own.values()
+            if self._backoff:
+                after[row, self._backoff] = own.since, own.ahead
             if self._alarm.close_above is None or not codes.any():
                 continue
             record = self._record(codes, scores.nats[row, :length], after[row])
@@ -178,7 +191,18 @@ class Detector:
             for name, values in (("severity", by_threshold), ("since", record.since)):
                 if name in outputs:
                     outputs[name][0, row, record.events] = values
+        if self._backoff:
+            self._count_events(after, np.where(active, 0, lengths), promised)
         return outputs
+
+    def _count_events(self, after: FloatRows, lengths: NDArray[Any], promised: Floats) -> None:
+        """Count events since the latest alarm; many of them lower the alarms ahead, so that the
+        count stays exact."""
+        since, ahead = self._backoff
+        after[:, since] += lengths
+        for row in np.flatnonzero(after[:, since] >= MANY_EVENTS).tolist():
+            after[row, since] -= MANY_EVENTS
+            after[row, ahead] = max(after[row, ahead] - promised[row] * MANY_EVENTS, 0.0)
 
     def _record(
         self, codes: NDArray[np.int64], nats: Floats, after: NDArray[np.float32]

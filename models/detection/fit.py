@@ -121,6 +121,8 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
         streams=own,
         rates=rates,
         thresholds=thresholds,
+        events_per_day=sum(int(each.counted.sum()) for each in streams)
+        / sum(each.days for each in streams),
     )
 
 

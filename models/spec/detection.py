@@ -92,6 +92,8 @@ class AlarmSpec(Frozen):
             `hysteresis` decides.
         hysteresis: the factor by which events have to be more probable than the threshold to be
             usual again; 1 is one threshold.
+        backoff_nats: nats by which each alarm of a stream beyond the expected ones, and one more,
+            raises its threshold for the next. None: the threshold stays.
     """
 
     false_alarms_per_day: AlarmRate = 0.05
@@ -99,6 +101,7 @@ class AlarmSpec(Frozen):
     hold_events: Annotated[int, Field(ge=1, le=65536)] = 24
     close_above: Annotated[float, Field(gt=0, lt=1)] | None = None
     hysteresis: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    backoff_nats: Annotated[float, Field(gt=0, le=60)] | None = None
 
     @model_validator(mode="after")
     def _check_closing(self) -> AlarmSpec:
@@ -152,6 +155,7 @@ class DetectionFit(Frozen):
         rates: ascending, false alarms of one stream in a day.
         thresholds: for each of them, the tail probability below which an event is unusual enough
             for an alarm.
+        events_per_day: of the mean stream; None in older models, which have no `backoff_nats`.
     """
 
     spreads: tuple[Annotated[float, Field(gt=0)], ...]
@@ -161,6 +165,7 @@ class DetectionFit(Frozen):
     streams: StreamTailsFit | None = None
     rates: Annotated[tuple[AlarmRate, ...], Field(min_length=1)]
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    events_per_day: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_rates(self) -> DetectionFit:
@@ -249,6 +254,9 @@ class DetectionSpec(Frozen):
             raise ValueError(
                 f"outputs: expected `alarm.close_above` with {sorted(named)}, got none"
             )
+        is_bounded = self.alarm.backoff_nats is not None
+        if is_bounded and self.fit is not None and self.fit.events_per_day is None:
+            raise ValueError("fit: expected `events_per_day` with `alarm.backoff_nats`, got none")
         return self
 
     @model_validator(mode="after")
@@ -328,6 +336,8 @@ def detection_parts(
     }
     if spec.alarm.close_above is not None:
         shapes |= {"alarm_events": (1,), "alarm_nats": (2,), "alarm_cause": (2,)}
+    if spec.alarm.backoff_nats is not None:
+        shapes |= {"alarm_since": (1,), "alarm_ahead": (1,)}
     if spec.season_events is not None:
         shapes["season"] = (numeric, spec.season_events)
     if spec.tail_memory_events is not None:

@@ -44,7 +44,7 @@ MIN_PATIENCE = 3
 LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0
 WEEK_DAYS = 7
-HOLD_EVENTS, CLOSE_ABOVE = 6, 0.05
+HOLD_EVENTS, CLOSE_ABOVE, BACKOFF_NATS = 6, 0.05, 1.0
 TAIL_MEMORY_EVENTS = 10_000
 TAIL_LEVELS = (0.0, 1.5, 3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 21.0, 30.0)
 
@@ -91,6 +91,8 @@ def resolve_detection(spec: ModelSpec) -> ModelSpec:
     options: dict[str, Any] = {}
     if "hold_events" not in alarm.model_fields_set:
         options["hold_events"] = HOLD_EVENTS
+    if "backoff_nats" not in alarm.model_fields_set:
+        options["backoff_nats"] = BACKOFF_NATS
     if not alarm.model_fields_set & {"close_above", "hysteresis"}:
         options["close_above"] = CLOSE_ABOVE
     changes: dict[str, Any] = {"alarm": alarm.model_copy(update=options)}

@@ -9,10 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from models.detection.causes import Causes
-from models.detection.detector import Detector
+from models.detection.detector import BACKOFF, MANY_EVENTS, Detector, FloatRows
 from models.detection.fit import Stream
 from models.errors import SpecError
-from models.spec.detection import AlarmSpec
+from models.spec.detection import AlarmSpec, DetectionSpec
 from models.spec.layout import (
     detection_columns,
     detection_state,
@@ -27,19 +27,21 @@ from tests.support.oracle_detection import DetectionOracle
 TARGETS = ["flow", "mode", "heat", "open"]
 ALARM = {"close_above": 0.3, "hold_events": 1}
 OUTPUTS = ["share", "severity", "since"]
-OPTIONS: dict[str, Any] = {"memory_events": 30, "prior_events": 5, "scales": [3], "alarm": ALARM}
+OPTIONS: dict[str, Any] = {"memory_events": 30, "prior_events": 5, "scales": [3]}
+BOUNDED = ALARM | {"backoff_nats": 0.3, "false_alarms_per_day": 5.0}
 
 
-def fitted_to_events(**options: Any) -> ModelSpec:
+def fitted_to_events(alarm: dict[str, Any] = ALARM, **options: Any) -> ModelSpec:
     """Its threshold is high, so that alarms open and close."""
-    spec = spec_of(TARGETS, outputs=OUTPUTS, **OPTIONS, **options)
+    spec = spec_of(TARGETS, outputs=OUTPUTS, alarm=alarm, **OPTIONS, **options)
     random, parameters = np.random.default_rng(5), network_outputs(spec).slices["odd.parameters"]
     made = [events(random, spec, 200) for _ in range(6)]
     counted = np.ones(200, np.bool_)
     spec = fitted(spec, [Stream(rows, each[:, parameters], counted, 2.0) for rows, each in made])
     assert spec.detection is not None
     assert spec.detection.fit is not None
-    fit = spec.detection.fit.model_copy(update={"rates": (0.05,), "thresholds": (0.2,)})
+    rates = (spec.detection.alarm.false_alarms_per_day,)
+    fit = spec.detection.fit.model_copy(update={"rates": rates, "thresholds": (0.2,)})
     return spec.model_copy(update={"detection": spec.detection.model_copy(update={"fit": fit})})
 
 
@@ -47,7 +49,7 @@ def fitted_to_events(**options: Any) -> ModelSpec:
 def model(request: pytest.FixtureRequest) -> ModelSpec:
     if request.param == "one tail":
         return fitted_to_events(season_events=7)
-    return fitted_to_events(tail_memory_events=100)
+    return fitted_to_events(BOUNDED, tail_memory_events=100)
 
 
 @pytest.mark.parametrize("length", [90, 32, 1])
@@ -59,7 +61,7 @@ def test_the_record_is_the_oracles_for_any_chunks(model: ModelSpec, length: int)
     oracle, expected, records = DetectionOracle(model), [], []
     for row, given in zip(rows, outputs, strict=True):
         expected.append(oracle.step(row, given[parameters]))
-        records.append((oracle.since, oracle.peak, oracle.latest, *oracle.cause))
+        records.append((oracle.since, oracle.peak, oracle.latest, *oracle.cause, oracle.ahead))
     assert {each["alarm"] for each in expected} == {0, 1, 2, 3}
     labels = next(each.labels for each in output_spec(model).outputs if each.name == "odd.share")
     assert "flow.level" in {labels[int(record[3])] for record in records}
@@ -71,8 +73,46 @@ def test_the_record_is_the_oracles_for_any_chunks(model: ModelSpec, length: int)
         for name in ("alarm", "severity", "since"):
             values = np.array([each[name] for each in expected[:end]])
             np.testing.assert_allclose(scored[f"odd.{name}"], values, rtol=1e-3, atol=1e-5)
-        record = np.concatenate([state[part] for part in parts])
+        record = np.concatenate([*(state[part] for part in parts), [ahead_of(model, state)]])
         np.testing.assert_allclose(record, records[end - 1], rtol=1e-3, atol=1e-4)
+
+
+def ahead_of(model: ModelSpec, state: FloatRows) -> float:
+    """The alarms of a stream ahead of the promise."""
+    columns, detection = detection_columns(model), model.detection
+    assert detection is not None
+    assert detection.fit is not None
+    if detection.alarm.backoff_nats is None:
+        return 0.0
+    since, ahead = (float(state[columns[name]][0]) for name in BACKOFF)
+    a_day = detection.alarm.false_alarms_per_day
+    return max(ahead - since * a_day / (detection.fit.events_per_day or 0.0), 0.0)
+
+
+def test_alarms_of_any_age_fall_behind_the_promise() -> None:
+    model = fitted_to_events(BOUNDED)
+    rows, outputs = events(np.random.default_rng(12), model, 40)
+    quiet = np.tile(rows[:1], (32, 1))[np.newaxis], np.tile(outputs[:1], (32, 1))[np.newaxis]
+    columns, state = detection_columns(model), detection_state(model).zero().floats[np.newaxis]
+    since, ahead = (columns[name].start for name in BACKOFF)
+    state[:, [since, ahead]] = MANY_EVENTS - 20, 1e5
+    before = ahead_of(model, state[0])
+    _, after = Detector(model).step(quiet[0], np.array([32]), quiet[1], state)
+    assert after[0, since] == 12
+    assert before > ahead_of(model, after[0]) > before - 3
+    # asked for a tenth of the rate, they fall as slowly
+    state[:, columns["alarm_rate"]] = 0.5
+    _, after = Detector(model).step(quiet[0], np.array([32]), quiet[1], state)
+    assert after[0, ahead] == pytest.approx(1e5 - 0.5 / 100 * MANY_EVENTS)
+
+
+def test_a_bounded_alarm_needs_the_events_of_a_day() -> None:
+    detection = fitted_to_events(BOUNDED).detection
+    assert detection is not None
+    options = detection.model_dump()
+    options["fit"]["events_per_day"] = None
+    with pytest.raises(ValidationError, match=r"expected `events_per_day` with `alarm.backoff_n"):
+        DetectionSpec.model_validate(options)
 
 
 def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
@@ -91,7 +131,8 @@ def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
     assert alarm.probability == pytest.approx(0.3)
     assert alarm.cause == ("heat", "level", "level of pump_3.heat 6.1 below its usual")
     # as in the outputs of a chunk that asks for a fifth of the rate, and so of the threshold
-    floats[parts["odd.alarm_rate"]] = 0.01
+    assert model.detection is not None
+    floats[parts["odd.alarm_rate"]] = model.detection.alarm.false_alarms_per_day / 5
     asked = causes.of_state(floats)
     assert asked is not None
     assert asked.severity == pytest.approx(2 * np.log(0.2) / np.log(0.2 / 5))
@@ -105,8 +146,9 @@ def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
 def test_any_restored_state_has_a_record(model: ModelSpec, stored: float) -> None:
     rows, outputs = events(np.random.default_rng(12), model, 40)
     columns, state = detection_columns(model), detection_state(model).zero().floats[np.newaxis]
-    for name in ("alarm", "alarm_events", "alarm_nats", "alarm_cause"):
-        state[:, columns[name]] = stored
+    for name in ("alarm", "alarm_events", "alarm_nats", "alarm_cause", *BACKOFF):
+        if name in columns:
+            state[:, columns[name]] = stored
     complete = state_spec(model).zero().floats
     complete[len(complete) - state.size :] = state[0]
     complete[state_spec(model).slices["odd.alarm_rate"]] = -abs(stored)
