@@ -163,10 +163,11 @@ def promises(name: str, tested: Sequence[Tested], fit: DetectionFit, nats: Float
     """Lines of what the model's own thresholds give, at each rate; the streams' alarms come from
     all of their past."""
     days, anomalies = [own.days for own in tested], sum(len(runs(own.labels)) for own in tested)
+    events_per_day = fit.events_per_day or 1.0
     for rate in RATES:
         codes = []
         for own in tested:
-            past, promised = np.exp(-nats[own.start : own.rows.stop]), rate / fit.events_per_day
+            past, promised = np.exp(-nats[own.start : own.rows.stop]), rate / events_per_day
             followed = follow_alarm(ALARM, past, fit.threshold(rate), AlarmState(ZERO), promised)
             codes.append(followed[own.rows.start - own.start :])
         opened = [np.flatnonzero(each == OPENED) for each in codes]

@@ -16,7 +16,7 @@ from tests.support.detection import sensor_model
 
 def alarm_model(folder: Path) -> Artifact:
     """The model `sensors`, whose alarms close after three usual events."""
-    alarm = {"close_above": 0.05, "hold_events": 3}
+    alarm = {"close_above": 0.05, "hold_events": 3, "backoff_nats": 1.0}
     return sensor_model(folder / "sensors", units=4, alarm=alarm)
 
 
