@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-harness coverage model faults topic-faults version-faults backfill-faults handover-faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
+.PHONY: help run test test-harness coverage model faults topic-faults version-faults backfill-faults handover-faults check docs notebooks format bench load dashboards rules overload example compose-test proto console lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,10 @@ check: ## run the linter, the formatter, the type checker, import contracts and 
 docs: ## build the documentation site in build/site; fails on broken links
 	@scripts/setup dev
 	@exec $(BIN)/zensical build --strict --clean $(ARGS)
+
+notebooks: ## make notebooks of the guides about moving in build/notebooks
+	@scripts/setup dev
+	@exec $(BIN)/python scripts/notebooks build/notebooks
 
 format: ## apply the fixes of the linter and the formatter
 	@scripts/setup dev

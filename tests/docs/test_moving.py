@@ -1,8 +1,7 @@
-"""The pages about moving from another server: their files and commands, run as written."""
+"""The pages about moving from another server: states, repeats and races beside the notebooks."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -20,11 +19,9 @@ import tritonclient.http
 
 from carry_client import Carry
 from models.onnx.library import onnxruntime
-from tests.support.consumers import ConsumerProcess
-from tests.support.kafka import running_broker
 from tests.support.needs import needs_tools
 from tests.support.pages import DEFAULT_URL, ROOT, blocks
-from tests.support.servers import RealServer, real_server, until
+from tests.support.servers import RealServer, real_server
 from tests.support.service import Service, running
 
 EXAMPLES = ROOT / "examples" / "onnx"
@@ -96,7 +93,7 @@ def test_pickled_states_of_a_fastapi_service_continue(
 ) -> None:
     page = Page("docs/how-to/move-from-fastapi.md", tmp_path, store.url)
     (tmp_path / "lstm.onnx").write_bytes((EXAMPLES / "torch_lstm.onnx").read_bytes())
-    page.shell(0)
+    page.shell(1)
     monkeypatch.chdir(tmp_path)
     app: dict[str, Any] = {"__name__": "app"}
     exec(compile(page.block("python", 0), "app.py", "exec"), app)
@@ -105,11 +102,11 @@ def test_pickled_states_of_a_fastapi_service_continue(
     users = dict(zip(("ann", "bob@example.org", "user:7"), events, strict=True))
     for user, rows in users.items():
         predict(user, rows[:3])
-    models, options = page.options(1)
+    models, options = page.options(2)
     with running(tmp_path, models, *options) as service, Carry(service.url) as carry:
         page.addresses[DEFAULT_ADDRESS], model = address_of(service), carry.model("lstm")
         (tmp_path / "move.py").write_text(page.block("python", 2), encoding="utf-8")
-        assert page.shell(2) == "moved 3, kept 0\n"
+        assert page.shell(3) == "moved 3, kept 0\n"
         position, outputs = page.python(3).split(" ", 1)
         chunk = [[0.5, -1.0, 0.25, 2.0], [1.0, 0.0, -0.5, 0.75]]
         assert position == "5"
@@ -119,9 +116,9 @@ def test_pickled_states_of_a_fastapi_service_continue(
             whole = predict(f"{user}:whole", users[user])
             assert reply.position == 9
             np.testing.assert_allclose(reply.outputs["y"], whole[3:], **CLOSE)
-        assert page.shell(2) == "moved 2, kept 3\n"
+        assert page.shell(3) == "moved 2, kept 3\n"
 
-        first, second = json.loads(page.shell(3)), json.loads(page.shell(3))
+        first, second = json.loads(page.shell(4)), json.loads(page.shell(4))
         assert (first["position"], first["replayed"], second["replayed"]) == (6, False, True)
         assert first["outputs"] == second["outputs"]
         once, twice = (predict("ann", [[0.25, 0.5, 0.0, -1.0]]) for _ in range(2))
@@ -192,62 +189,3 @@ def infer(service: Service, sequence: int, position: int, row: Any) -> tuple[flo
         parameters = {"position": position}
         result = client.infer("counting-gru", [tensor], sequence_id=sequence, parameters=parameters)
         return result.as_numpy("OUTPUT").item(), result.get_response()["parameters"]["replayed"]
-
-
-@needs_tools("sh")
-def test_records_of_a_stream_processor_are_consumed(tmp_path: Path, store: RealServer) -> None:
-    page = Page("docs/how-to/move-from-stream-processors.md", tmp_path, store.url)
-    (tmp_path / "lstm.onnx").write_bytes((EXAMPLES / "torch_lstm.onnx").read_bytes())
-    page.shell(0)
-    events, recorded = (json.loads(page.block("json", index)) for index in range(2))
-    with running_broker() as broker:
-        page.addresses["localhost:9092"] = broker.servers
-        (tmp_path / "consumer.yaml").write_text(page.block("yaml", 0))
-        for topic in ("readings", "scores-of-carry"):
-            broker.create(topic, 1)
-        _, _, *words = shlex.split(page.block("sh", 1))
-        words = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in words]
-
-        sent = [{"key": "pump-1", "value": json.dumps(event)} for event in events]
-        broker.produce("readings", *sent)
-
-        def outputs() -> dict[tuple[bytes, int], Any]:
-            records = broker.read_all("scores-of-carry", 1)
-            places = [(each.key(), int(dict(each.headers())["position"])) for each in records]
-            values = [json.loads(each.value())["y"] for each in records]
-            return dict(zip(places, values, strict=True))
-
-        consumer = ConsumerProcess(tmp_path / "log", *words, CARRY_STORE_WAIT_S="60")
-        try:
-            until(lambda: len(outputs()) >= len(events), "the outputs", poll_s=0.2)
-        finally:
-            consumer.fork.kill()
-        found = outputs()
-    assert sorted(found) == [(b"pump-1", position) for position in range(len(events))]
-    np.testing.assert_allclose([found[place] for place in sorted(found)], recorded, **CLOSE)
-
-
-@needs_tools("sh")
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
-def test_states_that_clients_hold_continue(tmp_path: Path, store: RealServer) -> None:
-    keras = pytest.importorskip("keras")
-    page = Page("docs/how-to/move-from-tf-serving.md", tmp_path, store.url)
-    scope: dict[str, Any] = {}
-    with contextlib.chdir(tmp_path):
-        keras.utils.set_random_seed(SEED)
-        exec(page.block("python", 0), scope)
-    page.shell(0)
-    for index in (1, 2):
-        exec(page.block("python", index), scope)
-    rows = np.random.default_rng(SEED).uniform(-1, 1, (9, 4)).astype(np.float32)
-    zeros = np.zeros((1, 8), np.float32)
-    whole, *_ = scope["model"]([rows[None], zeros, zeros])
-    _, h, c = map(np.asarray, scope["model"]([rows[None, :3], zeros, zeros]))
-    models, options = page.options(1)
-    with running(tmp_path, models, *options) as service, Carry(service.url) as carry:
-        scope["hand_over"](carry, "ann", 3, h, c)
-        np.testing.assert_allclose(scope["send"](carry, "ann", rows[3:]), whole[0, 3:], **CLOSE)
-        assert carry.model("lstm").stream("ann").refresh().position == len(rows)
-        first, token = scope["predict"](carry, rows[:4])
-        second, _ = scope["predict"](carry, rows[4:], token)
-        np.testing.assert_allclose([*first, *second], whole[0], **CLOSE)
