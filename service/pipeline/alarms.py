@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from structlog.contextvars import bound_contextvars
 
@@ -27,9 +27,6 @@ from service.store.capabilities import IndexedAlarm
 from service.store.codec import encode_replies, encode_state, pack_head
 from service.store.history import HistoryCopy
 from service.store.layout import CodecError
-
-MAX_READS: Final = 20
-"""Reads of the index for one page, in search of names with its prefix."""
 
 is_cursor = re.compile(r"[0-9]{1,15}").fullmatch
 
@@ -107,13 +104,10 @@ class Alarms:
                     at="cursor",
                 )
             before_ms = None if cursor is None else int(cursor)
-            for _ in range(MAX_READS):
-                indexed = await self._store.alarms.page(model, before_ms, limit)
-                before_ms = indexed[-1].opened_ms if len(indexed) >= limit else None
-                named = [entry for entry in indexed if entry.key.stream.startswith(prefix)]
-                if named or before_ms is None:
-                    break
-            alarms = await self._read(versions, named)
+            # the cursor is the time of an alarm with the prefix, which the caller may see
+            indexed = await self._store.alarms.page(model, before_ms, limit, prefix)
+            before_ms = indexed[-1].opened_ms if len(indexed) >= limit else None
+            alarms = await self._read(versions, indexed)
             return AlarmPage(alarms, None if before_ms is None else str(before_ms))
 
     async def _read(

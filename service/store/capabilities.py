@@ -151,10 +151,15 @@ class StoredAlarms(Protocol):
     """
 
     async def page(
-        self, model: str, before_ms: int | None, limit: int, deadline_s: float = math.inf
+        self,
+        model: str,
+        before_ms: int | None,
+        limit: int,
+        prefix: str = "",
+        deadline_s: float = math.inf,
     ) -> list[IndexedAlarm]:
-        """Read the newest `limit` entries of a model before a time, newest first; more if entries
-        have the time of the last one."""
+        """Read the newest `limit` entries of a model before a time, of streams whose names start
+        with `prefix`, newest first; more if entries have the time of the last one."""
 
     async def drop(self, alarms: Mapping[IndexedAlarm, bytes]) -> None:
         """Remove entries whose streams have no alarm, unless the state has changed.

@@ -24,6 +24,9 @@ from service.store.settings import StoreSettings
 AT_ONCE: Final = 256
 """Indexes that one call reads, so that no commit waits long behind it."""
 
+SEARCHED_AT_ONCE: Final = 8
+"""The same of a call that searches them for a prefix, and may read each to its end."""
+
 LEAST_ENTRIES: Final = 4
 """Entries that are read of each index at first, and so many times its share of a page."""
 
@@ -87,13 +90,18 @@ class RedisAlarms(StoredAlarms):
         self._drop_script = Script.load("alarms_drop")
 
     async def page(
-        self, model: str, before_ms: int | None, limit: int, deadline_s: float = math.inf
+        self,
+        model: str,
+        before_ms: int | None,
+        limit: int,
+        prefix: str = "",
+        deadline_s: float = math.inf,
     ) -> list[IndexedAlarm]:
         # the newest ones are spread over all indexes
         most = LEAST_ENTRIES + LEAST_ENTRIES * limit // self._keys.partitions
         while True:
             most = min(most, limit)
-            entries, complete_from = await self._read(model, before_ms, most, deadline_s)
+            entries, complete_from = await self._read(model, before_ms, most, prefix, deadline_s)
             found = [each for each in entries if each.opened_ms >= complete_from]
             if len(found) >= limit or complete_from == -math.inf:
                 break
@@ -105,18 +113,19 @@ class RedisAlarms(StoredAlarms):
         return newest
 
     async def _read(
-        self, model: str, before_ms: int | None, most: int, deadline_s: float
+        self, model: str, before_ms: int | None, most: int, prefix: str, deadline_s: float
     ) -> tuple[set[IndexedAlarm], float]:
         """The newest entries of each partition's index, and the time from which on they are all."""
         by_slot: dict[int, list[str]] = {}
         for partition in range(self._keys.partitions):
             name = self._keys.alarm_index(partition, model)
             by_slot.setdefault(self._router.slot(name), []).append(name)
-        arguments = ("+inf" if before_ms is None else before_ms, most)
+        arguments = ("+inf" if before_ms is None else before_ms, most, prefix)
+        at_once = SEARCHED_AT_ONCE if prefix else AT_ONCE
         commands = [
-            PendingCommand.for_script(self._read_script, names[at : at + AT_ONCE], arguments, slot)
+            PendingCommand.for_script(self._read_script, names[at : at + at_once], arguments, slot)
             for slot, names in by_slot.items()
-            for at in range(0, len(names), AT_ONCE)
+            for at in range(0, len(names), at_once)
         ]
         found: set[IndexedAlarm] = set()
         complete_from = -math.inf

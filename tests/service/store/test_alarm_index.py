@@ -99,6 +99,28 @@ async def test_pages_are_whole_if_the_newest_entries_are_in_one_partition(
         assert found == expected
 
 
+async def test_pages_of_a_prefix_have_nothing_of_other_streams(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    """Neither names nor times: a cursor is the time of an entry."""
+    store = await open_on(partitions=2)
+    names = [*(f"a:{at}" for at in range(9)), *(f"b:{at}" for at in range(300)), "a"]
+    times = [*range(10, 100, 10), *range(11, 311), 400]
+    times[1:4] = [20, 20, 20]
+    commits = [streams.creation(key(name)) for name in names]
+    await store.commit(with_alarms(commits, *map(str, times)))
+    own = [(time, name) for time, name in zip(times, names, strict=True) if name[:2] == "a:"]
+    for limit in (1, 2, 4, 100):
+        found: list[tuple[int, str]] = []
+        before_ms = None
+        while page := await store.alarms.page(MODEL, before_ms, limit, "a:"):
+            before_ms = page[-1].opened_ms
+            assert len(page) >= min(limit, len(own) - len(found))
+            found += [(each.opened_ms, each.key.stream) for each in page]
+        assert sorted(found) == sorted(own)
+        assert [time for time, _ in found] == sorted((time for time, _ in own), reverse=True)
+
+
 @pytest.mark.parametrize("has_history", [False, True])
 async def test_a_commit_changes_the_index_with_the_state_or_not_at_all(
     store: Store, streams: Streams, has_history: bool
