@@ -26,6 +26,21 @@ training: {validate_from: 2025-01-02, test_from: 2025-01-03}
 """
 
 
+def test_package_runs_as_the_command(tmp_path: Path) -> None:
+    """Also beside a project's own modules of the names of Carry's packages."""
+    for name in ("models.py", "service.py"):
+        (tmp_path / name).write_text("raise RuntimeError('a module of the project')")
+    done = subprocess.run(
+        [sys.executable, "-m", "carry", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: carry [OPTIONS] COMMAND" in done.stdout
+
+
 def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "")  # so that it is removed again
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
