@@ -231,7 +231,9 @@ def package(
         arrays = read_weights(spec, weights, str(path))
     except (SpecError, ArtifactError) as error:
         raise ImportedModelError(str(error)) from error
-    origin = {"file": path.name, **conversion.model_dump(exclude={"spec"}, exclude_defaults=True)}
+    # a name that is not UTF-8 cannot be in JSON
+    file = path.name.encode("utf-8", "replace").decode()
+    origin = {"file": file, **conversion.model_dump(exclude={"spec"}, exclude_defaults=True)}
     training = {"imported": origin}
     artifact = write_artifact(
         out, spec, arrays, network=graph, training=training, overwrite=overwrite

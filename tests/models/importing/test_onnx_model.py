@@ -236,6 +236,13 @@ def test_the_isolated_import_names_the_file(tmp_path: Path) -> None:
         import_onnx_model(path, tmp_path / "out")
 
 
+def test_a_file_whose_name_is_not_utf_8_is_imported(tmp_path: Path) -> None:
+    path = tmp_path / "m\udcff.onnx"
+    plain(path)
+    artifact = import_here(path, tmp_path / "out").artifact
+    assert artifact.manifest["training"]["imported"]["file"] == "m?.onnx"
+
+
 def test_the_isolated_import_takes_long_options(tmp_path: Path) -> None:
     plain(tmp_path / "m.onnx")
     options = onnx_options(labels=[f"y={','.join(map(str, range(50_000)))}"])
