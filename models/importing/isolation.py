@@ -192,7 +192,7 @@ def convert_isolated(
             message = _output(copy, ERROR_NAME, MAX_RESULT_BYTES, path).decode("utf-8", "replace")
             if message == OUT_OF_MEMORY:
                 message = f"{path}: reading it needs more than {_memory_limit(limits)}"
-            raise ImportedModelError(message)
+            raise ImportedModelError("\n".join(map(printable, message.split("\n"))))
         result = _output(copy, RESULT_NAME, MAX_RESULT_BYTES, path)
         weights = _output(copy, WEIGHTS_NAME, limits.file_bytes, path)
         has_graph = (copy.parent / GRAPH_NAME).exists()
@@ -201,6 +201,11 @@ def convert_isolated(
         return Conversion.model_validate_json(result), weights, graph
     except ValueError as error:
         raise ImportedModelError(f"{path}: the import gave an invalid result: {error}") from error
+
+
+def printable(line: str) -> str:
+    """A line of what a file says, without characters that control a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def _keras_suffix(path: Path) -> str:

@@ -27,6 +27,7 @@ from models.importing.isolation import (
     Limits,
     OnnxOptions,
     convert_isolated,
+    printable,
 )
 from models.importing.triton_config import MAX_CONFIG_BYTES
 from models.spec.model import parse_spec
@@ -64,7 +65,7 @@ class ImportReport:
                 f"{checks['sequences']} sequences each of {sorted(set(checks['lengths_steps']))} "
                 "steps"
             ]
-        return [*lines, *(f"note: {note}" for note in self.notes)]
+        return list(map(printable, [*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 def import_keras_model(

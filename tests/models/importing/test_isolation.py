@@ -132,6 +132,14 @@ def test_a_misbehaving_worker_process_is_an_error(
     assert words in import_failure(path, limits)
 
 
+def test_errors_have_no_control_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = r"open('error.txt', 'w').write('\x1b[31mLayer\r:\n  reason\x9b')"
+    monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
+    path = tmp_path / "m.keras"
+    path.write_bytes(b"PK")
+    assert import_failure(path) == "?[31mLayer?:\n  reason?"
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "raise ModuleNotFoundError(\"No module named 'keras'\", name='keras')"
     monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,14 @@ def test_the_isolated_import_names_the_file(tmp_path: Path) -> None:
     path.write_bytes(b"\x00nothing")
     with pytest.raises(ImportedModelError, match=rf"^{path}: expected an ONNX file"):
         import_onnx_model(path, tmp_path / "out")
+
+
+def test_a_report_has_no_control_characters(tmp_path: Path) -> None:
+    plain(tmp_path / "m.onnx")
+    report = import_here(tmp_path / "m.onnx", tmp_path / "out")
+    report = replace(report, notes=("\x1b[31mfirst\nsecond",))
+    assert report.lines()[-1] == "note: ?[31mfirst?second"
+    assert all(map(str.isprintable, report.lines()))
 
 
 def test_a_file_whose_name_is_not_utf_8_is_imported(tmp_path: Path) -> None:
