@@ -6,8 +6,8 @@ The table has the columns of the model and `anomaly`. The test part of every str
 `TEST_FROM`; the model is one with detection, whose network was trained on events before that.
 All thresholds are one for all streams, and an anomaly is found if an alarm opens in it. "Found at
 equal false alarms" takes each method's most sensitive threshold with at most so many openings
-outside the anomalies per stream and day. Baselines rank events by a tail of the stream's own past,
-but for the nats of the network. The NAB score is that of its standard profile, of openings.
+outside the anomalies per stream and day. Baselines rank events by a tail of the stream's own past;
+raw nats are the network's. The NAB score, of its standard profile, is that of openings.
 """
 
 from __future__ import annotations
@@ -55,8 +55,14 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
 
 
 class Tested(NamedTuple):
-    """The test part of one stream: where its past begins and where it is among all rows, its labels
-    and its normal days."""
+    """The test part of one stream.
+
+    Attributes:
+        start: first row of the stream.
+        rows: rows of the test part among those of all streams.
+        labels: bool [rows of the test part], whether each is anomalous.
+        days: duration of its normal events, in days.
+    """
 
     start: int
     rows: slice
@@ -159,16 +165,18 @@ def row_of(name: str, tested: Sequence[Tested], score: Floats) -> str:
     return f"| {name} | {' | '.join(cells)} | {nab:.0f} |"
 
 
-def promises(name: str, tested: Sequence[Tested], fit: DetectionFit, nats: Floats) -> Iterator[str]:
-    """Lines of what the model's own thresholds give, at each rate; the streams' alarms come from
-    all of their past."""
+def rate_rows(
+    name: str, tested: Sequence[Tested], fit: DetectionFit, nats: Floats
+) -> Iterator[str]:
+    """A line for each specified rate: alarms of the test parts at the model's own threshold, each
+    stream followed from its first event."""
     days, anomalies = [own.days for own in tested], sum(len(runs(own.labels)) for own in tested)
     events_per_day = fit.events_per_day or 1.0
     for rate in RATES:
         codes = []
         for own in tested:
-            past, promised = np.exp(-nats[own.start : own.rows.stop]), rate / events_per_day
-            followed = follow_alarm(ALARM, past, fit.threshold(rate), AlarmState(ZERO), promised)
+            past, per_event = np.exp(-nats[own.start : own.rows.stop]), rate / events_per_day
+            followed = follow_alarm(ALARM, past, fit.threshold(rate), AlarmState(ZERO), per_event)
             codes.append(followed[own.rows.start - own.start :])
         opened = [np.flatnonzero(each == OPENED) for each in codes]
         counts, alarmed = counts_of(tested, opened), np.concatenate(codes) > 0
@@ -214,7 +222,7 @@ def main(model: Path, labelled: Path, day: float) -> None:
         scored = output_spec(spec).by_name(detect(spec, streams, outputs))
         probability = scored[f"{head.name}.probability"].astype(np.float64)
         nats = -np.log(np.maximum(probability, 1e-30))
-        print(*promises(name, tested, fit, nats), shares(name, tested, nats), sep="\n", flush=True)
+        print(*rate_rows(name, tested, fit, nats), shares(name, tested, nats), sep="\n", flush=True)
         lines.append(row_of(name, tested, nats))
     print(*lines, sep="\n", flush=True)
     seasonal = detection.model_copy(update={"season_events": round(day)})

@@ -17,15 +17,15 @@ threshold. It closes after `hold_events` consecutive usual events: those whose p
 opens it once. An alarm with `close_above` has a record: how long it has been open, how unusual its
 most unusual event was, and what was unusual in it.
 
-With `backoff_nats` b, alarms beyond the promised rate need more. A stream's alarms that are ahead
-of the promise r, alarms an event, are
+With `backoff_nats` b, the alarms of a stream have an upper bound. Its excess alarms x, a leaky
+bucket, grow by one with each alarm and fall with each event by r, the specified alarms per event:
 
-    a_t = max(a_(t-1) - r, 0) + 1 if an alarm opens at t,
+    d_t = max(x_(t-1) - r, 0),    x_t = d_t + 1 if an alarm opens at t, else d_t
 
-and one opens at most at the threshold times exp(-b max(a - 1, 0)). Since no event has more than
-`MAX_NATS`, over n events at most r n + MAX_NATS / b + 2 open, whatever the probabilities are. This
-is an online control of a rate, as in adaptive conformal inference (Gibbs & Candes, 2021), that is
-never more sensitive than the threshold.
+An alarm opens at event t only if its probability is at most the threshold times
+exp(-b max(d_t - 1, 0)). Since no event has more than `MAX_NATS`, at most r n + MAX_NATS / b + 2
+alarms open over any n events, whatever the probabilities are. This controls a rate online, as
+adaptive conformal inference does (Gibbs & Candes, 2021), but only makes the threshold stricter.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class AlarmState:
 
     Args:
         values: as stored.
-        since, ahead: as stored.
+        since, excess: as stored.
 
     Attributes:
         is_open: whether there is an alarm.
@@ -123,18 +123,18 @@ class AlarmState:
         unusual: consecutive events beyond the threshold, up to the latest.
         usual: consecutive usual events of an open alarm, up to the latest.
         since: events since the latest alarm opened.
-        ahead: alarms ahead of the promise when it had opened.
+        excess: excess alarms right after it opened, see above.
     """
 
-    __slots__ = ("ahead", "is_open", "muted", "since", "unusual", "usual")
+    __slots__ = ("excess", "is_open", "muted", "since", "unusual", "usual")
 
-    def __init__(self, values: NDArray[Any], since: float = 0.0, ahead: float = 0.0):
+    def __init__(self, values: NDArray[Any], since: float = 0.0, excess: float = 0.0):
         stored = int(values[0])
         self.is_open = stored < 0
         # a restored state may have any number
         self.muted = stored - _MUTED if 0 < stored - _MUTED <= MUTED_EVENTS else 0
         self.unusual, self.usual = 0 if self.muted else max(stored, 0), max(-1 - stored, 0)
-        self.since, self.ahead = max(since, 0.0), max(ahead, 0.0)
+        self.since, self.excess = max(since, 0.0), max(excess, 0.0)
 
     def values(self) -> tuple[float]:
         """The state as one number."""
@@ -142,9 +142,9 @@ class AlarmState:
             return (float(-1 - self.usual),)
         return (float(_MUTED + self.muted if self.muted else self.unusual),)
 
-    def ahead_at(self, at: int, promised: float) -> float:
-        """The alarms ahead of the promise before the event `at` of the next ones."""
-        return max(self.ahead - promised * (self.since + at + 1), 0.0)
+    def excess_at(self, at: int, per_event: float) -> float:
+        """The excess alarms before one opens at the event `at` of the next ones."""
+        return max(self.excess - per_event * (self.since + at + 1), 0.0)
 
 
 def acknowledge_alarm(spec: ModelSpec, floats: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -163,16 +163,16 @@ def follow_alarm(
     probability: Floats,
     threshold: float,
     state: AlarmState,
-    promised: float | None = None,
+    per_event: float | None = None,
 ) -> NDArray[np.int64]:
     """The alarm at each of T events, of `ALARM_STATES`; updates the state.
 
     Args:
         probability: [T], tail probabilities.
         threshold: of these events; an alarm that earlier ones opened also follows it.
-        promised: alarms an event, for `backoff_nats`; None is without.
+        per_event: the specified alarms per event; None: no upper bound of alarms.
     """
-    backoff = None if promised is None else spec.backoff_nats
+    backoff = None if per_event is None else spec.backoff_nats
     codes = np.zeros(len(probability), np.int64)
     # a restored state may have any number
     state.usual = min(state.usual, spec.hold_events - 1)
@@ -198,16 +198,16 @@ def follow_alarm(
         if following > at:
             state.unusual, at = 0, following
             continue
-        ahead = 0.0
-        if backoff is not None and promised is not None:
-            ahead = state.ahead_at(at, promised)
-            if probability[at] > threshold * exp(-backoff * max(ahead - 1.0, 0.0)):
+        excess = 0.0
+        if backoff is not None and per_event is not None:
+            excess = state.excess_at(at, per_event)
+            if probability[at] > threshold * exp(-backoff * max(excess - 1.0, 0.0)):
                 state.unusual, at = 0, at + 1
                 continue
         state.unusual += 1
         if state.unusual >= spec.min_events:
             state.is_open, state.unusual, codes[at] = True, 0, OPENED
-            state.ahead, state.since = ahead + 1.0, -at - 1.0
+            state.excess, state.since = excess + 1.0, -at - 1.0
         at += 1
     state.since += end
     return codes

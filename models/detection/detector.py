@@ -38,8 +38,10 @@ from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
-BACKOFF: Final = ("alarm_since", "alarm_ahead")
+BACKOFF: Final = ("alarm_since", "alarm_excess")
+"""Parts of the state of `AlarmSpec.backoff_nats`."""
 MANY_EVENTS: Final = 1 << 20
+"""`alarm_since` counts up to this number of events, far below those that float32 counts."""
 NetworkStep = Callable[[FloatRows, NDArray[np.int32], FloatRows], tuple[FloatRows, FloatRows]]
 
 
@@ -72,7 +74,7 @@ class Detector:
         self._parts = detection_columns(spec)
         self._alarm_at, self._rate_at = self._parts["alarm"], self._parts[ALARM_RATE].start
         backoff = [self._parts[name].start for name in BACKOFF if name in self._parts]
-        # of a model without, the rate of alarms has no effect
+        # without `backoff_nats` the alarms per event have no effect, so any number will do
         self._backoff, self._events_per_day = backoff, fit.events_per_day or 1.0
         self._fields = [events.field(name) for name in head.targets]
         self._numeric = [f.name for f in self._fields if isinstance(f, NumericField)]
@@ -161,11 +163,11 @@ class Detector:
         """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
         after, lengths = parts.after, parts.lengths
         thresholds = np.full(len(after), self._threshold)
-        promised = np.full(len(after), self._alarm.false_alarms_per_day / self._events_per_day)
+        per_event = np.full(len(after), self._alarm.false_alarms_per_day / self._events_per_day)
         for row in np.flatnonzero(after[:, self._rate_at]).tolist():
             rate = float(after[row, self._rate_at])
             thresholds[row] = self._fit.threshold(rate)
-            promised[row] = max(rate, 0.0) / self._events_per_day
+            per_event[row] = max(rate, 0.0) / self._events_per_day
         names = ("alarm", *(name for name in OF_THE_ALARM if name in self._outputs))
         outputs = {name: np.zeros((1, *probability.shape)) for name in names}
         active = after[:, self._alarm_at.start] != 0
@@ -174,12 +176,12 @@ class Detector:
             own = AlarmState(after[row, self._alarm_at], *after[row, self._backoff].tolist())
             length, threshold = lengths[row], thresholds[row]
             codes = follow_alarm(
-                self._alarm, probability[row, :length], threshold, own, promised[row]
+                self._alarm, probability[row, :length], threshold, own, per_event[row]
             )
             outputs["alarm"][0, row, :length] = codes
             after[row, self._alarm_at] = own.values()
             if self._backoff:
-                after[row, self._backoff] = own.since, own.ahead
+                after[row, self._backoff] = own.since, own.excess
             if self._alarm.close_above is None or not codes.any():
                 continue
             record = self._record(codes, scores.nats[row, :length], after[row])
@@ -192,17 +194,18 @@ class Detector:
                 if name in outputs:
                     outputs[name][0, row, record.events] = values
         if self._backoff:
-            self._count_events(after, np.where(active, 0, lengths), promised)
+            self._count_events(after, np.where(active, 0, lengths), per_event)
         return outputs
 
-    def _count_events(self, after: FloatRows, lengths: NDArray[Any], promised: Floats) -> None:
-        """Count events since the latest alarm; many of them lower the alarms ahead, so that the
-        count stays exact."""
-        since, ahead = self._backoff
+    def _count_events(self, after: FloatRows, lengths: NDArray[Any], per_event: Floats) -> None:
+        """Count events since the latest alarm. At `MANY_EVENTS` the excess alarms are lowered by as
+        many, and the count restarts, so that it stays exact in float32."""
+        since, excess = self._backoff
         after[:, since] += lengths
         for row in np.flatnonzero(after[:, since] >= MANY_EVENTS).tolist():
             after[row, since] -= MANY_EVENTS
-            after[row, ahead] = max(after[row, ahead] - promised[row] * MANY_EVENTS, 0.0)
+            lowered = after[row, excess] - per_event[row] * MANY_EVENTS
+            after[row, excess] = max(lowered, 0.0)
 
     def _record(
         self, codes: NDArray[np.int64], nats: Floats, after: NDArray[np.float32]

@@ -28,7 +28,7 @@ LONGEST_BUFFER: Final = 256
 ECHO_EVENTS: Final = 100
 """An alarm that opens within so many events after an anomaly is an echo."""
 FAR_ABOVE: Final = 3.0
-"""A stream is far above a promised rate or share if it has so many times as much."""
+"""A stream is far above a specified rate or share if it has more than so many times as much."""
 
 
 @dataclass(frozen=True, slots=True)

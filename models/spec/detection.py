@@ -92,8 +92,8 @@ class AlarmSpec(Frozen):
             `hysteresis` decides.
         hysteresis: the factor by which events have to be more probable than the threshold to be
             usual again; 1 is one threshold.
-        backoff_nats: nats by which each alarm of a stream beyond the expected ones, and one more,
-            raises its threshold for the next. None: the threshold stays.
+        backoff_nats: each excess alarm of a stream but the first multiplies its threshold by
+            exp(-backoff_nats) (`models.detection.alarms`). None: the threshold stays.
     """
 
     false_alarms_per_day: AlarmRate = 0.05
@@ -155,7 +155,8 @@ class DetectionFit(Frozen):
         rates: ascending, false alarms of one stream in a day.
         thresholds: for each of them, the tail probability below which an event is unusual enough
             for an alarm.
-        events_per_day: of the mean stream; None in older models, which have no `backoff_nats`.
+        events_per_day: of the mean stream that was fitted to. None: a model of an earlier version,
+            without `backoff_nats`.
     """
 
     spreads: tuple[Annotated[float, Field(gt=0)], ...]
@@ -337,7 +338,7 @@ def detection_parts(
     if spec.alarm.close_above is not None:
         shapes |= {"alarm_events": (1,), "alarm_nats": (2,), "alarm_cause": (2,)}
     if spec.alarm.backoff_nats is not None:
-        shapes |= {"alarm_since": (1,), "alarm_ahead": (1,)}
+        shapes |= {"alarm_since": (1,), "alarm_excess": (1,)}
     if spec.season_events is not None:
         shapes["season"] = (numeric, spec.season_events)
     if spec.tail_memory_events is not None:

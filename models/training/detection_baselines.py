@@ -123,10 +123,10 @@ def detection_baselines(
             probability = np.exp(-np.concatenate(tails))
         counted = [probability[a:b][parts.validate[a:b]] for a, b in streams.spans]
         expected = alarm.false_alarms_per_day * parts.days
-        promised = expected / float(parts.validate.sum())
+        per_event = expected / float(parts.validate.sum())
         threshold = alarm_threshold(alarm, counted, expected)
         codes = [
-            follow_alarm(alarm, probability[a:b], threshold, AlarmState(np.zeros(1)), promised)
+            follow_alarm(alarm, probability[a:b], threshold, AlarmState(np.zeros(1)), per_event)
             for a, b in streams.spans
         ]
         yield name, Scored(score, np.concatenate(codes).astype(np.float64), windows)

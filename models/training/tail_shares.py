@@ -27,7 +27,7 @@ BLOCKS: Final = 20
 """Blocks of time of each stream, to measure how much small probabilities come in groups."""
 NORMAL_95: Final = 1.959964
 MATERIAL: Final = 1.5
-"""A pooled share that differs by less than this factor is as promised."""
+"""A pooled share that differs by less than this factor is as expected."""
 
 
 def tail_shares(
@@ -120,7 +120,7 @@ def _wilson(count: float, size: float, effect: float) -> list[float]:
 
 
 def tail_warnings(shares: dict[str, Any]) -> list[str]:
-    """What `tail_shares` found to differ from the promise, as sentences."""
+    """The shares of `tail_shares` that differ from the expected ones, as sentences."""
     found = []
     for each in shares["levels"]:
         level, share, (low, high) = each["level"], each["share"], each["interval"]

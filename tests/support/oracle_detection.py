@@ -38,7 +38,7 @@ class DetectionOracle:
         self.past: dict[str, deque[float]] = {
             name: deque(maxlen=self.detection.season_events or 1) for name in self.head.targets
         }
-        self.is_open, self.unusual, self.usual, self.ahead = False, 0, 0, 0.0
+        self.is_open, self.unusual, self.usual, self.excess = False, 0, 0, 0.0
         self.since, self.peak, self.latest, self.cause = 0, 0.0, 0.0, (0.0, 0.0)
         self.tails: StreamTailsOracle | None = None
         if self.detection.tail_memory_events is not None:
@@ -283,8 +283,8 @@ class DetectionOracle:
         rate = rate or alarm.false_alarms_per_day
         threshold = opens = self._threshold(rate)
         if alarm.backoff_nats is not None:
-            self.ahead = max(0.0, self.ahead - rate / self.fit.events_per_day)
-            opens *= math.exp(-alarm.backoff_nats * max(0.0, self.ahead - 1))
+            self.excess = max(0.0, self.excess - rate / self.fit.events_per_day)
+            opens *= math.exp(-alarm.backoff_nats * max(0.0, self.excess - 1))
         if self.is_open:
             limit = threshold * alarm.hysteresis
             if alarm.close_above is not None:
@@ -297,6 +297,6 @@ class DetectionOracle:
         self.unusual = self.unusual + 1 if probability <= opens else 0
         if self.unusual == alarm.min_events:
             self.is_open, self.unusual = True, 0
-            self.ahead += alarm.backoff_nats is not None
+            self.excess += alarm.backoff_nats is not None
             return 1
         return 0

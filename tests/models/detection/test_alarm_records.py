@@ -61,7 +61,7 @@ def test_the_record_is_the_oracles_for_any_chunks(model: ModelSpec, length: int)
     oracle, expected, records = DetectionOracle(model), [], []
     for row, given in zip(rows, outputs, strict=True):
         expected.append(oracle.step(row, given[parameters]))
-        records.append((oracle.since, oracle.peak, oracle.latest, *oracle.cause, oracle.ahead))
+        records.append((oracle.since, oracle.peak, oracle.latest, *oracle.cause, oracle.excess))
     assert {each["alarm"] for each in expected} == {0, 1, 2, 3}
     labels = next(each.labels for each in output_spec(model).outputs if each.name == "odd.share")
     assert "flow.level" in {labels[int(record[3])] for record in records}
@@ -73,40 +73,40 @@ def test_the_record_is_the_oracles_for_any_chunks(model: ModelSpec, length: int)
         for name in ("alarm", "severity", "since"):
             values = np.array([each[name] for each in expected[:end]])
             np.testing.assert_allclose(scored[f"odd.{name}"], values, rtol=1e-3, atol=1e-5)
-        record = np.concatenate([*(state[part] for part in parts), [ahead_of(model, state)]])
+        record = np.concatenate([*(state[part] for part in parts), [excess_of(model, state)]])
         np.testing.assert_allclose(record, records[end - 1], rtol=1e-3, atol=1e-4)
 
 
-def ahead_of(model: ModelSpec, state: FloatRows) -> float:
-    """The alarms of a stream ahead of the promise."""
+def excess_of(model: ModelSpec, state: FloatRows) -> float:
+    """The excess alarms of a stream after the events of a state."""
     columns, detection = detection_columns(model), model.detection
     assert detection is not None
     assert detection.fit is not None
     if detection.alarm.backoff_nats is None:
         return 0.0
-    since, ahead = (float(state[columns[name]][0]) for name in BACKOFF)
+    since, excess = (float(state[columns[name]][0]) for name in BACKOFF)
     a_day = detection.alarm.false_alarms_per_day
-    return max(ahead - since * a_day / (detection.fit.events_per_day or 0.0), 0.0)
+    return max(excess - since * a_day / (detection.fit.events_per_day or 0.0), 0.0)
 
 
-def test_alarms_of_any_age_fall_behind_the_promise() -> None:
+def test_excess_alarms_fall_at_the_specified_rate_for_any_number_of_events() -> None:
     model = fitted_to_events(BOUNDED)
     rows, outputs = events(np.random.default_rng(12), model, 40)
     quiet = np.tile(rows[:1], (32, 1))[np.newaxis], np.tile(outputs[:1], (32, 1))[np.newaxis]
     columns, state = detection_columns(model), detection_state(model).zero().floats[np.newaxis]
-    since, ahead = (columns[name].start for name in BACKOFF)
-    state[:, [since, ahead]] = MANY_EVENTS - 20, 1e5
-    before = ahead_of(model, state[0])
+    since, excess = (columns[name].start for name in BACKOFF)
+    state[:, [since, excess]] = MANY_EVENTS - 20, 1e5
+    before = excess_of(model, state[0])
     _, after = Detector(model).step(quiet[0], np.array([32]), quiet[1], state)
     assert after[0, since] == 12
-    assert before > ahead_of(model, after[0]) > before - 3
-    # asked for a tenth of the rate, they fall as slowly
+    assert before > excess_of(model, after[0]) > before - 3
+    # they fall a tenth as fast for a chunk with a tenth of the rate
     state[:, columns["alarm_rate"]] = 0.5
     _, after = Detector(model).step(quiet[0], np.array([32]), quiet[1], state)
-    assert after[0, ahead] == pytest.approx(1e5 - 0.5 / 100 * MANY_EVENTS)
+    assert after[0, excess] == pytest.approx(1e5 - 0.5 / 100 * MANY_EVENTS)
 
 
-def test_a_bounded_alarm_needs_the_events_of_a_day() -> None:
+def test_a_fit_with_backoff_needs_events_per_day() -> None:
     detection = fitted_to_events(BOUNDED).detection
     assert detection is not None
     options = detection.model_dump()

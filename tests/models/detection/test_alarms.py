@@ -146,28 +146,27 @@ def test_an_alarm_follows_any_restored_state(stored: float) -> None:
     assert found.tolist() == ([3, 1, 2] if stored < 0 else [0, 1, 2])
 
 
-def test_alarms_beyond_the_promise_need_ever_more() -> None:
-    """One alarm more than promised is free, each further one raises the threshold by a factor."""
+def test_each_excess_alarm_but_the_first_makes_the_threshold_stricter() -> None:
     alarm = AlarmSpec(hold_events=1, backoff_nats=1.0)
     unusual, usual = [0.01 * np.exp(-0.9)], [0.5]
-    # two alarms are ahead of the promise, a third needs exp(-1) less, then half of it
+    # after two alarms the third needs a probability exp(-1) times smaller, and less so later
     probability = np.array([*unusual, *usual] * 3 + usual * 100 + [*unusual, *usual] * 2)
     state, found = AlarmState(np.zeros(1)), []
     for part in (probability[:5], probability[5:90], probability[90:]):
-        found += follow_alarm(alarm, part, 0.01, state, promised=0.002).tolist()
+        found += follow_alarm(alarm, part, 0.01, state, per_event=0.002).tolist()
         stored = np.array(state.values(), np.float32)
-        state = AlarmState(stored, state.since, state.ahead)
+        state = AlarmState(stored, state.since, state.excess)
     assert np.flatnonzero(np.array(found) == OPENED).tolist() == [0, 2, 4 + 102]
     assert follow_alarm(alarm, probability, 0.01, AlarmState(np.zeros(1))).tolist().count(1) == 5
 
 
-@pytest.mark.parametrize("promised", [0.0, 0.003])
-def test_alarms_are_bounded_whatever_the_probabilities(promised: float) -> None:
+@pytest.mark.parametrize("per_event", [0.0, 0.003])
+def test_alarms_have_an_upper_bound_for_any_probabilities(per_event: float) -> None:
     alarm, random = AlarmSpec(hold_events=1, backoff_nats=2.0), np.random.default_rng(4)
     nats = np.minimum(random.exponential(40.0, 20_000), MAX_NATS) * (np.arange(20_000) % 3 == 0)
-    codes = follow_alarm(alarm, np.exp(-nats), 0.01, AlarmState(np.zeros(1)), promised)
+    codes = follow_alarm(alarm, np.exp(-nats), 0.01, AlarmState(np.zeros(1)), per_event)
     opened = np.cumsum(codes == OPENED)
     for span in (10, 1000, 20_000):
         most = (opened[span - 1 :] - np.append(0, opened[:-span])).max()
-        assert most <= promised * span + MAX_NATS / 2 + 2
-    assert opened[-1] > promised * 20_000
+        assert most <= per_event * span + MAX_NATS / 2 + 2
+    assert opened[-1] > per_event * 20_000

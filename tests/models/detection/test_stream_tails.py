@@ -1,4 +1,4 @@
-"""Tails of each stream: every number against the oracle for any chunks, and what they promise."""
+"""Tails of each stream: the numbers of the oracle for any chunks, and the shares of events."""
 
 from __future__ import annotations
 
