@@ -83,7 +83,7 @@ docs: ## build the documentation site in build/site; fails on broken links
 	@scripts/setup dev
 	@exec $(BIN)/zensical build --strict --clean $(ARGS)
 
-notebooks: ## make notebooks of the guides about moving in build/notebooks
+notebooks: ## write the guides to moving from another server as notebooks to build/notebooks
 	@scripts/setup dev
 	@exec $(BIN)/python scripts/notebooks build/notebooks
 

@@ -1,4 +1,4 @@
-"""What the Python API adds to a function, and the extras that commands and functions need."""
+"""Functions of the Python API: errors that name the missing extra, and documented arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OF_PACKAGES = {
 
 
 def describe_missing(error: ModuleNotFoundError, user: str, extra: str) -> str:
-    """The error's text, with the extra that `user` needs and how to install it."""
+    """The error's text, with the extra that `user`, a command or function, needs."""
     extra = _OF_PACKAGES.get((error.name or "").partition(".")[0], extra)
     return (
         f"{error}; `{user}` needs `carry[{extra}]`: pip install 'carry[{extra}]' "
@@ -42,7 +42,7 @@ def describe_missing(error: ModuleNotFoundError, user: str, extra: str) -> str:
 
 @contextmanager
 def naming_extra(name: str) -> Iterator[None]:
-    """Names the extra that `carry.NAME` needs in a ModuleNotFoundError; also a decorator."""
+    """Adds the extra that `carry.NAME` needs to a ModuleNotFoundError; also a decorator."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -53,7 +53,7 @@ def naming_extra(name: str) -> Iterator[None]:
 
 
 def add_arguments(function: Callable[..., Any]) -> None:
-    """Document the arguments of a command's function, whose options have types and help texts."""
+    """Document the arguments of a command's function by the help texts and types of its options."""
     hints = get_type_hints(function, include_extras=True)
     lines = [
         f"    {name}: {option.help}\n"

@@ -32,7 +32,7 @@ from models.errors import ImportedModelError, ModelsError
 from models.spec.onnx_network import Axes
 
 TASK_NAME = "task.json"
-"""Input of the process, in its folder; an argument could not have long options."""
+"""JSON input of the worker process, in its folder: arguments have a limited length."""
 RESULT_NAME = "result.json"
 WEIGHTS_NAME = "weights.safetensors"
 GRAPH_NAME = "graph.onnx"
@@ -192,7 +192,9 @@ def convert_isolated(
             message = _output(copy, ERROR_NAME, MAX_RESULT_BYTES, path).decode("utf-8", "replace")
             if message == OUT_OF_MEMORY:
                 message = f"{path}: reading it needs more than {_memory_limit(limits)}"
-            raise ImportedModelError("\n".join(map(printable, message.split("\n"))))
+            raise ImportedModelError(
+                "\n".join(map(replace_control_characters, message.split("\n")))
+            )
         result = _output(copy, RESULT_NAME, MAX_RESULT_BYTES, path)
         weights = _output(copy, WEIGHTS_NAME, limits.file_bytes, path)
         has_graph = (copy.parent / GRAPH_NAME).exists()
@@ -203,8 +205,8 @@ def convert_isolated(
         raise ImportedModelError(f"{path}: the import gave an invalid result: {error}") from error
 
 
-def printable(line: str) -> str:
-    """A line of what a file says, without characters that control a terminal."""
+def replace_control_characters(line: str) -> str:
+    """A line whose text comes from a file, with `?` for each character that is not printable."""
     return "".join(each if each.isprintable() else "?" for each in line)
 
 
@@ -337,7 +339,7 @@ def _memory_limit(limits: Limits) -> str:
 
 
 def main() -> None:
-    """Convert one file in this process, as the task in the working directory says.
+    """Convert one file in this process, by the task in the working directory.
 
     The limits are set before any library reads the file.
     """

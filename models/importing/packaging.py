@@ -27,7 +27,7 @@ from models.importing.isolation import (
     Limits,
     OnnxOptions,
     convert_isolated,
-    printable,
+    replace_control_characters,
 )
 from models.importing.triton_config import MAX_CONFIG_BYTES
 from models.spec.model import parse_spec
@@ -65,7 +65,8 @@ class ImportReport:
                 f"{checks['sequences']} sequences each of {sorted(set(checks['lengths_steps']))} "
                 "steps"
             ]
-        return list(map(printable, [*lines, *(f"note: {note}" for note in self.notes)]))
+        lines += [f"note: {note}" for note in self.notes]
+        return list(map(replace_control_characters, lines))
 
 
 def import_keras_model(

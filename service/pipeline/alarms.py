@@ -104,7 +104,7 @@ class Alarms:
                     at="cursor",
                 )
             before_ms = None if cursor is None else int(cursor)
-            # the cursor is the time of an alarm with the prefix, which the caller may see
+            # a cursor is the time of an alarm, so only of one that the caller may see
             indexed = await self._store.alarms.page(model, before_ms, limit, prefix)
             before_ms = indexed[-1].opened_ms if len(indexed) >= limit else None
             alarms = await self._read(versions, indexed)

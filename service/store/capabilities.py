@@ -159,7 +159,7 @@ class StoredAlarms(Protocol):
         deadline_s: float = math.inf,
     ) -> list[IndexedAlarm]:
         """Read the newest `limit` entries of a model before a time, of streams whose names start
-        with `prefix`, newest first; more if entries have the time of the last one."""
+        with `prefix`, newest first. Further entries of the last one's time are included."""
 
     async def drop(self, alarms: Mapping[IndexedAlarm, bytes]) -> None:
         """Remove entries whose streams have no alarm, unless the state has changed.

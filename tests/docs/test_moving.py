@@ -1,4 +1,4 @@
-"""The pages about moving from another server: states, repeats and races beside the notebooks."""
+"""Guides to moving from another server: states, repeated and concurrent requests."""
 
 from __future__ import annotations
 

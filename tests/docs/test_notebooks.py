@@ -1,4 +1,4 @@
-"""The guides about moving as notebooks, which Jupyter's client executes cell by cell."""
+"""The guides to moving from another server as notebooks, which Jupyter's client executes."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Noteb
         )
 
 
-def test_fastapi(notebooks: Notebooks) -> None:
+def test_guide_moves_a_state_from_fastapi(notebooks: Notebooks) -> None:
     *_, moved, sent, chunk, _ = notebooks.run("move-from-fastapi")
     assert moved == "moved 1, kept 0\n"
     assert sent.startswith("5 [[")
     assert json.loads(chunk)["position"] == 6
 
 
-def test_triton(notebooks: Notebooks) -> None:
+def test_guide_prints_the_outputs_of_triton(notebooks: Notebooks) -> None:
     printed = "".join(notebooks.run("move-from-triton")).splitlines()
     page = [
         text for language, text in blocks("docs/how-to/move-from-triton.md") if language == "text"
@@ -71,13 +71,13 @@ def test_triton(notebooks: Notebooks) -> None:
     np.testing.assert_allclose(numbers, [float(each) for each in page[1].split()], atol=1e-5)
 
 
-def test_tensorflow_serving(notebooks: Notebooks) -> None:
+def test_guide_continues_states_of_tensorflow_serving(notebooks: Notebooks) -> None:
     pytest.importorskip("keras")
     *_, compared, _ = notebooks.run("move-from-tf-serving")
     assert compared == "True\nTrue\n"
 
 
-def test_stream_processors(notebooks: Notebooks) -> None:
+def test_guide_computes_the_outputs_of_stream_processors(notebooks: Notebooks) -> None:
     guide = "move-from-stream-processors"
     (expected,) = (
         text for language, text in blocks(f"docs/how-to/{guide}.md") if language == "json"

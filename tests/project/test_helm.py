@@ -77,7 +77,7 @@ networkPolicy: {enabled: false}
 podDisruptionBudget: {enabled: false}
 settings: {CARRY_DRAIN_S: 0.5, CARRY_LAME_DUCK_S: 0, CARRY_STATE_CACHE_BYTES: 67108864}
 """,
-    "values that YAML reads otherwise": """
+    "values that YAML reads as numbers or aliases if unquoted": """
 image: {tag: "1e3"}
 store: {secret: "1", bundled: {enabled: true, storageClass: "1", storage: "10"}}
 expose: {kind: ingress, className: "1", host: "*.example.com", tlsSecret: "1", from: [{}]}

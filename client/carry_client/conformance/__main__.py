@@ -34,7 +34,7 @@ def _shape(text: str) -> tuple[str, list[int]]:
 
 
 def _line(text: str) -> str:
-    """What a server sent as one line without control characters."""
+    """A text from the server as one line without control characters."""
     return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
 
 

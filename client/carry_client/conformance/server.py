@@ -59,7 +59,7 @@ class Transport:
     def get(self, method: str, *names: str) -> Any:
         """Call a method of the client; messages are returned as JSON."""
         options = self._as_json if method.startswith("get_") else {}
-        if not self.is_http:  # whose client has it for all calls
+        if not self.is_http:  # the HTTP client has one timeout for all calls
             options = {**options, "client_timeout": TIMEOUT_S}
         return getattr(self.client, method)(*names, headers=self._headers, **options)
 

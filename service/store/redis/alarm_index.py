@@ -25,7 +25,7 @@ AT_ONCE: Final = 256
 """Indexes that one call reads, so that no commit waits long behind it."""
 
 SEARCHED_AT_ONCE: Final = 8
-"""The same of a call that searches them for a prefix, and may read each to its end."""
+"""Indexes that one call searches for a prefix; it may read each of them to its end."""
 
 LEAST_ENTRIES: Final = 4
 """Entries that are read of each index at first, and so many times its share of a page."""

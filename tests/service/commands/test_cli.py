@@ -27,7 +27,7 @@ training: {validate_from: 2025-01-02, test_from: 2025-01-03}
 
 
 def test_package_runs_as_the_command(tmp_path: Path) -> None:
-    """Also beside a project's own modules of the names of Carry's packages."""
+    """Also in a folder with modules of its own called `models` and `service`."""
     for name in ("models.py", "service.py"):
         (tmp_path / name).write_text("raise RuntimeError('a module of the project')")
     done = subprocess.run(

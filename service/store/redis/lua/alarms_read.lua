@@ -10,13 +10,13 @@
 
 local most, results, complete_from = tonumber(ARGV[2]), {'-inf'}, -math.huge
 local prefix = ARGV[3]
-local step = prefix == '' and most or 4096 -- an index has no more
+local step = prefix == '' and most or 4096 -- the most that an index has
 for _, key in ipairs(KEYS) do
   local entries = redis.call(
     'ZREVRANGEBYSCORE', key, '(' .. ARGV[1], '-inf', 'WITHSCORES', 'LIMIT', 0, step)
   local count, last = 0, nil
   for i = 1, #entries, 2 do
-    -- all of the time at which the count is reached
+    -- entries of the time at which the count is reached are included
     if count >= most and entries[i + 1] ~= last then
       break
     end

@@ -95,7 +95,7 @@ def test_calls_that_are_not_answered_fail(
 
 
 def test_command_names_wrong_options(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
-    """And closes its connections: what stays open is reported when garbage is collected."""
+    """It also closes its connections: an open one is a warning when garbage is collected."""
     arguments = [service.url, "--model", MODEL]
     assert main([*arguments, "--shape", "rows:1,5,1"]) == 2
     assert "expected --shape of the inputs ['inputs'], got 'rows'" in capsys.readouterr().err
