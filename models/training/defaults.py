@@ -15,6 +15,7 @@ import numpy as np
 
 from models.errors import DataError
 from models.events.calendar import DAY_MS
+from models.events.frame import resolve_forms
 from models.events.schema import EventSchema
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
 from models.spec.model import ModelSpec, schema_of
@@ -160,6 +161,22 @@ def index_warning(spec: ModelSpec, streams: Streams) -> str | None:
     return (
         f"the values of {time.name!r} are read as milliseconds of 1970-01-01, got at most "
         f"{streams.events}: if they count events, multiply them by the milliseconds between two"
+    )
+
+
+def zone_warning(spec: ModelSpec, streams: Streams) -> str | None:
+    """A line if times without an offset are read as UTC because the specification has no zone.
+
+    Args:
+        spec: as it was written: its schema is not fitted.
+    """
+    schema = schema_of(spec)
+    time = resolve_forms(schema, streams.frame).timestamp
+    if time is None or time.without_offset != "local" or "timezone" in schema.model_fields_set:
+        return None
+    return (
+        f"the times of {time.name!r} without an offset are read as UTC: name their zone, such as "
+        "Europe/Vienna, as `timezone` of the events (or UTC, if they are)"
     )
 
 

@@ -44,6 +44,7 @@ from models.training.defaults import (
     index_warning,
     resolve_detection,
     resolve_training,
+    zone_warning,
 )
 from models.training.detection import check_detection, fitted_detection
 from models.training.ensemble import Networks, check_members, merge_members
@@ -266,11 +267,12 @@ def train(
     if derived:
         chosen = ", ".join(f"{name} {value}" for name, value in derived.items())
         progress.say(f"training options from the data: {chosen}")
+    warnings: list[str | None] = [zone_warning(spec, streams)]
     spec = fitted_spec(spec, streams, split.validate)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     network = trained_network(spec)
     plan = plan_of(network, streams, labels, split.validate, split.test)
-    warnings: list[str | None] = [*check_targets(spec, streams, labels, source)]
+    warnings += check_targets(spec, streams, labels, source)
     if quick:
         warnings.append("trained with --quick: train without it before judging the model")
     check_detection(spec, streams, split.validate, split.test)

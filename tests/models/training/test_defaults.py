@@ -17,6 +17,7 @@ from models.training.defaults import (
     index_warning,
     resolve_detection,
     resolve_training,
+    zone_warning,
 )
 from tests.models.detection.test_detector import spec_of as detecting_spec
 from tests.support.training import HOUR_MS
@@ -117,6 +118,21 @@ def test_timestamps_that_count_rows_cause_a_warning() -> None:
     assert index_warning(spec, streams_of(spec, frame)) is None
     counted = frame.with_columns(pl.int_range(1, 801).alias("at"))
     assert "multiply them" in str(index_warning(spec, streams_of(spec, counted)))
+
+
+def test_times_without_an_offset_or_a_named_zone_cause_a_warning() -> None:
+    written = spec_of().model_dump(exclude_unset=True)
+    fields = written["events"]["fields"]
+    frame = frame_of(2, 400)
+    local = frame.with_columns(at=pl.from_epoch("at", time_unit="ms"))
+
+    def warning(frame: pl.DataFrame, events: dict[str, Any]) -> str | None:
+        spec = parse_spec({**written, "events": events})
+        return zone_warning(spec, streams_of(spec, frame))
+
+    assert "'at' without an offset are read as UTC" in str(warning(local, {"fields": fields}))
+    assert warning(local, {"fields": fields, "timezone": "UTC"}) is None
+    assert warning(frame, {"fields": fields}) is None
 
 
 def test_events_of_a_single_moment_have_no_split() -> None:
