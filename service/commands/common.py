@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
@@ -69,7 +70,10 @@ def run_on_store(
 
 @contextmanager
 def open_service(url: str) -> Iterator[Carry]:
-    """Open a client; its errors become `OperatorError`, one readable line."""
+    """Open a client; its errors become `OperatorError`, one readable line.
+
+    A service that does not answer at once is reported on stderr, as calls retry for minutes.
+    """
     # Imported here: it would take a third of the start-up time of every other command.
     from carry_client import Carry, Problem
 
@@ -79,6 +83,11 @@ def open_service(url: str) -> Iterator[Carry]:
         raise OperatorError(str(error)) from error
     try:
         with client:
+            try:
+                client.request("GET", "/health/live")
+            except Problem as problem:
+                if problem.code == "no_answer":
+                    print(f"carry: {problem.detail}; trying again", file=sys.stderr)
             yield client
     except Problem as problem:
         if problem.code == "no_answer":

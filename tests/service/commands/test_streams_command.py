@@ -206,7 +206,10 @@ async def test_requests_that_cannot_be_sent_are_reported(
         for words in (("list", "probe"), ("reset", "probe", "--prefix", "", "--yes")):
             failed = await unavailable(*words)
             assert failed.exit_code == 1
-            assert failed.stderr.startswith("carry: http://127.0.0.1:1 does not answer")
+            first, last = failed.stderr.splitlines()
+            assert first.startswith("carry: expected an answer from http://127.0.0.1:1, got ")
+            assert first.endswith("; trying again")
+            assert last.startswith("carry: http://127.0.0.1:1 does not answer")
     await carry.fill("a")
     for name in (".", ".."):
         for words in (("show", "probe", name), ("delete", "probe", name, "--yes")):
