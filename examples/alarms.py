@@ -31,7 +31,7 @@ from models.spec.detection import AlarmSpec, DetectionFit
 from models.spec.layout import anomaly_size, detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Streams, moment_ms, streams_of
-from models.training.defaults import BACKOFF_NATS, CLOSE_ABOVE, HOLD_EVENTS, TAIL_LEVELS
+from models.training.defaults import BACKOFF_NATS, HOLD_EVENTS, TAIL_LEVELS
 from models.training.detection_baselines import RAW_NATS, Parts, detection_baselines, own_past_nats
 from models.training.evaluate import anomalous_events, detect, run_network
 
@@ -44,9 +44,8 @@ RATES: Final = (0.05, 0.2, 1.0)
 LEVELS: Final = (0.01, 0.001)
 THRESHOLDS: Final = 80
 ZERO: Final = np.zeros(1)
-ALARM: Final = AlarmSpec(
-    hold_events=HOLD_EVENTS, close_above=CLOSE_ABOVE, backoff_nats=BACKOFF_NATS
-)
+ALARM: Final = AlarmSpec(hold_events=HOLD_EVENTS, close_above=0.05, backoff_nats=BACKOFF_NATS)
+"""As when the rule was frozen; the default of `close_above` is lower now."""
 STREAM_TAILS: Final = {"tail_memory_events": 10_000, "tail_levels": TAIL_LEVELS}
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "a tail for each stream": STREAM_TAILS,

@@ -146,9 +146,9 @@ def test_open_options_of_detection_are_resolved_and_named_ones_kept() -> None:
         assert detection is not None
         return detection
 
-    assert resolved().alarm == AlarmSpec(hold_events=6, close_above=0.05, backoff_nats=1)
+    assert resolved().alarm == AlarmSpec(hold_events=6, close_above=0.01, backoff_nats=1)
     named = {"hold_events": 24, "backoff_nats": None}
-    assert resolved(alarm=named).alarm == AlarmSpec(close_above=0.05)
+    assert resolved(alarm=named).alarm == AlarmSpec(close_above=0.01)
     steep = AlarmSpec(hold_events=6, hysteresis=2.0, backoff_nats=1)
     assert resolved(alarm={"hysteresis": 2.0}).alarm == steep
     assert (resolved().tail_memory_events, resolved().tail_levels) == (10_000, TAIL_LEVELS)
