@@ -21,10 +21,12 @@ from examples.flights.__main__ import OUT, SPEC
 from examples.flights.strong_trees import EVENTS, LATE_MINUTES, SETTINGS, without_airport
 from models.artifact.artifact import load_artifact
 from models.artifact.manifest import MANIFEST_NAME
+from models.decoding.losses import score_binary
 from models.pretrained.departures import flight_events
+from models.spec.layout import output_spec
 from models.spec.model import ModelSpec, parse_spec, schema_of
 from models.training.data import moment_ms, split_of, streams_of
-from models.training.evaluate import scored_rows
+from models.training.evaluate import run_network, scored_rows
 from models.training.trainer import train
 from models.training.trees import tree_features
 
@@ -35,6 +37,8 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "96": {"units": 96},
     "96-16": {"units": 96, "epochs": 16},
     "64-strong": {"units": 64, **STRONG},
+    "96-steps": {"units": 96, "epochs": 14, "weigh": "steps"},
+    "96-steps-average": {"units": 96, "epochs": 14, "weigh": "steps", "members": 3},
 }
 """By name, the arguments of `candidate`."""
 TREES = ("trees", "trees-without-airport")
@@ -50,6 +54,8 @@ def candidate(
     weight_decay: float = 1e-4,
     unknown: float = 0.0,
     epochs: int = 8,
+    weigh: str = "windows",
+    members: int = 1,
 ) -> ModelSpec:
     """`spec.yaml` with other layers and regularisation, validated from `VALIDATE_FROM` on.
 
@@ -60,6 +66,8 @@ def candidate(
         weight_decay: of AdamW, on matrices.
         unknown: share of the categories that training hides.
         epochs: over which the learning rate falls to zero.
+        weigh: what has equal weight in the loss, `windows` or `steps`.
+        members: networks, from seeds 1 and following, that are averaged.
     """
     written = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
     layers = written["layers"]
@@ -70,9 +78,16 @@ def candidate(
             layer["rate"] = rate
     if input_rate:
         layers.insert(0, {"kind": "dropout", "rate": input_rate})
-    changed = {"epochs": epochs, "batch_streams": 32, "seeds": 1, "validate_from": VALIDATE_FROM}
-    regularised = {"weight_decay": weight_decay, "unknown_rate": unknown}
-    written["training"].update(changed, **regularised)
+    written["training"] |= {
+        "validate_from": VALIDATE_FROM,
+        "batch_streams": 32,
+        "epochs": epochs,
+        "weigh": weigh,
+        "weight_decay": weight_decay,
+        "unknown_rate": unknown,
+        "seeds": members,
+        "members": members,
+    }
     return parse_spec(written)
 
 
@@ -81,9 +96,17 @@ def network_loss(name: str, frame: pl.DataFrame) -> str:
     path = FITTED / name
     if not (path / MANIFEST_NAME).exists():
         train(candidate(**NETWORKS[name]), frame, path, overwrite=True, source="flights")
-    manifest = load_artifact(path).manifest
-    losses, epoch = manifest["metrics"]["validation"][0], manifest["training"]["best_epochs"][0]
-    return f"{losses['late']:.4f}, epoch {epoch}"
+    artifact = load_artifact(path)
+    spec = artifact.spec
+    streams = streams_of(spec, frame, "flights")
+    outputs = output_spec(spec).by_name(run_network(spec, artifact.weights, streams))
+    begin = moment_ms(schema_of(spec), VALIDATE_FROM, "VALIDATE_FROM")
+    at = scored_rows(streams, begin, split_of(spec).test)
+    late = streams.frame["dep_delay"].to_numpy()[at] > LATE_MINUTES
+    scored = score_binary(outputs["late"][at - 1].astype(np.float64), late.astype(np.float64))
+    loss = scored.losses["log_loss"].mean()
+    epochs = ", ".join(map(str, artifact.manifest["training"]["best_epochs"]))
+    return f"{loss:.4f}, epoch {epochs}"
 
 
 def tree_loss(name: str, frame: pl.DataFrame) -> str:
