@@ -124,9 +124,15 @@ class OutputSpec:
         """Split packed rows [..., O] into named arrays [..., *shape] (views if possible)."""
         lead = rows.shape[:-1]
         return {
-            output.name: rows[..., self.slices[output.name]].reshape((*lead, *output.shape))
-            for output in self.outputs
+            name: rows[..., at].reshape((*lead, *shape)) if len(shape) > 1 else rows[..., at]
+            for name, at, shape in self._columns
         }
+
+    @cached_property
+    def _columns(self) -> list[tuple[str, int | slice, tuple[int, ...]]]:
+        """The name of each output, its columns (of a single number its index), and its shape."""
+        places = zip(self.outputs, self.slices.values(), strict=True)
+        return [(each.name, at if each.shape else at.start, each.shape) for each, at in places]
 
     def attention_by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
         """The attention weight of each step [...] by layer, from packed rows [..., O]."""
