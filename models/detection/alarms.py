@@ -54,21 +54,22 @@ class Tails:
     """The tails of K statistics."""
 
     def __init__(self, tails: Sequence[Tail]):
-        self._threshold = np.array([tail.threshold for tail in tails])
-        self._base = -np.log([tail.exceeded for tail in tails])
-        self._scale = np.array([tail.scale for tail in tails])
-        self._shape = np.maximum([tail.shape for tail in tails], 1e-6)
-        self._slope = self._base / self._threshold
+        threshold = np.array([tail.threshold for tail in tails])
+        base = -np.log([tail.exceeded for tail in tails])
+        scale = np.array([tail.scale for tail in tails])
+        shape = np.maximum([tail.shape for tail in tails], 1e-6)
+        self._parameters = np.stack([threshold, scale, shape, base])
+        self._base, self._slope = base[:, np.newaxis], (base / threshold)[:, np.newaxis]
 
     def nats(self, values: Floats) -> Floats:
         """-log P(X >= value) of values [K, n] that are not negative."""
-        nats = values * self._slope[:, np.newaxis]
-        above = np.flatnonzero(nats > self._base[:, np.newaxis])
+        nats = values * self._slope
+        above = (nats > self._base).ravel().nonzero()[0]
         if len(above):
             column = above // values.shape[1]
-            k = self._shape[column]
-            excess = (values.ravel()[above] - self._threshold[column]) / self._scale[column]
-            beyond = self._base[column] + np.log1p(k * excess) / k
+            threshold, scale, k, base = self._parameters.take(column, axis=1)
+            excess = (values.ravel()[above] - threshold) / scale
+            beyond = base + np.log1p(k * excess) / k
             nats.ravel()[above] = np.minimum(beyond, MAX_NATS)
         return np.asarray(nats)
 

@@ -11,7 +11,6 @@ which the pipeline writes there. The state also has a record of the latest alarm
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -124,7 +123,7 @@ class Detector:
         size, parameters = self._channels.max_steps, outputs[..., self._parameters]
         for at in range(0, rows.shape[1], size):
             part = slice(at, min(at + size, rows.shape[1]))
-            kept = np.clip(lengths - at, 0, part.stop - at)
+            kept = np.minimum(np.maximum(lengths - at, 0), part.stop - at)
             parts = StateParts(state, kept, part.stop - at, self._parts)
             for name, values in self._scores(rows[:, part], parameters[:, part], parts).items():
                 scored[:, part, self._places[name]] = values.transpose(1, 2, 0)
@@ -138,14 +137,14 @@ class Detector:
         deviations = self._channels.follow(rows, parameters, parts)
         scores = self._scorer.score(deviations, parts)
         events = deviations.events
-        probability, weights = np.exp(-scores.nats), cache(scores.weights)
+        probability, weights = np.exp(-scores.nats), None
         outputs: dict[str, Floats] = {"probability": probability[np.newaxis]}
-        outputs |= self._follow_alarms(deviations, scores, probability, weights, parts)
         if "deviation" in self._outputs:
             outputs["deviation"] = deviations.z
         if "share" in self._outputs:
-            by_channel = weights()
-            outputs["share"] = by_channel / by_channel.sum(axis=0)
+            weights = scores.weights()
+            outputs["share"] = weights / weights.sum(axis=0)
+        outputs |= self._follow_alarms(deviations, scores, probability, weights, parts)
         described = self._channels.forecasts.describe(
             self._described, events.values, events.present, events.parameters
         )
@@ -157,22 +156,22 @@ class Detector:
         deviations: Deviations,
         scores: Scores,
         probability: Floats,
-        weights: Callable[[], Floats],
+        weights: Floats | None,
         parts: StateParts,
     ) -> dict[str, Floats]:
         """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
         after, lengths = parts.after, parts.lengths
-        thresholds = np.full(len(after), self._threshold)
-        per_event = np.full(len(after), self._alarm.false_alarms_per_day / self._events_per_day)
-        for row in np.flatnonzero(after[:, self._rate_at]).tolist():
+        thresholds = [self._threshold] * len(after)
+        per_event = [self._alarm.false_alarms_per_day / self._events_per_day] * len(after)
+        for row in after[:, self._rate_at].nonzero()[0].tolist():
             rate = float(after[row, self._rate_at])
             thresholds[row] = self._fit.threshold(rate)
             per_event[row] = max(rate, 0.0) / self._events_per_day
         names = ("alarm", *(name for name in OF_THE_ALARM if name in self._outputs))
         outputs = {name: np.zeros((1, *probability.shape)) for name in names}
         active = after[:, self._alarm_at.start] != 0
-        active |= (probability <= thresholds[:, np.newaxis]).any(axis=1)
-        for row in np.flatnonzero(active).tolist():
+        active |= (probability <= np.array(thresholds)[:, np.newaxis]).any(axis=1)
+        for row in active.nonzero()[0].tolist():
             own = AlarmState(after[row, self._alarm_at], *after[row, self._backoff].tolist())
             length, threshold = lengths[row], thresholds[row]
             codes = follow_alarm(
@@ -186,7 +185,9 @@ class Detector:
                 continue
             record = self._record(codes, scores.nats[row, :length], after[row])
             if record.at_peak is not None:
-                channel = int(np.argmax(weights()[:, row, record.at_peak]))
+                if weights is None:
+                    weights = scores.weights()
+                channel = int(np.argmax(weights[:, row, record.at_peak]))
                 excess = self._excess(deviations, scores.long, channel, row, record.at_peak)
                 after[row, self._parts["alarm_cause"]] = channel, excess
             by_threshold = record.peaks / -np.log(thresholds[row])
@@ -194,15 +195,17 @@ class Detector:
                 if name in outputs:
                     outputs[name][0, row, record.events] = values
         if self._backoff:
-            self._count_events(after, np.where(active, 0, lengths), per_event)
+            self._count_events(after, lengths * ~active, per_event)
         return outputs
 
-    def _count_events(self, after: FloatRows, lengths: NDArray[Any], per_event: Floats) -> None:
+    def _count_events(
+        self, after: FloatRows, lengths: NDArray[Any], per_event: list[float]
+    ) -> None:
         """Count events since the latest alarm. At `MANY_EVENTS` the excess alarms are lowered by as
         many, and the count restarts, so that it stays exact in float32."""
         since, excess = self._backoff
         after[:, since] += lengths
-        for row in np.flatnonzero(after[:, since] >= MANY_EVENTS).tolist():
+        for row in (after[:, since] >= MANY_EVENTS).nonzero()[0].tolist():
             after[row, since] -= MANY_EVENTS
             lowered = after[row, excess] - per_event[row] * MANY_EVENTS
             after[row, excess] = max(lowered, 0.0)
@@ -266,7 +269,7 @@ class DetectingStep:
         Returns:
             Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the states after them.
         """
-        own, detection = np.split(states, [self._size], axis=1)
+        own, detection = states[:, : self._size], states[:, self._size :]
         outputs, stepped = self._network(rows, lengths, np.ascontiguousarray(own))
         detected, after = self._detector.step(rows, lengths, outputs, detection)
         return detected, np.concatenate([stepped, after], axis=1)

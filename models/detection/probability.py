@@ -97,14 +97,18 @@ class StreamScorer:
         labels = [each.label for each in detection.channels_of(head.targets, events)]
         names = [each.target for each in detection.channels_of(head.targets, events)]
         numeric = [t for t in head.targets if isinstance(events.field(t), NumericField)]
-        # of the level of each numeric target, then of its change; without it of the first
+        # of the level of each numeric target, and of its change; without it of the first
         self._places = [
-            labels.index(label) if (label := f"{target}.{kind}") in labels else names.index(target)
+            columns_of(
+                [
+                    labels.index(x) if (x := f"{t}.{kind}") in labels else names.index(t)
+                    for t in numeric
+                ]
+            )
             for kind in ("level", "change")
-            for target in numeric
+            if numeric
         ]
-        places = [head.targets.index(target) for target in numeric]
-        self._numeric = columns_of(places)
+        self._numeric = columns_of([head.targets.index(target) for target in numeric])
 
     def score(self, deviations: Deviations, parts: StateParts) -> Scores:
         """Score events, given their deviations; updates the states."""
@@ -141,7 +145,8 @@ class StreamScorer:
             off, shape = squares + LEAST, cubes.shape[1:]
             parts = cubes[:-1].reshape(2, -1, *shape).sum(axis=1, keepdims=True)
             off *= parts / off.sum(axis=1, keepdims=True)
-            np.add.at(by_channel, self._places, off.reshape(-1, *shape))
+            for places, of_kind in zip(self._places, off, strict=True):
+                by_channel[places] += of_kind
         by_channel += LEAST
         return by_channel
 

@@ -58,6 +58,7 @@ class StreamTails:
         self._levels, self._distances = levels[:, np.newaxis], np.diff(levels)[:, np.newaxis]
         self._weights = np.where(self._levels[1:] <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)
         self._prior = self._weights * np.exp(-self._distances)
+        self._from_level = np.triu(np.ones((len(levels), len(levels))))
         # the last level below each multiple of LEVEL_STEP
         multiples = np.arange(0.0, MAX_NATS + 2 * LEVEL_STEP, LEVEL_STEP)
         self._level_of = np.searchsorted(levels, multiples, side="right") - 1
@@ -79,7 +80,7 @@ class StreamTails:
         filled = parts.before("tail_filled")[0] % BLOCK
         # the place of each event in a table [K, levels, B]
         multiple = (nats * (1.0 / LEVEL_STEP)).astype(np.intp)
-        place = np.take(self._level_of, multiple, mode="clip")
+        place = self._level_of.take(multiple, mode="clip")
         place *= batch
         place += _first_places(size, len(self._levels), batch)
         after = filled + parts.lengths
@@ -106,7 +107,7 @@ class StreamTails:
         """How many events [K, levels, B] of the counted ones are above each level."""
         places = place.ravel() if counted is None else place[counted]
         found = np.bincount(places, minlength=prod(shape)).reshape(shape)
-        return np.cumsum(found[:, ::-1], axis=1, dtype=np.float64)[:, ::-1]
+        return np.asarray(np.matmul(self._from_level, found))
 
     def _own_nats(self, counts: Floats, nats: Floats, place: NDArray[np.intp]) -> Floats:
         """A stream's own nats [K, B, T] of pooled ones, by their places in tables of counts."""
@@ -117,11 +118,11 @@ class StreamTails:
         slope, start = np.empty(counts.shape), np.zeros(counts.shape)
         np.divide(steps, self._distances, out=slope[:, :-1])
         slope[:, -1] = slope[:, -2]
-        np.cumsum(steps, axis=1, out=start[:, 1:])
+        np.add.accumulate(steps, axis=1, out=start[:, 1:])
         start -= slope * self._levels
-        own = np.take(slope, place)
+        own = slope.take(place)
         own *= nats
-        own += np.take(start, place)
+        own += start.take(place)
         return own
 
 
