@@ -384,7 +384,7 @@ class Channels:
 
     def _by_channel(self, by_target: NDArray[Any]) -> NDArray[Any]:
         """Repeat values of targets [D, ...] by channel [C, ...]; of a single target [1, ...]."""
-        return by_target if self._targets == 1 else by_target[self._target]
+        return by_target if self._targets == 1 else by_target.take(self._target, axis=0)
 
     def _values(
         self, events: Events, seen: Bools, count: Floats, parts: StateParts
