@@ -349,7 +349,10 @@ def main() -> None:
         _set_limit(name, most)
     try:
         convert(task)
-    except MemoryError:
+    except (MemoryError, ImportError) as error:
+        # a library that does not fit fails to load, and the loader has no other error for it
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
         _write_error(OUT_OF_MEMORY)
 
 

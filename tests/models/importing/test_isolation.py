@@ -93,7 +93,7 @@ def test_import_fails_at_the_memory_limit(tmp_path: Path) -> None:
     ("limits", "words"),
     [
         (Limits(time_s=1), "took longer than 1 s"),
-        (Limits(memory_bytes=2**26), "the process that read it"),
+        (Limits(memory_bytes=2**26), "reading it needs more than 64 MiB of memory"),
         (Limits(open_files=3), "the process that read it"),
         (Limits(file_bytes=100), "expected a file of at most 100 bytes"),
     ],
