@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -91,6 +91,24 @@ app.command("alarms")(list_alarms)
 def print_version() -> None:
     """Print the version."""
     typer.echo(version("carry"))
+
+
+def _print_and_exit(is_asked: bool) -> None:
+    if is_asked:
+        print_version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_and_exit, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from contextlib import closing
+from importlib.metadata import version
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the cases and return the exit status."""
     parser = argparse.ArgumentParser("python -m carry_client.conformance", description=__doc__)
     add = parser.add_argument
+    add("--version", action="version", version=version("carry-client"))
     add("url", help="such as http://127.0.0.1:8000")
     add("--model", required=True, help="a model with numeric inputs")
     add("--grpc", default="", metavar="HOST:PORT", help="address of gRPC")

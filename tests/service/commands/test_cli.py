@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_package_runs_as_the_command(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage: carry [OPTIONS] COMMAND" in done.stdout
+
+
+def test_the_version_is_an_option_and_a_command() -> None:
+    outputs = [CliRunner().invoke(cli.app, [word]) for word in ("--version", "version")]
+    assert [each.output for each in outputs] == [f"{version('carry')}\n"] * 2
+    assert [each.exit_code for each in outputs] == [0, 0]
 
 
 def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
