@@ -153,6 +153,20 @@ def calendar_warning(spec: ModelSpec, streams: Streams, before_key: int) -> str 
     )
 
 
+def quick_warning(spec: ModelSpec) -> str:
+    """What a quick training leaves out.
+
+    Args:
+        spec: as it was written.
+    """
+    networks = unresolved_training_of(spec).networks
+    one = f", one network instead of {networks}" if networks > 1 else ""
+    return (
+        f"trained with --quick, a quarter of the epochs{one}: train without it before judging the "
+        "model"
+    )
+
+
 def index_warning(spec: ModelSpec, streams: Streams) -> str | None:
     """A line if the timestamps count rows or events, from 0 or 1, instead of milliseconds."""
     time = schema_of(spec).timestamp

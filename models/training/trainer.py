@@ -42,6 +42,7 @@ from models.training.data import fitted_spec, split_of, streams_of, training_of
 from models.training.defaults import (
     calendar_warning,
     index_warning,
+    quick_warning,
     resolve_detection,
     resolve_training,
     zone_warning,
@@ -262,19 +263,18 @@ def train(
     """
     progress = Progress(Console(quiet=quiet))
     streams = streams_of(spec, frame, source)
+    warnings: list[str | None] = [quick_warning(spec) if quick else None]
     spec, derived = resolve_training(resolve_detection(spec), streams, source, quick=quick)
     training, split = training_of(spec), split_of(spec)
     if derived:
         chosen = ", ".join(f"{name} {value}" for name, value in derived.items())
         progress.say(f"training options from the data: {chosen}")
-    warnings: list[str | None] = [zone_warning(spec, streams)]
+    warnings.append(zone_warning(spec, streams))
     spec = fitted_spec(spec, streams, split.validate)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     network = trained_network(spec)
     plan = plan_of(network, streams, labels, split.validate, split.test)
     warnings += check_targets(spec, streams, labels, source)
-    if quick:
-        warnings.append("trained with --quick: train without it before judging the model")
     check_detection(spec, streams, split.validate, split.test)
     if training.members > 1:
         check_members(spec)

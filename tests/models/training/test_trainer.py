@@ -152,6 +152,13 @@ def test_of_several_seeds_the_best_by_validation_is_kept(frame, tmp_path, monkey
     assert "kept epoch 2 of seed 6" in printed
 
 
+def test_a_quick_training_says_that_seeds_are_left_out(frame, tmp_path, monkeypatch, capsys):
+    train_nothing(monkeypatch)
+    result = train(latch_spec(seeds=3, epochs=1), frame, tmp_path / "model", quick=True)
+    assert "warning: trained with --quick" in capsys.readouterr().out
+    assert "one network instead of 3" in result.warnings[0]
+
+
 def test_several_of_the_seeds_are_merged(frame, tmp_path, monkeypatch):
     """The best by validation, in the order of their seeds."""
     losses = iter([2.0, 3.0, 1.0])
