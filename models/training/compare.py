@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
@@ -38,12 +38,11 @@ from models.training.scores import (
     score_cell,
     stream_scales,
 )
-from models.training.verdicts import HIGHER_IS_BETTER, direction
+from models.training.verdicts import direction, judge_difference
 
 OTHER: Final = "other"
 Scales = tuple[ModelSpec, Mapping[str, Floats]]
 """The spec of A, and its `stream_scales`."""
-Verdict = Literal["better", "worse", "level"]
 """Of B: whether the interval of its difference to A is on one side of zero."""
 
 
@@ -245,16 +244,11 @@ def _add_verdict(compared: dict[str, Any]) -> dict[str, Any]:
     """The comparison of one head, with its verdict by the first metric."""
     scores, difference = compared["scores"], compared["difference"][OTHER]
     metric = next(iter(scores[MODEL]))
-    low, high = difference[metric]["interval"]
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    verdict: Verdict = "level"
-    if low > 0 or high < 0:
-        verdict = "worse" if sign * low > 0 else "better"
     return {
         "metric": metric,
         "scores": {"a": scores[MODEL], "b": scores[OTHER]},
         "difference": difference,
-        "verdict": verdict,
+        "verdict": judge_difference(metric, difference[metric]["interval"]),
     }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from models.training.scores import MODEL
 
+Verdict = Literal["better", "worse", "level"]
 HIGHER_IS_BETTER = frozenset({"auc", "vus_pr"})
 NAIVE = ("last value", "base rate", "random")
 """Baselines without a model: a network that is worse than one of them is not to be served."""
@@ -18,6 +20,18 @@ def direction(metric: str) -> str:
     return f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)"
 
 
+def judge_difference(metric: str, interval: Sequence[float]) -> Verdict:
+    """What a model is that differs so from another: level with it if the interval contains zero.
+
+    Args:
+        interval: low and high end of the model's score minus the other's.
+    """
+    low, high = interval
+    if not (low > 0 or high < 0):
+        return "level"
+    return "better" if (low > 0) == (metric in HIGHER_IS_BETTER) else "worse"
+
+
 def verdicts(report: dict[str, Any], detecting: str | None = None) -> list[dict[str, Any]]:
     """Baselines that the model is better and worse than, by head and by target of a decoder.
 
@@ -25,39 +39,36 @@ def verdicts(report: dict[str, Any], detecting: str | None = None) -> list[dict[
         detecting: the head that detection reads, if there is one.
 
     Returns:
-        Dicts with `head`, `metric` (the first of the head's), `better_than` and `worse_than`
-        (names of baselines, by their mean), `worse_than_naive` (one of `NAIVE`, or None), and
+        Dicts with `head`, `metric` (the first of the head's), `better_than`, `worse_than` and
+        `level_with` (names of baselines, by the interval of their difference; of a decoder and of
+        detection by their mean), `worse_than_naive` (one of `NAIVE`, or None), and
         `is_for_detection`, whether the head's forecast serves detection. Detection that was scored
         against labels has one too, `HEAD.alarm`, by VUS-PR.
     """
-    found = [
-        _verdict(name, metric, {other: each[metric]["value"] for other, each in scores.items()})
-        for name, head in report["heads"].items()
-        for scores in (head["scores"],)
-        for metric in (next(iter(scores[MODEL])),)
-    ]
+    found = []
+    for name, head in report["heads"].items():
+        metric = next(iter(head["scores"][MODEL]))
+        intervals = {other: each[metric]["interval"] for other, each in head["difference"].items()}
+        found.append(_verdict(name, metric, intervals))
     for verdict in found:
         verdict["is_for_detection"] = verdict["head"] == detecting
     for name, target in report.get("decoder", {}).get("targets", {}).items():
         means = {other: _mean(steps) for other, steps in target["mae"].items()}
         known = {other: mean for other, mean in means.items() if mean is not None}
         if MODEL in known:
-            found.append(_verdict(f"decoder.{name}", "mae", known))
+            found.append(_verdict(f"decoder.{name}", "mae", _differences(known)))
     baselines = report.get("detection_baselines", {})
     areas = {name: each["vus_pr"] for name, each in baselines.items()}
     areas[MODEL] = report.get("detection", {}).get("vus_pr")
     if baselines and areas[MODEL] is not None:
-        found.append(_verdict(f"{detecting}.alarm", "vus_pr", areas))
+        found.append(_verdict(f"{detecting}.alarm", "vus_pr", _differences(areas)))
     return found
 
 
 def verdict_line(verdict: dict[str, Any]) -> str:
     """One verdict as a line."""
-    parts = []
-    if verdict["better_than"]:
-        parts.append(f"better than {_names(verdict['better_than'])}")
-    if verdict["worse_than"]:
-        parts.append(f"worse than {_names(verdict['worse_than'])}")
+    kinds = ("better_than", "level_with", "worse_than")
+    parts = [f"{kind.replace('_', ' ')} {_names(verdict[kind])}" for kind in kinds if verdict[kind]]
     head, naive = verdict["head"], verdict["worse_than_naive"]
     line = f"{head}: {'; '.join(parts) or 'no baseline to compare with'}"
     line += f", by {direction(verdict['metric'])}"
@@ -77,20 +88,25 @@ def verdict_line(verdict: dict[str, Any]) -> str:
     )
 
 
-def _verdict(head: str, metric: str, values: dict[str, float]) -> dict[str, Any]:
-    own = values[MODEL]
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    worse = [name for name, value in values.items() if sign * (own - value) > 0]
-    better = [name for name in values if name not in (MODEL, *worse)]
-    naive = next((name for name in NAIVE if name in worse), None)
+def _verdict(head: str, metric: str, intervals: dict[str, Sequence[float]]) -> dict[str, Any]:
+    """The verdict by the intervals of each baseline minus the model."""
+    judged = {name: judge_difference(metric, each) for name, each in intervals.items()}
+    worse = [name for name, baseline in judged.items() if baseline == "better"]
     return {
         "head": head,
         "metric": metric,
-        "better_than": better,
+        "better_than": [name for name, baseline in judged.items() if baseline == "worse"],
+        "level_with": [name for name, baseline in judged.items() if baseline == "level"],
         "worse_than": worse,
-        "worse_than_naive": naive,
+        "worse_than_naive": next((name for name in NAIVE if name in worse), None),
         "is_for_detection": False,
     }
+
+
+def _differences(values: dict[str, float]) -> dict[str, Sequence[float]]:
+    """Each baseline minus the model, where there are only means."""
+    own = values[MODEL]
+    return {name: (value - own,) * 2 for name, value in values.items() if name != MODEL}
 
 
 def _mean(steps: list[float | None]) -> float | None:

@@ -21,7 +21,13 @@ from models.training.verdicts import verdict_lines, verdicts
 def report_of(model: float, **baselines: float) -> dict[str, Any]:
     names = {"model": model, **{name.replace("_", " "): v for name, v in baselines.items()}}
     scores = {name: {"pinball": {"value": value}} for name, value in names.items()}
-    return {"heads": {"next": {"scores": scores}}, "warnings": ["slow"]}
+    difference = {
+        name: {"pinball": {"interval": [value - model - 0.05, value - model + 0.05]}}
+        for name, value in names.items()
+        if name != "model"
+    }
+    head = {"scores": scores, "difference": difference}
+    return {"heads": {"next": head}, "warnings": ["slow"]}
 
 
 def test_a_model_worse_than_the_last_value_gets_that_verdict() -> None:
@@ -31,6 +37,7 @@ def test_a_model_worse_than_the_last_value_gets_that_verdict() -> None:
         "head": "next",
         "metric": "pinball",
         "better_than": ["running mean"],
+        "level_with": [],
         "worse_than": ["last value"],
         "worse_than_naive": "last value",
         "is_for_detection": False,
@@ -45,6 +52,15 @@ def test_a_model_worse_than_the_last_value_gets_that_verdict() -> None:
     assert line == (
         "next: better than last value; worse than boosted trees, by pinball (lower is better)"
     )
+
+
+def test_a_difference_that_may_be_chance_is_level_as_in_a_comparison() -> None:
+    (found,) = verdicts(report_of(0.5, last_value=0.46, boosted_trees=0.4, running_mean=0.54))
+    assert found["level_with"] == ["last value", "running mean"]
+    assert found["worse_than_naive"] is None
+    ((line, is_worse),) = verdict_lines({"verdicts": [found]})
+    assert not is_worse
+    assert "next: level with last value and running mean; worse than boosted trees," in line
 
 
 def test_a_model_for_detection_is_judged_as_a_forecast_and_by_its_alarms() -> None:
