@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import httpx
 
 from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
-from carry_client.errors import NoAnswer
+from carry_client.errors import NoAnswer, cut_causes
 from carry_client.wire import UNAVAILABLE, Addresses, Request, Response, http_timeout
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class AsyncDriver:
             )
         except httpx.HTTPError as error:
             self._addresses.fail_over(url)
-            raise NoAnswer(error, url) from error
+            raise NoAnswer(error, url) from cut_causes(error)
         finally:
             self._idle.append(client)
         if response.status_code == UNAVAILABLE:

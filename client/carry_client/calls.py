@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, TypeVar
 
-from carry_client.errors import Problem
+from carry_client.errors import NoAnswer, Problem
 from carry_client.retry import Retry
 from carry_client.types import Encoding
 from carry_client.wire import MEDIA, Request, encode_body, media_headers, read_response
@@ -121,7 +121,13 @@ class Attempts:
             if self._session.clock() + delay_s >= self._end_s:
                 raise problem
             extra = {"code": problem.code}
-            LOG.info("retrying in %.2f s after %s", delay_s, problem, extra=extra)
+            if isinstance(problem, NoAnswer) and not self._session.has_warned:
+                self._session.has_warned = True
+                limit_s = self._session.deadline_s
+                text = "%s; retrying until %g s after the first attempt"
+                LOG.warning(text, problem, limit_s, extra=extra)
+            else:
+                LOG.info("retrying in %.2f s after %s", delay_s, problem, extra=extra)
         finally:
             # it would refer to itself by its traceback, and keep the callers' frames
             del problem
@@ -135,6 +141,7 @@ class Session:
     Attributes:
         timeout_s: how long one attempt may take; the service learns it from `Carry-Timeout`.
         deadline_s: how long a call may take with all its attempts.
+        has_warned: whether a retry after no answer was logged as a warning.
     """
 
     def __init__(
@@ -150,6 +157,7 @@ class Session:
         if encoding not in MEDIA:
             raise ValueError(f"encoding: expected msgpack or json, got {encoding!r}")
         self.encoding, self.timeout_s, self.deadline_s = encoding, timeout_s, deadline_s
+        self.has_warned = False
         self.clock = clock
         self.random = random or Random()  # noqa: S311
         self._headers = {**media_headers(encoding), **(headers or {})}

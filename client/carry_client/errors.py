@@ -197,6 +197,12 @@ class NoAnswer(Problem):
         super().__init__(0, "no_answer", detail, is_retryable=True)
 
 
+def cut_causes(error: BaseException) -> BaseException:
+    """The error of a library without its traceback and causes, which repeat it at each layer."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 class BadRequest(Problem):
     """The request is invalid: nothing was looked up and nothing changed."""
 

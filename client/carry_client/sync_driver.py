@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import httpx
 
 from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
-from carry_client.errors import NoAnswer
+from carry_client.errors import NoAnswer, cut_causes
 from carry_client.wire import UNAVAILABLE, Addresses, Request, Response, http_timeout
 
 _PUT_S: Final = 0.5
@@ -58,7 +58,7 @@ class Driver:
             )
         except httpx.HTTPError as error:
             self._addresses.fail_over(url)
-            raise NoAnswer(error, url) from error
+            raise NoAnswer(error, url) from cut_causes(error)
         if response.status_code == UNAVAILABLE:
             self._addresses.fail_over(url)
         return Response.of(response)

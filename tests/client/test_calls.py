@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from random import Random
 from typing import Any
 
@@ -79,6 +80,18 @@ def test_no_attempt_begins_after_the_deadline() -> None:
         driver.run(driver.session.request("GET", "/x"))
     assert driver.now_s <= 120 + 1
     assert "carry-timeout" not in driver.sent[0].headers
+
+
+def test_a_client_warns_once_that_it_retries_without_an_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    driver = Driver(REFUSED, REFUSED, response(200, b"[1]"), REFUSED, response(200, b"[1]"))
+    with caplog.at_level(logging.WARNING, "carry_client"):
+        driver.run(driver.session.request("GET", "/x"))
+        driver.run(driver.session.request("GET", "/x"))
+    assert len(driver.sent) == 5
+    (line,) = caplog.messages
+    assert line == f"{REFUSED}; retrying until 120 s after the first attempt"
 
 
 def test_backoff_grows_with_jitter_up_to_two_seconds() -> None:

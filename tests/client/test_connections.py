@@ -7,6 +7,7 @@ import gc
 import os
 import ssl
 import threading
+import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -87,6 +88,20 @@ def test_client_fails_over_to_the_next_address(
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+async def test_unreachable_service_is_no_answer_with_one_cause() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    expected = f"expected an answer from {url}, got "
+    with Carry(url, deadline_s=0.2) as carry, pytest.raises(NoAnswer, match=expected) as raised:
+        carry.model("small").describe()
+    async with AsyncCarry(url, deadline_s=0.2) as other:
+        with pytest.raises(NoAnswer, match=expected) as asynchronous:
+            await other.model("small").describe()
+    for error in (raised.value, asynchronous.value):
+        shown = "".join(traceback.format_exception(error))
+        assert shown.count("was the direct cause of") == 1
+        assert "During handling" not in shown
+
+
 def test_a_forked_process_opens_its_own_connections(
     small: Stream, standin: Standin, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:

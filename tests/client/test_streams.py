@@ -18,7 +18,6 @@ from carry_client import (
     AsyncCarry,
     Carry,
     Model,
-    NoAnswer,
     Progress,
     Reply,
     Stream,
@@ -27,7 +26,6 @@ from carry_client import (
     errors,
 )
 from tests.service.commands.replay.standin import Standin
-from tests.support.servers import free_port
 
 CHUNK = 8
 Events = list[dict[str, Any]]
@@ -313,14 +311,6 @@ def test_rejected_chunk_is_raised_with_its_facts(
     with pytest.raises(errors.InvalidInput, match="invalid_input"):
         small.send(events[:2])
     assert small.send(events[:2]).position == 2
-
-
-def test_unreachable_service_is_no_answer() -> None:
-    with (
-        Carry(f"http://127.0.0.1:{free_port()}", deadline_s=0.2) as carry,
-        pytest.raises(NoAnswer, match=f"expected an answer from {carry.url}, got "),
-    ):
-        carry.model("small").describe()
 
 
 def test_wrong_arguments_are_rejected_before_any_request(tmp_path: Path) -> None:
