@@ -252,7 +252,8 @@ def _(server: Server) -> None:
     text, path = json.dumps(body).encode(), f"/v2/models/{server.model}/infer"
     headers = {"inference-header-content-length": str(len(text))}
     content = text + bytes(len(body["inputs"]))
-    expect_error("a tensor of one byte", server.raw.post, path, content=content, headers=headers)
+    options = {"content": content, "headers": headers}
+    expect_error("a tensor of one byte", server.request, "POST", path, **options)
 
 
 @case("HTTP: model configuration", "extension_model_configuration.md", "model_configuration")

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 import numpy as np
 from numpy.typing import NDArray
@@ -59,9 +60,18 @@ class Transport:
     def get(self, method: str, *names: str) -> Any:
         """Call a method of the client; messages are returned as JSON."""
         options = self._as_json if method.startswith("get_") else {}
-        if not self.is_http:  # the HTTP client has one timeout for all calls
-            options = {**options, "client_timeout": TIMEOUT_S}
-        return getattr(self.client, method)(*names, headers=self._headers, **options)
+        return self._call(method, *names, headers=self._headers, **options)
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the client, which has `TIMEOUT_S` altogether.
+
+        The timeouts of the HTTP client are of each byte; gevent, which it waits by, ends the call.
+        """
+        send = getattr(self.client, method)
+        if not self.is_http:
+            return send(*arguments, client_timeout=TIMEOUT_S, **options)
+        with import_module("gevent").Timeout(TIMEOUT_S, _late()):
+            return send(*arguments, **options)
 
     def call(
         self,
@@ -94,9 +104,7 @@ class Transport:
     def infer(self, model: str, tensors: Tensors, **options: Any) -> Reply:
         """Send an inference request; `options` are those of `call` and of the client."""
         call = self.call(tensors, **options)
-        if not self.is_http:
-            call["client_timeout"] = TIMEOUT_S
-        return self.read(self.client.infer(model, headers={**self._headers}, **call))
+        return self.read(self._call("infer", model, headers={**self._headers}, **call))
 
     def read(self, result: Any) -> Reply:
         """The reply in a result of the client."""
@@ -144,7 +152,7 @@ class Server:
         headers: Mapping[str, str] | None = None,
     ):
         self.model, parts, headers = model, urlsplit(url), headers or {}
-        self.raw = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
+        self._raw = partial(httpx.AsyncClient, base_url=url, headers=headers, timeout=None)
         self.http = Transport("http", parts.netloc + parts.path, headers, parts.scheme == "https")
         self._connect = partial(Transport, "grpc", grpc, headers) if grpc else None
         try:
@@ -162,13 +170,12 @@ class Server:
             for each in self.metadata["inputs"]
             if (name := each["name"]) in (shapes or {name})
         }
-        config = self.raw.get(f"/v2/models/{self.model}/config")
+        config = self.request("GET", f"/v2/models/{self.model}/config")
         self.has_config = config.status_code == httpx.codes.OK
         self.is_stateful = self.has_config and "sequence_batching" in config.json()
 
     def close(self) -> None:
         """Close all connections."""
-        self.raw.close()
         for transport in ("http", "grpc"):
             if transport in vars(self):
                 vars(self)[transport].client.close()
@@ -215,7 +222,24 @@ class Server:
     def post(self, content: Any) -> httpx.Response:
         """Send a body: bytes as they are, anything else as JSON."""
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        return self.raw.post(f"/v2/models/{self.model}/infer", content=body)
+        return self.request("POST", f"/v2/models/{self.model}/infer", content=body)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Send one request as it is; its whole reply arrives within `TIMEOUT_S`.
+
+        Raises:
+            Failure: it does not.
+        """
+
+        async def send() -> httpx.Response:
+            async with self._raw() as client:
+                with anyio.fail_after(TIMEOUT_S):
+                    return await client.request(method, path, **options)
+
+        try:
+            return anyio.run(send)
+        except TimeoutError:
+            raise _late() from None
 
     def sequence(
         self, transport: Transport, *seeds: int, sequence_id: int | str = 0
@@ -228,6 +252,10 @@ class Server:
             self.infer(transport, seed, sequence_start=at == 0, **options).outputs
             for at, seed in enumerate(seeds)
         ]
+
+
+def _late() -> Failure:
+    return Failure(f"expected a whole reply within {TIMEOUT_S:g} s")
 
 
 def new_id() -> int:

@@ -8,7 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from carry_client.conformance import cases
 from carry_client.conformance import server as server_module
 from carry_client.conformance.__main__ import main
 from carry_client.conformance.cases import CASES, FAIL, PASS, UNSUPPORTED, Case, expect
-from carry_client.conformance.server import Server
+from carry_client.conformance.server import Failure, Server
 from tests.support.post_tables import INPUT
 from tests.support.service import Service, running
 
@@ -92,6 +93,43 @@ def test_calls_that_are_not_answered_fail(
         silent.stop(None).wait()
     assert outcome == FAIL
     assert "Deadline Exceeded" in reason
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("slow", ["/v2", "/v2/models/m/config"])
+def test_a_reply_that_comes_byte_by_byte_has_a_limit(
+    monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """Each byte is in time; as a head, and without an end."""
+    ended = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != slow:
+                document: dict[str, Any] = {"name": "m", "extensions": [], "inputs": []}
+                body = json.dumps({**document, "outputs": []}).encode()
+                self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
+                self.wfile.write(body)
+                return
+            with suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
+                while not ended.wait(0.1):
+                    self.wfile.write(b"x")
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr(server_module, "TIMEOUT_S", 1.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow_server:
+        thread = threading.Thread(target=slow_server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with pytest.raises(Failure, match=r"expected a whole reply within 1 s"):
+                Server(f"http://127.0.0.1:{slow_server.server_port}", "m")
+        finally:
+            ended.set()
+            slow_server.shutdown()
+            thread.join()
 
 
 def test_command_names_wrong_options(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
