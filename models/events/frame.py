@@ -6,8 +6,8 @@ and dates and times without an offset (in the schema's time zone, of two possibl
 are read unless the field's options reject them. `resolve_forms` sets these options to the forms
 that the training table has, so that the service accepts what training accepted. Everything else is
 rejected: values with row and column, all of them at once (`canonical_frame`), and columns of a type
-that the field has not; so are integers that are probably epoch seconds (`EPOCH_SECONDS`), which
-would be dates in 1970.
+that the field has not; so are columns of integers that are all probably epoch seconds
+(`EPOCH_SECONDS`), which would be dates in 1970.
 
 Polars is used here, but not in serving.
 """
@@ -26,6 +26,7 @@ from models.errors import DataError
 from models.events.calendar import zone_table
 from models.events.columns import BoolArray, EventColumns
 from models.events.parse import (
+    EPOCH_SECONDS,
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
     TRUTH,
@@ -44,10 +45,6 @@ from models.events.schema import (
     TimestampField,
 )
 from models.events.values import FINITE, standardise
-
-EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
-"""Integer columns with all values in this range are rejected as epoch seconds. As seconds these are
-times of 1979 to 2103; as milliseconds, of January and February 1970."""
 
 COERCE_HINT = "true or false (with `coerce: true` in the field also 1, 0 and strings)"
 _HAS_OFFSET = r"([Zz]|[+-]\d{2}:?\d{2})$"

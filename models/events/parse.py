@@ -38,6 +38,9 @@ MIN_TIMESTAMP_MS = (datetime(1900, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
 MAX_TIMESTAMP_MS = (datetime(2200, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
 """Timestamps are in [1900-01-01, 2200-01-01), as epoch milliseconds."""
 
+EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
+"""Integers that are probably epoch seconds: as seconds these are times of 1979 to 2103; as
+milliseconds, of January and February 1970."""
 RESET = "reset"
 """The member of an event by which a client resets the state before it."""
 TRUTH = {"true": True, "false": False, "1": True, "0": False}

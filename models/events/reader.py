@@ -30,6 +30,7 @@ from models.events.columns import (
     new_layout,
 )
 from models.events.parse import (
+    EPOCH_SECONDS,
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
     RESET,
@@ -100,6 +101,8 @@ class EventReader:
             if isinstance(field, BooleanField) and field.coerce
         ]
         self._time_at = positions.index(self._layout.time) if self._layout.time else None
+        time = schema.timestamp
+        self._milliseconds = f"f{self._time_at}" if time and time.epoch == "ms" else None
         # Packing fails at a None among numbers, but not among strings and timestamps.
         self._optional_strings_and_time = tuple(
             (at, position.absent)
@@ -160,6 +163,17 @@ class EventReader:
             Block(layout, steps, numbers, tuple(strings), times_ms, absent)
         )
         return ReadEvents(columns, resets)
+
+    def find_epoch_seconds(self, events: Sequence[msgspec.Struct]) -> int | None:
+        """The first event's timestamp if it is a number that was probably meant as epoch seconds.
+
+        It is read as milliseconds of 1970. A table of such times alone is rejected, but a chunk
+        cannot be: it may belong to a stream that passes through 1970.
+        """
+        if self._milliseconds is None or not events:
+            return None
+        moment = getattr(events[0], self._milliseconds)
+        return moment if type(moment) is int and moment in EPOCH_SECONDS else None
 
     def _absent(self, by_field: Sequence[Sequence[Any]], numbers: DoubleArray) -> BoolArray:
         """Find absent values, bool [optionals, T]; NaN in `numbers` marks them, and becomes 0."""

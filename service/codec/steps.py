@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
@@ -25,6 +26,8 @@ from service.codec.media import Media
 from service.codec.settings import Limit
 from service.core.errors import InvalidInput, ResetsUnsupported
 from service.core.values import Feed, FloatRows, Steps
+
+log = structlog.get_logger(__name__)
 
 _F4: Final = np.dtype("<f4")
 
@@ -48,6 +51,7 @@ class StepsReader:
         self.has_codes = any(column.codes is not None for column in self._columns)
         self._has_blocks = spec.blocks is not None
         self._events = events
+        self._has_warned = False
         self._wrong_width = wrong_width(spec)
         detection = spec.detection
         self._max_alarm_rate = detection.fit.rates[-1] if detection and detection.fit else None
@@ -84,8 +88,17 @@ class StepsReader:
         check_count(len(events), at, limit, min_steps)
         if self._events is None:
             raise self._not_exactly_one(inside or "body", "events")
-        read = read_columns(self._events, events, at)
+        read = self._read(self._events, events, at)
         return Steps(Feed.EVENTS, len(events), read.columns, None, read.resets)
+
+    def _read(self, reader: EventReader, events: Sequence[msgspec.Struct], at: str) -> ReadEvents:
+        """Decoded events as columns; the first that probably has epoch seconds is logged."""
+        read = read_columns(reader, events, at)
+        if not self._has_warned and (got := reader.find_epoch_seconds(events)) is not None:
+            self._has_warned = True
+            expected = "epoch milliseconds, or epoch: s in the field"
+            log.warning("timestamps_in_seconds", model=self._name, expected=expected, got=got)
+        return read
 
     def flat_rows(
         self, flat: NDArray[np.float64], inside: str, limit: Limit, min_steps: int = 1
@@ -149,7 +162,7 @@ class StepsReader:
     ) -> list[Steps] | None:
         if self._events is None or not 0 < min(counts) <= max(counts) <= limit.steps:
             return None
-        read = read_columns(self._events, list(chain.from_iterable(events)), "")
+        read = self._read(self._events, list(chain.from_iterable(events)), "")
         if read.resets:
             return None
         return [

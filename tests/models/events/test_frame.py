@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 
 from models.errors import DataError
 from models.events.columns import canonical_bytes
-from models.events.frame import EPOCH_SECONDS, columns_from_frame
+from models.events.frame import columns_from_frame
+from models.events.parse import EPOCH_SECONDS
 from models.events.schema import EventSchema
 from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
 from tests.support.strict_events import columns_from_events

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from carry_client.description import read_description
 from models.artifact.writing import write_artifact
@@ -48,6 +49,25 @@ async def test_other_forms_are_replayed_as_the_usual_ones(
         )
         assert wrong.status_code == 422
         assert "epoch seconds" in wrong.text
+
+
+async def test_epoch_seconds_for_milliseconds_are_logged_once_for_each_model(
+    pipeline_server: RealServer, tmp_path: Path
+) -> None:
+    """They are accepted: a table may begin in 1970."""
+    spec = small_spec()
+    models = {"small": write_artifact(tmp_path / "small", spec, random_weights(spec))}
+    async with harness(pipeline_server, models) as api:
+        with capture_logs() as lines:
+            for at in (EVENT_MS, "1970-01-20T00:00:00Z", EVENT_MS // 1000, EVENT_MS // 1000 + 60):
+                body = {"events": [{**EVENT, "at": at}]}
+                reply = await api.client.post("/v1/models/small/streams/s/chunks", json=body)
+                assert reply.status_code == 200
+                if isinstance(at, str):
+                    assert not [each for each in lines if each["event"] == "timestamps_in_seconds"]
+    (line,) = [each for each in lines if each["event"] == "timestamps_in_seconds"]
+    assert (line["log_level"], line["model"]) == ("warning", "small")
+    assert (line["expected"][:18], line["got"]) == ("epoch milliseconds", EVENT_MS // 1000)
 
 
 async def test_the_client_reads_the_kinds_of_fields_of_other_forms(
