@@ -260,11 +260,20 @@ def _first_from(indexes: list[int], at: int, end: int) -> int:
     return indexes[place] if place < len(indexes) else end
 
 
-def count_alarms(spec: AlarmSpec, streams: Sequence[Floats], threshold: float) -> tuple[int, int]:
-    """How many alarms open in streams of tail probabilities, and for how many events in all."""
+def count_alarms(
+    spec: AlarmSpec,
+    streams: Sequence[Floats],
+    threshold: float,
+    per_event: float | None = None,
+) -> tuple[int, int]:
+    """How many alarms open in streams of tail probabilities, and for how many events in all.
+
+    Args:
+        per_event: as in `follow_alarm`.
+    """
     opened = events = 0
     for probability in streams:
-        codes = follow_alarm(spec, probability, threshold, AlarmState(np.zeros(3)))
+        codes = follow_alarm(spec, probability, threshold, AlarmState(np.zeros(1)), per_event)
         opened += int((codes == OPENED).sum())
         events += int((codes != NONE).sum())
     return opened, events

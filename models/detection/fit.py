@@ -15,7 +15,6 @@ from models.detection.probability import StreamScorer, long_and_channels
 from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels, StateParts
 from models.errors import DataError
 from models.spec.detection import (
-    MAX_ALARM_RATE,
     ROOT_OF_NORMAL,
     AlarmSpec,
     DetectionFit,
@@ -39,6 +38,11 @@ FEW_ALARMS: Final = 10
 """Fewer alarms than this are assumed to be proportional in number to the threshold."""
 LONGEST: Final = 3.0
 """Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
+LONGEST_UNUSUAL: Final = 10.0
+"""The same of alarms that stay open while events are unusual (`close_above`)."""
+LEFT_OUT: Final = 0.1
+"""Share of the streams, those with the most alarms, that do not count in a model with
+`backoff_nats`: they may have anomalies, and the bound limits their alarms."""
 SMALLEST_THRESHOLD: Final = 1e-9
 STEP: Final = 1.1
 """Between the thresholds that are tried."""
@@ -250,14 +254,6 @@ def _pad(rows: Sequence[FloatRows]) -> FloatRows:
     return padded
 
 
-class _Alarms(NamedTuple):
-    """What a threshold gives: the alarms that open, and the events for which they are open."""
-
-    threshold: float
-    opened: int
-    events: int
-
-
 def alarm_thresholds(
     alarm: AlarmSpec, streams: Sequence[Floats], days: float
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -270,12 +266,13 @@ def alarm_thresholds(
         streams: tail probabilities of each.
         days: of all streams together.
     """
-    swept = _sweep(alarm, streams, MAX_ALARM_RATE * days)
-    own = alarm.false_alarms_per_day
+    own, largest = alarm.false_alarms_per_day, SMALLEST_THRESHOLD
     rates: list[float] = []
     thresholds: list[float] = []
     for rate in sorted({*RATES, own}):
-        threshold, is_reached = _threshold(alarm, swept, rate * days)
+        target = max(rate * days, FEW_ALARMS)
+        largest, is_reached = _largest_threshold(alarm, streams, target, largest)
+        threshold = largest * rate * days / target
         smaller = thresholds[-1] if thresholds else 0.0
         if rate == own or (threshold > smaller and (is_reached or rate < own)):
             rates.append(rate)
@@ -284,45 +281,52 @@ def alarm_thresholds(
 
 
 def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> float:
-    """The tail probability at which as many alarms open as are expected.
+    """The tail probability at which as many alarms open as are expected, as they are served: with
+    the bound of `backoff_nats`.
 
     A larger threshold can open fewer alarms, each of them longer. So until there are as many, they
-    may be open for at most `LONGEST` times as many events as `hold_events` keeps the expected ones.
+    may be open for at most `LONGEST` (`LONGEST_UNUSUAL`) times as many events as `hold_events`
+    keeps the expected ones. Few alarms depend on chance: so a threshold for fewer than `FEW_ALARMS`
+    is in proportion to the one for these.
 
     Args:
         streams: tail probabilities of each.
     """
-    return _threshold(alarm, _sweep(alarm, streams, expected), expected)[0]
-
-
-def _sweep(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> list[_Alarms]:
-    """The alarms at ascending thresholds, up to the last that any expected number may need."""
-    swept: list[_Alarms] = []
-    limit, target = sum(map(len, streams)) / 2, max(expected, FEW_ALARMS)
-    threshold = SMALLEST_THRESHOLD
-    while threshold < 0.5:
-        swept.append(_Alarms(threshold, *count_alarms(alarm, streams, threshold)))
-        is_over = swept[-1].opened > target or swept[-1].events > limit
-        if is_over or _is_too_long(alarm, swept[-1], target):
-            break
-        threshold *= STEP
-    return swept
-
-
-def _is_too_long(alarm: AlarmSpec, swept: _Alarms, expected: float) -> bool:
-    return swept.events > LONGEST * expected * (alarm.hold_events + 1)
-
-
-def _threshold(alarm: AlarmSpec, swept: Sequence[_Alarms], expected: float) -> tuple[float, bool]:
-    """The threshold for an expected number of alarms, and whether there can be as many. Few alarms
-    depend on chance: so a smaller threshold is in proportion to that of `FEW_ALARMS`."""
     target = max(expected, FEW_ALARMS)
-    best, is_reached = SMALLEST_THRESHOLD, False
-    for each in swept:
-        is_reached = each.opened > target
-        if is_reached and best == SMALLEST_THRESHOLD:
-            best = each.threshold * target / each.opened
-        if is_reached or _is_too_long(alarm, each, target):
+    largest, _ = _largest_threshold(alarm, streams, target, SMALLEST_THRESHOLD)
+    return largest * expected / target
+
+
+def _largest_threshold(
+    alarm: AlarmSpec, streams: Sequence[Floats], expected: float, start: float
+) -> tuple[float, bool]:
+    """The last of ascending thresholds from `start` on up to the expected number of alarms, and
+    whether the next one exceeds it."""
+    longest = LONGEST if alarm.close_above is None else LONGEST_UNUSUAL
+    limit = min(longest * expected * (alarm.hold_events + 1), sum(map(len, streams)) / 2)
+    threshold = largest = max(start, SMALLEST_THRESHOLD)
+    while threshold < 0.5:
+        opened, events = _count(alarm, streams, threshold, expected)
+        if opened > expected:
+            is_first = threshold == SMALLEST_THRESHOLD
+            return (threshold * expected / opened if is_first else largest), True
+        if events > limit:
             break
-        best = each.threshold
-    return best * expected / target, is_reached
+        largest, threshold = threshold, threshold * STEP
+    return largest, False
+
+
+def _count(
+    alarm: AlarmSpec, streams: Sequence[Floats], threshold: float, expected: float
+) -> tuple[float, float]:
+    """The alarms that open, and the events for which they are open, as they are served at the rate
+    of the expected ones."""
+    sizes = np.array([len(each) for each in streams], np.float64)
+    per_event = expected / float(sizes.sum())
+    each_count = [count_alarms(alarm, [each], threshold, per_event) for each in streams]
+    counts = np.array(each_count, np.float64)
+    kept = np.argsort(-counts[:, 0] / sizes, kind="stable")
+    if alarm.backoff_nats is not None:
+        kept = kept[int(LEFT_OUT * len(kept)) :]
+    opened, events = counts[kept].sum(axis=0) * (sizes.sum() / sizes[kept].sum())
+    return float(opened), float(events)

@@ -93,6 +93,46 @@ def test_threshold_never_keeps_alarms_open_permanently() -> None:
     assert events <= 3 * 40 * 51
 
 
+BOUNDED = AlarmSpec(hold_events=5, close_above=0.01, backoff_nats=1.0)
+
+
+def with_anomalies(random: np.random.Generator, count: int) -> NDArray[np.float64]:
+    """Tail probabilities of 4000 events, with anomalies of one event each."""
+    probability = random.random(4000)
+    probability[:: 4000 // count][:count] = 1e-6
+    return probability
+
+
+def test_as_many_alarms_are_opened_as_expected_with_the_bound_of_each_stream() -> None:
+    """Two of the eight streams have more alarms than they may have."""
+    random = np.random.default_rng(22)
+    streams = [with_anomalies(random, count) for count in (20, 20, 1, 1, 1, 1, 1, 1)]
+    rates, thresholds = alarm_thresholds(BOUNDED, streams, days=320)
+    for expected in (16, 32):
+        threshold = thresholds[rates.index(expected / 320)]
+        opened, _ = count_alarms(BOUNDED, streams, threshold, expected / 32_000)
+        assert 0.8 * expected <= opened <= expected
+        assert threshold == alarm_threshold(BOUNDED, streams, expected)
+
+
+def test_streams_with_many_anomalies_do_not_make_the_threshold_of_others_stricter() -> None:
+    random = np.random.default_rng(23)
+    streams = [random.random(4000) for _ in range(20)]
+    usual = alarm_threshold(BOUNDED, streams, expected=30)
+    streams[:2] = [with_anomalies(random, 20) for _ in range(2)]
+    assert alarm_threshold(BOUNDED, streams, expected=30) > 0.9 * usual
+
+
+def test_long_anomalies_do_not_make_the_threshold_stricter() -> None:
+    """Each of the alarms that they open is open for 60 events."""
+    random = np.random.default_rng(24)
+    streams = [random.random(4000) for _ in range(20)]
+    usual = alarm_threshold(BOUNDED, streams, expected=30)
+    for probability in streams[2:12]:
+        probability[2000:2060] = 1e-6
+    assert alarm_threshold(BOUNDED, streams, expected=30) > 0.5 * usual
+
+
 @pytest.mark.parametrize(
     ("probability", "codes"),
     [
