@@ -5,7 +5,8 @@ which Keras chooses a reader. The process works in that folder (`main`), and its
 plain data, a `Conversion`, validated like any other input. Anything else ends it without one, also
 the end of the process that started it. All its processes and files are removed at the end.
 
-The limits hold on Linux; other systems may not enforce the one on memory.
+The limits hold on Linux; other systems may not enforce the one on memory. Only on Linux processes
+that left the group are ended too, unless they replaced their environment.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +131,8 @@ WORKER_ARGUMENTS = (
 packages called `models` do not matter."""
 MAX_RESULT_BYTES = 16 * 2**20
 PR_SET_PDEATHSIG: Final = 1
+KILL_ROUNDS: Final = 100
+"""Most searches for processes that left the group: code may start them for ever."""
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
     "KERAS_BACKEND": "tensorflow",
@@ -304,6 +308,7 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
             with suppress(ProcessLookupError, PermissionError):  # no process is left
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            _kill_inheritors(f"TMPDIR={copy.parent}".encode())
     if status == -signal.SIGXCPU:
         raise ImportedModelError(too_slow)
     if status < 0:
@@ -324,6 +329,24 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
         if missing := _is_missing_package(lines[-1]):
             raise ModuleNotFoundError(missing[1], name=missing[2])
         raise ImportedModelError(f"{path}: the process that read it failed: {lines[-1]}")
+
+
+def _kill_inheritors(variable: bytes) -> None:
+    """Kill the processes that left the group, by a variable of their environment; on Linux.
+
+    Args:
+        variable: with its value, which no other process has.
+    """
+    for _ in range(KILL_ROUNDS):  # each may have started another meanwhile
+        is_alone = True
+        for file in Path("/proc").glob("[1-9]*/environ"):
+            with suppress(OSError):  # of another user, or ended
+                if variable in file.read_bytes().split(b"\0"):
+                    is_alone = False
+                    os.kill(int(file.parent.name), signal.SIGKILL)
+        if is_alone:
+            return
+        time.sleep(0.01)
 
 
 def _output(copy: Path, name: str, most: int, path: Path) -> bytes:

@@ -151,12 +151,17 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_processes_and_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "own_session",
+    [False, pytest.param(True, marks=pytest.mark.skipif(sys.platform != "linux", reason="/proc"))],
+)
+def test_processes_and_files_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, own_session: bool
+) -> None:
     process_file = tmp_path / "seen"
     child = ["sh", "-c", f"echo $$ $PWD | tee {process_file}; exec sleep 100"]
-    program = (
-        f"import subprocess\nsubprocess.Popen({child!r}, stdout=subprocess.PIPE).stdout.readline()"
-    )
+    options = f"stdout=subprocess.PIPE, start_new_session={own_session}"
+    program = f"import subprocess\nsubprocess.Popen({child!r}, {options}).stdout.readline()"
     monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
     (tmp_path / "m.keras").write_bytes(b"PK")
     assert "left no result" in import_failure(tmp_path / "m.keras")
