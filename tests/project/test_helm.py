@@ -285,6 +285,32 @@ def test_names_differ_between_releases() -> None:
         assert named == {name, f"{name}-settings"}
 
 
+def test_names_of_any_release_are_valid_and_its_own() -> None:
+    """Helm allows releases of 53 characters that begin with a digit and have dots."""
+    releases = ["2024", "a.b", "a-b", *(f"carry-of-the-team-for-forecasts-{end}" for end in "ab")]
+    names = set()
+    for release in releases:
+        objects = list(yaml.safe_load_all(helm("template", release, CHART).stdout))
+        (service,) = [each for each in objects if each and each["kind"] == "Service"]
+        names.add(service["metadata"]["name"])
+    assert len(names) == len(releases)
+    assert all(re.fullmatch("[a-z][-a-z0-9]{0,28}[a-z0-9]", name) for name in names)
+
+
+@needs_tools("promtool")
+def test_a_query_escapes_the_name_of_a_topic(tmp_path: Path) -> None:
+    topic = """of "b\\ or é"""
+    config = {"model": "flights", "from": topic, "to": "scores"}
+    consumer = {"config": config, "autoscaling": {"kind": "keda"}}
+    objects = render(values=yaml.safe_dump({"serve": False, "consumers": {"a": consumer}}))
+    (scaler,) = [each for each in objects if each["kind"] == "ScaledObject"]
+    series = {f"carry_consumer_lag{{topic={json.dumps(topic)}}}": "3000x9"}
+    query = scaler["spec"]["triggers"][0]["metadata"]["query"]
+    expected = {"expr": query, "eval_time": "5m"}
+    expected["exp_samples"] = [{"labels": "{}", "value": 3000}]
+    check_rules(tmp_path, [rule_test("query", series, promql_expr_test=[expected])])
+
+
 @needs_tools("promtool")
 def test_consumers_of_kafka_scale_by_the_records_and_entries_that_wait(tmp_path: Path) -> None:
     values = """

@@ -1,7 +1,14 @@
-{{/* Name of the objects, short enough for labels with the name of a consumer. */}}
+{{/*
+Name of the objects, short enough for labels with the name of a consumer. A release that a service cannot be called by
+has the start of its hash instead of the rest.
+*/}}
 {{- define "carry.fullname" -}}
 {{- $name := contains "carry" .Release.Name | ternary .Release.Name (printf "%s-carry" .Release.Name) }}
-{{- .Values.fullnameOverride | default $name | trunc 30 | trimSuffix "-" }}
+{{- if not (regexMatch "^[a-z][-a-z0-9]{0,29}$" $name) }}
+  {{- $start := regexReplaceAll "^([0-9])" (replace "." "-" $name) "carry-$1" | trunc 21 | trimSuffix "-" }}
+  {{- $name = printf "%s-%s" $start (sha256sum .Release.Name | trunc 8) }}
+{{- end }}
+{{- .Values.fullnameOverride | default $name }}
 {{- end }}
 
 {{- define "carry.image" -}}
