@@ -22,6 +22,14 @@ pytestmark = needs_tools("chromium")
 
 CELLS = "[...document.querySelectorAll('td')].map((each) => each.innerText)"
 ALERT = "document.querySelector('main [role=alert]')?.innerText ?? ''"
+RECORD_LABELS = """(() => {
+  window.labels = [];
+  const { fillText } = CanvasRenderingContext2D.prototype;
+  CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+    labels.push(text);
+    return fillText.call(this, text, ...rest);
+  };
+})()"""
 BUTTON = """[...document.querySelectorAll({!r})]
   .find((each) => each.innerText === 'Acknowledge')"""
 SHADED = """[...document.querySelectorAll('canvas')].some((canvas) => {
@@ -58,8 +66,11 @@ async def test_an_alarm_is_listed_shaded_and_acknowledged(
         await page.open(f"http://127.0.0.1:{proxy.port}/console/#/models/sensors")
         await page.until(f"{CELLS}.includes('pump') && {CELLS}.some((each) => /value/.test(each))")
         await page.assert_accessible()
+        await page.evaluate(RECORD_LABELS)
         await page.evaluate("location.hash = '#/models/sensors/streams/pump'")
         await page.until(f"({ALERT}).includes('since event 40: ')")
+        # the axis of the probability is logarithmic
+        await page.until(r"labels.includes('1') && labels.some((each) => /^1\.0e-\d+$/.test(each))")
         await page.until(SHADED)
         await page.assert_accessible()
         await page.evaluate(f"{BUTTON.format('[role=alert] button')}.click()")

@@ -19,6 +19,8 @@ interface ChartProps {
   series: Series[];
   format: (value: number | null | undefined) => string;
   isTime?: boolean;
+  /** Whether the values are probabilities, whose y axis is logarithmic. */
+  isProbability?: boolean;
   /** Ranges of x that are shaded, with their ends. */
   spans?: [number, number][];
 }
@@ -63,11 +65,18 @@ function options(
     cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false } },
     scales: {
       x: { time: props.isTime ?? false },
-      y: { range: (_, low, high) => bounds(low, high, props.isTime ?? false) },
+      y: props.isProbability
+        ? { distr: 3, range: (_, low) => [decade(low), 1] }
+        : { range: (_, low, high) => bounds(low, high, props.isTime ?? false) },
     },
     axes: [
       { ...axis, space: 90, size: 28, values: props.isTime ? CLOCK : undefined },
-      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => props.format(tick)) },
+      {
+        ...axis,
+        ...(props.isProbability ? DECADES : {}),
+        size: 58,
+        values: (_, ticks) => ticks.map((tick) => props.format(tick)),
+      },
     ],
     series: [
       {},
@@ -80,6 +89,22 @@ function options(
 
 const CLOCK = (_: uPlot, ticks: number[]): string[] =>
   ticks.map((tick) => new Date(tick * 1000).toLocaleTimeString("en-GB"));
+
+/** The power of ten at or below a probability, from 1e-20 on: uPlot draws no axis from below 1e-32. */
+function decade(low: number | null): number {
+  const exponent = Math.floor(Math.log10(low || 0.1));
+  return Number(`1e${Math.min(-1, Math.max(-20, exponent))}`);
+}
+
+/** Ticks of a logarithmic axis up to 1: some powers of ten. */
+const DECADES: uPlot.Axis = {
+  splits: (_, __, low) => {
+    const decades = Math.round(-Math.log10(low));
+    const step = Math.ceil(decades / 5);
+    return Array.from({ length: Math.floor(decades / step) + 1 }, (_, at) => Number(`1e-${at * step}`)).reverse();
+  },
+  filter: (_, splits) => splits,
+};
 
 /** The range of the y axis; a rate starts at zero. */
 function bounds(low: number | null, high: number | null, isTime: boolean): [number, number] {

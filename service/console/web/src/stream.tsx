@@ -39,6 +39,7 @@ function useWatch(model: string, stream: string): StreamWatch {
 export function StreamView({ model, stream }: { model: string; stream: string }) {
   const watch = useWatch(model, stream);
   const { connection, problem, head, norms } = watch;
+  const probability = watch.detail?.alarms?.output.replace(/alarm$/, "probability");
   return (
     <>
       <p class="path"><a href={modelAddress(model)}>{model}</a> / streams</p>
@@ -57,7 +58,15 @@ export function StreamView({ model, stream }: { model: string; stream: string })
       {watch.detail?.alarms && <StreamAlarm model={model} stream={stream} />}
       <div class="charts">
         {[...watch.outputs].map(([name, track]) => (
-          <Chart key={name} title={name} unit="by position" format={number} spans={watch.alarms} {...track} />
+          <Chart
+            key={name}
+            title={name}
+            unit="by position"
+            format={number}
+            isProbability={name === probability}
+            spans={watch.alarms}
+            {...track}
+          />
         ))}
         {norms && <Chart title="State" unit="norm of each part" format={number} {...norms} />}
       </div>
