@@ -36,7 +36,7 @@ from service.core.errors import (
     StateDamaged,
     StoreUnavailable,
 )
-from service.core.values import Reply, StoredReply, StreamState, Tombstone, UnknownVersion
+from service.core.values import Reply, StreamState, Tombstone, UnknownVersion
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, StageTimes
@@ -215,14 +215,6 @@ class ChunkLoader:
         if job.payload.starts_over:
             self._starts_to_load = STARTS_LOADED
 
-    def _can_write(self, kept: StoredReply, state: StreamState) -> bool:
-        """Whether a stored reply has the outputs of this version. Those of a version that is not
-        loaded may have the same number, and be codes of other categories."""
-        is_known = state.fingerprint in self._versions.loaded
-        outputs = self._served.outputs
-        has_codes = any(output.categories_of for output in outputs.outputs)
-        return kept.outputs.shape[1] == outputs.size and (is_known or not has_codes)
-
     async def replay(self, job: ChunkJob, own: Reply | None = None) -> bool:
         """Answer a retry of a stream's last chunk with the stored reply.
 
@@ -235,8 +227,9 @@ class ChunkLoader:
         chunk = job.payload
         try:
             state, kept = await self._store.load_with_reply(chunk.key, job.deadline_s)
-            if kept is not None and state is not None and not self._can_write(kept, state):
-                kept = None
+            if kept is not None and state is not None:
+                is_writable = self._versions.can_write(kept.outputs, state.fingerprint)
+                kept = kept if is_writable else None
             resolution = resolve_duplicate(
                 chunk, state, kept, own.head if own else None, closed=self._is_closed(state)
             )

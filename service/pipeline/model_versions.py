@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from service.core.errors import ModelNotFound
+from service.core.values import FloatRows
 from service.pipeline.served_model import ServedModel
 
 
@@ -66,6 +67,15 @@ class ModelVersions:
     def writer(self, fingerprint: bytes) -> ServedModel:
         """The version that wrote a state, if it is loaded; otherwise the champion."""
         return self.loaded.get(fingerprint, self.route.champion)
+
+    def can_write(self, outputs: FloatRows, fingerprint: bytes) -> bool:
+        """Whether stored outputs, of the version with a fingerprint, are laid out as those here.
+        Those of a version that is not loaded may have the same number, and be codes of other
+        categories."""
+        layout = self.route.champion.outputs
+        has_codes = any(output.categories_of for output in layout.outputs)
+        is_known = fingerprint in self.loaded or not has_codes
+        return outputs.shape[1] == layout.size and is_known
 
     def add(self, served: ServedModel) -> None:
         """Add a version that is warm."""

@@ -427,7 +427,7 @@ class StreamAdministration:
                         "stream_rewound", key, chosen.stream, new, history, keeps_snapshots=True
                     ):
                         # an output of a new epoch follows only with the next chunk
-                        self._store.outputs.publish(key, 0, b"")
+                        self._store.outputs.publish(key, 0, b"", b"")
                         return new
             raise stream_conflict(key.stream, CREATE_ATTEMPTS)
 

@@ -60,12 +60,14 @@ class Outputs(NamedTuple):
         start: position of its first event.
         head: the stream head after it.
         outputs: float32 [T, O].
+        fingerprint: of the version that computed them.
         encoded: what transports made of it, by their options; shared by the watches of a stream.
     """
 
     start: int
     head: StreamHead
     outputs: FloatRows
+    fingerprint: bytes
     encoded: dict[Any, bytes]
 
 
@@ -283,7 +285,7 @@ class Watch:
 
     async def _on_outputs(self, outputs: list[BufferedOutput]) -> list[WatchEvent]:
         events: list[WatchEvent] = []
-        for (_, start, reply), encoded in outputs:
+        for (_, start, reply, fingerprint), encoded in outputs:
             try:
                 if reply is None:
                     events += await self._read()
@@ -294,7 +296,7 @@ class Watch:
             if events and isinstance(events[-1], Ended):
                 break
             if reply and reply.head.epoch == self._epoch and reply.head.position > self._position:
-                events += self._deliver(start, reply, encoded)
+                events += self._deliver(start, reply, fingerprint, encoded)
         return events
 
     async def _read(self, epoch: bytes | None = None) -> list[WatchEvent]:
@@ -327,12 +329,12 @@ class Watch:
             gap = Gap(self._position, stored.head.position)
             self._position = stored.head.position
             return [gap]
-        return self._deliver(stored.last.start, reply, {})
+        return self._deliver(stored.last.start, reply, stored.fingerprint, {})
 
     def _deliver(
-        self, start: int, reply: StoredReply, encoded: dict[Any, bytes]
+        self, start: int, reply: StoredReply, fingerprint: bytes, encoded: dict[Any, bytes]
     ) -> list[WatchEvent]:
-        outputs = Outputs(start, reply.head, reply.outputs, encoded)
+        outputs = Outputs(start, reply.head, reply.outputs, fingerprint, encoded)
         gap = [Gap(self._position, start)] if start > self._position else []
         self._position = reply.head.position
         return [*gap, outputs]

@@ -217,11 +217,13 @@ class PublishedOutput(NamedTuple):
     Attributes:
         start: position of the chunk's first event.
         reply: head and outputs after the chunk; None if the stream was deleted.
+        fingerprint: of the version that computed them.
     """
 
     key: StreamKey
     start: int
     reply: StoredReply | None
+    fingerprint: bytes
 
 
 class Receiver(Protocol):
@@ -252,11 +254,12 @@ class OutputChannel(Protocol):
     async def close(self) -> None:
         """Release connections; once."""
 
-    def publish(self, key: StreamKey, start: int, reply: bytes) -> None:
+    def publish(self, key: StreamKey, start: int, reply: bytes, fingerprint: bytes) -> None:
         """Send an output to the workers that watch a stream; never blocks, may drop it.
 
         Args:
-            start, reply: as of `PublishedOutput`; the reply is encoded, empty if there is none.
+            start, reply, fingerprint: as of `PublishedOutput`; the reply is encoded, and both are
+                empty if there is none.
         """
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:

@@ -25,7 +25,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.capabilities import OutputChannel, PublishedOutput, Receiver
-from service.store.codec import decode_reply
+from service.store.codec import FINGERPRINT_BYTES, decode_reply
 from service.store.keys import join_name, split_name
 from service.store.layout import CodecError
 from service.store.redis.connections import (
@@ -84,9 +84,9 @@ class RedisOutputChannel(OutputChannel):
         # it may lose a cancellation, so that each loop below also ends by itself
         await end_tasks(self._task)
 
-    def publish(self, key: StreamKey, start: int, reply: bytes) -> None:
+    def publish(self, key: StreamKey, start: int, reply: bytes, fingerprint: bytes) -> None:
         if key in self.watched:
-            payload = start.to_bytes(_POSITION_BYTES, "little") + reply
+            payload = start.to_bytes(_POSITION_BYTES, "little") + fingerprint + reply
             self._send(self._prefix + join_name(key), payload)
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
@@ -215,12 +215,12 @@ class RedisOutputChannel(OutputChannel):
     def _on_output(self, name: str, payload: bytes) -> None:
         key = split_name(name)
         start = int.from_bytes(payload[:_POSITION_BYTES], "little")
-        reply = None
-        if len(payload) > _POSITION_BYTES:
+        end, reply = _POSITION_BYTES + FINGERPRINT_BYTES, None
+        if len(payload) > end:
             with suppress(CodecError):
-                reply = decode_reply(payload[_POSITION_BYTES:])
+                reply = decode_reply(payload[end:])
         for receiver in tuple(self._receivers.get(key, ())):
-            receiver.receive(PublishedOutput(key, start, reply))
+            receiver.receive(PublishedOutput(key, start, reply, payload[_POSITION_BYTES:end]))
 
     async def _announce_repeatedly(self, pubsub: PubSub) -> None:
         while not self._is_closed:

@@ -300,9 +300,10 @@ class RedisStore(Store):
         """Publish the outputs of the watched streams among those that were committed."""
         for index, key in enumerate(commits.keys):
             if key in self.outputs.watched and results[index] is COMMITTED:
-                last = StateHeader.decode(commits.states[index]).last
-                if last is not None:
-                    self.outputs.publish(key, last.start, commits.replies[index])
+                header = StateHeader.decode(commits.states[index])
+                if (last := header.last) is not None:
+                    reply = commits.replies[index]
+                    self.outputs.publish(key, last.start, reply, header.fingerprint)
 
     async def delete(
         self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
@@ -351,7 +352,7 @@ class RedisStore(Store):
             unknown = outcome_unknown_error(key, None, outcome.detail)
             return unknown if deletion.may_have_deleted else outcome
         if outcome.value == WRITTEN:
-            self.outputs.publish(key, 0, b"")
+            self.outputs.publish(key, 0, b"", b"")
             if not outcome.is_durable:
                 return not_durable_error(self._settings, key)
             is_deleted = deletion.is_stream or deletion.may_have_deleted

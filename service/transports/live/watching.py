@@ -158,6 +158,8 @@ class _EventWriter:
 
     async def _event(self, event: WatchEvent) -> bytes:
         if isinstance(event, Outputs):
+            if not self._versions.can_write(event.outputs, event.fingerprint):
+                return await self._event(Gap(event.start, event.head.position))
             return event.encoded.get(self._options) or await self._encode_outputs(event)
         if isinstance(event, Idle):
             return b": idle\n\n"

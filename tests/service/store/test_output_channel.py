@@ -77,10 +77,11 @@ async def test_workers_publish_what_they_commit_to_watched_streams(
     for output, commit in zip(recorder.outputs, (first, second), strict=True):
         assert output.key == first.key
         assert output.start == commit.new.last.start
+        assert output.fingerprint == commit.new.fingerprint
         assert same_reply(output.reply, commit.reply)
     await committing.delete(first.key)
     await becomes(lambda: len(recorder.outputs) == 3, "the deletion")
-    assert recorder.outputs[2] == PublishedOutput(first.key, 0, None)
+    assert recorder.outputs[2] == PublishedOutput(first.key, 0, None, b"")
     watching.outputs.unsubscribe(first.key, recorder)
     await committed(committing, streams.creation(key("third")))
     assert len(recorder.outputs) == 3
@@ -203,6 +204,6 @@ async def test_publications_beyond_the_bound_are_dropped(
     first = streams.creation(key("a"))
     channel.watched[first.key] = float("inf")
     for _ in range(5000):
-        channel.publish(first.key, 0, encode_reply(first.reply))
+        channel.publish(first.key, 0, encode_reply(first.reply), first.new.fingerprint)
     assert len(channel._unsent) == 1024
     await asyncio.wait_for(committed(stores[0], first), 60)

@@ -62,9 +62,11 @@ class Events:
 
 
 @asynccontextmanager
-async def watched(api: Harness, query: str = "", **headers: str) -> AsyncIterator[Events]:
+async def watched(
+    api: Harness, query: str = "", model: str = "probe", **headers: str
+) -> AsyncIterator[Events]:
     """A watch of stream `s`."""
-    path = f"/v1/models/probe/streams/s/outputs{query}"
+    path = f"/v1/models/{model}/streams/s/outputs{query}"
     async with api.client.stream("GET", path, headers=headers) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -344,7 +346,7 @@ async def test_watchers_get_what_another_worker_commits(
             assert stored is not None
             assert reply is not None
             later = reply._replace(head=replace(reply.head, position=4))
-            other.outputs.publish(KEY, 2, encode_reply(later))
+            other.outputs.publish(KEY, 2, encode_reply(later), stored.fingerprint)
             assert (await events.expect("outputs"))["position"] == 4
     finally:
         await other.outputs.close()

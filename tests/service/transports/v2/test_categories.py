@@ -19,9 +19,12 @@ from models.spec.model import ModelSpec, parse_spec
 from service.access.caller import ANYONE
 from service.backfill.run import run_backfill
 from service.core.errors import AlreadyApplied, VersionRejected
+from service.core.values import StreamKey
 from service.pipeline.model_record import check_accepts_same_requests
 from service.pipeline.served_model import ServedModel
 from service.transports.v1 import reply_types
+from tests.service.transports.live.sockets import live_application
+from tests.service.transports.live.test_watching import watched
 from tests.service.transports.v1.harness import FAST_PATH, harness
 from tests.service.transports.v2.conftest import add_v2
 from tests.service.transports.v2.v2 import V2, reply_of
@@ -30,7 +33,7 @@ from tests.support.models import random_weights
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import oracle_step
 from tests.support.pipelines import chunk_of, worker
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 
 NAMES = ["a", "b", "Österreich", "航空"]
 LABELS = ["<unknown>", *NAMES]
@@ -135,3 +138,28 @@ async def test_a_reply_with_categories_of_a_version_that_is_not_loaded_is_not_re
     async with worker(pipeline_server.url, other) as pipeline:
         with pytest.raises(AlreadyApplied):
             await pipeline.process(ANYONE, chunk)
+
+
+async def test_a_watcher_gets_no_names_of_categories_of_a_version_that_is_not_loaded(
+    pipeline_server: RealServer, artifact: Artifact, tmp_path: Path
+) -> None:
+    """While a deployment replaces workers, those of both vocabularies share the store."""
+    spec = next_spec(NAMES[::-1])
+    other = write_artifact(tmp_path / "next", spec, random_weights(spec))
+    rows = np.zeros((2, artifact.spec.input_features), np.float32)
+    async with (
+        live_application(pipeline_server, {"next": artifact}) as api,
+        watched(api, model="next") as events,
+        worker(pipeline_server.url, other) as pipeline,
+    ):
+        await events.expect("stream")
+        outputs = pipeline._store.outputs
+        await outputs.start()
+        key = StreamKey("next", "s")
+        await becomes(lambda: key in outputs.watched, "the announcement")
+        for position in (0, 2):  # from the stored reply, and as it is published
+            await pipeline.process(ANYONE, chunk_of("s", rows, position, model="next"))
+            if position == 0:
+                await events.expect("stream")
+            assert await events.expect("gap") == {"from": position, "to": position + 2}
+        await outputs.close()
