@@ -140,6 +140,22 @@ async def test_a_reply_with_categories_of_a_version_that_is_not_loaded_is_not_re
             await pipeline.process(ANYONE, chunk)
 
 
+async def test_a_watcher_gets_the_names_of_categories(
+    pipeline_server: RealServer, artifact: Artifact
+) -> None:
+    async with (
+        live_application(pipeline_server, {"next": artifact}) as api,
+        watched(api, model="next") as events,
+    ):
+        await events.expect("stream")
+        path = "/v1/models/next/streams/s/chunks"
+        for start in (0, 2):  # from the stored reply, and as it is published
+            reply = (await api.client.post(path, json={"events": EVENTS[start : start + 2]})).json()
+            if start == 0:
+                await events.expect("stream")
+            assert (await events.expect("outputs"))["outputs"] == reply["outputs"]
+
+
 async def test_a_watcher_gets_no_names_of_categories_of_a_version_that_is_not_loaded(
     pipeline_server: RealServer, artifact: Artifact, tmp_path: Path
 ) -> None:
