@@ -1,9 +1,10 @@
 """Scores alarms on a table of labelled anomalies, beside baselines.
 
-    python -m examples.alarms MODEL LABELLED.csv EVENTS_PER_DAY
+    python -m examples.alarms MODEL LABELLED.csv EVENTS_PER_DAY [SEASON_EVENTS]
 
 The table has the columns of the model and `anomaly`. The test part of every stream begins at
-`TEST_FROM`; the model is one with detection, whose network was trained on events before that.
+`TEST_FROM`; the model has an anomaly head, and its network was trained on events before that.
+Detection is fitted to the last of these events, with default options but for a season.
 All thresholds are one for all streams, and an anomaly is found if an alarm opens in it. "Found at
 equal false alarms" takes each method's most sensitive threshold with at most so many openings
 outside the anomalies per stream and day. Baselines rank events by a tail of the stream's own past;
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -27,11 +28,12 @@ from models.detection.alarms import OPENED, AlarmState, follow_alarm
 from models.detection.fit import Stream, fit_detection
 from models.detection.scoring import draw_streams, middle_95, score_streams, with_intervals
 from models.detection.vus import runs
-from models.spec.detection import AlarmSpec, DetectionFit
+from models.spec.detection import AlarmSpec, DetectionFit, DetectionSpec
+from models.spec.heads import AnomalyHead
 from models.spec.layout import anomaly_size, detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Streams, moment_ms, streams_of
-from models.training.defaults import BACKOFF_NATS, HOLD_EVENTS, TAIL_LEVELS
+from models.training.defaults import HOLD_EVENTS, resolve_detection
 from models.training.detection_baselines import RAW_NATS, Parts, detection_baselines, own_past_nats
 from models.training.evaluate import anomalous_events, detect, run_network
 
@@ -44,13 +46,7 @@ RATES: Final = (0.05, 0.2, 1.0)
 LEVELS: Final = (0.01, 0.001)
 THRESHOLDS: Final = 80
 ZERO: Final = np.zeros(1)
-ALARM: Final = AlarmSpec(hold_events=HOLD_EVENTS, close_above=0.05, backoff_nats=BACKOFF_NATS)
-"""As when the rule was frozen; the default of `close_above` is lower now."""
-STREAM_TAILS: Final = {"tail_memory_events": 10_000, "tail_levels": TAIL_LEVELS}
-VARIANTS: Final[dict[str, dict[str, Any]]] = {
-    "a tail for each stream": STREAM_TAILS,
-    "one tail for all": {"tail_memory_events": None},
-}
+DETECTION: Final = "detection"
 
 
 class Tested(NamedTuple):
@@ -165,17 +161,17 @@ def row_of(name: str, tested: Sequence[Tested], score: Floats) -> str:
 
 
 def rate_rows(
-    name: str, tested: Sequence[Tested], fit: DetectionFit, nats: Floats
+    alarm: AlarmSpec, tested: Sequence[Tested], fit: DetectionFit, nats: Floats
 ) -> Iterator[str]:
     """A line for each specified rate: alarms of the test parts at the model's own threshold, each
     stream followed from its first event."""
     days, anomalies = [own.days for own in tested], sum(len(runs(own.labels)) for own in tested)
-    events_per_day = fit.events_per_day or 1.0
+    events_per_day = fit.events_per_day
     for rate in RATES:
         codes = []
         for own in tested:
             past, per_event = np.exp(-nats[own.start : own.rows.stop]), rate / events_per_day
-            followed = follow_alarm(ALARM, past, fit.threshold(rate), AlarmState(ZERO), per_event)
+            followed = follow_alarm(alarm, past, fit.threshold(rate), AlarmState(ZERO), per_event)
             codes.append(followed[own.rows.start - own.start :])
         opened = [np.flatnonzero(each == OPENED) for each in codes]
         counts, alarmed = counts_of(tested, opened), np.concatenate(codes) > 0
@@ -188,45 +184,48 @@ def rate_rows(
             f"{100 * alarmed.mean():.1f}%",
             f"{nab_score(tested, opened):.0f}",
         )
-        yield f"| {name} | {rate:g} | {' | '.join(cells)} |"
+        yield f"| {rate:g} | {' | '.join(cells)} |"
 
 
-def shares(name: str, tested: Sequence[Tested], nats: Floats) -> str:
+def shares(tested: Sequence[Tested], nats: Floats) -> str:
     """A line of the shares of normal events below small probabilities."""
     cells = []
     for level in LEVELS:
         normal = [nats[own.rows][~own.labels] >= -np.log(level) for own in tested if own.days > 0]
         worst = max(float(part.mean()) for part in normal) / level
         cells.append(f"{np.concatenate(normal).mean() / level:.1f}, {worst:.0f}")
-    return f"| {name} | {' | '.join(cells)} |"
+    return f"| {' | '.join(cells)} |"
 
 
-def main(model: Path, labelled: Path, day: float) -> None:
+def with_default_detection(spec: ModelSpec, season: int | None) -> ModelSpec:
+    """The model with detection that is not fitted, of default options but for its season."""
+    head = next(head.name for head in spec.heads if isinstance(head, AnomalyHead))
+    detection = DetectionSpec(head=head, season_events=season)
+    return resolve_detection(spec.model_copy(update={"detection": detection}))
+
+
+def main(model: Path, labelled: Path, day: float, season: int | None = None) -> None:
     """Print the tables in Markdown, line by line."""
     artifact = load_artifact(model)
-    detection, head, _ = detection_of(artifact.spec)
-    streams = streams_of(artifact.spec, pl.read_csv(labelled, schema_overrides={"time": pl.String}))
-    outputs = run_network(artifact.spec, artifact.weights, streams)
-    tested = tested_of(artifact.spec, streams, day)
+    spec = with_default_detection(artifact.spec, season)
+    detection, head, _ = detection_of(spec)
+    streams = streams_of(spec, pl.read_csv(labelled, schema_overrides={"time": pl.String}))
+    outputs = run_network(spec, artifact.weights, streams)
+    tested = tested_of(spec, streams, day)
     train, validate = (np.zeros(streams.events, np.bool_) for _ in range(2))
     for own, (start, _) in zip(tested, streams.spans, strict=True):
         first = own.rows.start - round((own.rows.start - start) * VALIDATED)
         train[start:first] = validate[first : own.rows.start] = True
     parts = Parts(train, validate, float(validate.sum()) / day)
-    lines: list[str] = []
-    for name, options in VARIANTS.items():
-        update = {"fit": None, "alarm": ALARM, "outputs": ("deviation",), **options}
-        spec = artifact.spec.model_copy(update={"detection": detection.model_copy(update=update)})
-        spec, fit = fitted(spec, streams, outputs, parts, day)
-        scored = output_spec(spec).by_name(detect(spec, streams, outputs))
-        probability = scored[f"{head.name}.probability"].astype(np.float64)
-        nats = -np.log(np.maximum(probability, 1e-30))
-        print(*rate_rows(name, tested, fit, nats), shares(name, tested, nats), sep="\n", flush=True)
-        lines.append(row_of(name, tested, nats))
-    print(*lines, sep="\n", flush=True)
+    spec, fit = fitted(spec, streams, outputs, parts, day)
+    scored = output_spec(spec).by_name(detect(spec, streams, outputs))
+    probability = scored[f"{head.name}.probability"].astype(np.float64)
+    nats = -np.log(np.maximum(probability, 1e-30))
+    print(*rate_rows(detection.alarm, tested, fit, nats), shares(tested, nats), sep="\n")
+    print(row_of(DETECTION, tested, nats), flush=True)
     seasonal = detection.model_copy(update={"season_events": round(day)})
-    spec = artifact.spec.model_copy(update={"detection": seasonal})
-    nats_of_head = network_outputs(artifact.spec).by_name(outputs)[head.name]
+    spec = spec.model_copy(update={"detection": seasonal})
+    nats_of_head = network_outputs(spec).by_name(outputs)[head.name]
     for name, each in detection_baselines(spec, streams, nats_of_head, parts):
         score = each.score
         if not name.startswith(RAW_NATS):
@@ -235,4 +234,5 @@ def main(model: Path, labelled: Path, day: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    own_season = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), own_season)

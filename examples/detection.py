@@ -23,9 +23,6 @@ LABEL = "anomaly"
 PARTS: dict[str, dict[str, object]] = {
     "detection": {},
     "detection without the season": {"season_events": None},
-    "forecast alone": {"channels": ("forecast",), "season_events": None},
-    "level alone": {"channels": ("level",), "season_events": None},
-    "change alone": {"channels": ("change",), "season_events": None},
 }
 """Options of the detection that replace those of the model."""
 HEADER = """\

@@ -1,15 +1,4 @@
-"""Tail probabilities of statistics, and the alarms that open below a threshold of them.
-
-A tail probability says how often a statistic is at least this large on streams without anomalies.
-Peaks over threshold (Davison & Smith, 1990): beyond a high quantile u the excess follows a
-generalised Pareto distribution,
-
-    P(X > x) = P(X > u) (1 + k (x - u) / s)^(-1/k),      x > u
-
-and up to u the logarithm of the probability falls linearly from 0. The parameters come from
-probability-weighted moments (Hosking & Wallis, 1987), which need no iterations. Statistics of
-different kinds are combined by the harmonic mean of their tail probabilities, which is valid for
-dependent ones (Wilson, 2019).
+"""Alarms that open where the tail probability of events is below a threshold.
 
 An alarm opens after `min_events` consecutive events whose tail probability is at most the
 threshold. It closes after `hold_events` consecutive usual events: those whose probability is above
@@ -38,71 +27,15 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec.detection import AlarmSpec, Tail
+from models.spec.detection import AlarmSpec
 from models.spec.layout import detection_of, detection_state, state_spec
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
 
-MAX_SHAPE: Final = 0.6
-MIN_EXCESSES: Final = 20
-MAX_NATS: Final = 60.0
-"""Tail probabilities are no smaller than exp(-60)."""
-
-
-class Tails:
-    """The tails of K statistics."""
-
-    def __init__(self, tails: Sequence[Tail]):
-        threshold = np.array([tail.threshold for tail in tails])
-        base = -np.log([tail.exceeded for tail in tails])
-        scale = np.array([tail.scale for tail in tails])
-        shape = np.maximum([tail.shape for tail in tails], 1e-6)
-        self._parameters = np.stack([threshold, scale, shape, base])
-        self._base, self._slope = base[:, np.newaxis], (base / threshold)[:, np.newaxis]
-
-    def nats(self, values: Floats) -> Floats:
-        """-log P(X >= value) of values [K, n] that are not negative."""
-        nats = values * self._slope
-        above = (nats > self._base).ravel().nonzero()[0]
-        if len(above):
-            column = above // values.shape[1]
-            threshold, scale, k, base = self._parameters.take(column, axis=1)
-            excess = (values.ravel()[above] - threshold) / scale
-            beyond = base + np.log1p(k * excess) / k
-            nats.ravel()[above] = np.minimum(beyond, MAX_NATS)
-        return np.asarray(nats)
-
-
-def combine(inverse: Floats) -> Floats:
-    """-log of the harmonic mean of tail probabilities, given their inverses [K, n]: [n]."""
-    return np.asarray(np.log(inverse.sum(axis=0) / len(inverse)))
-
-
-def fit_tail(values: Floats, exceeded: float) -> Tail:
-    """The tail of values [n] >= 0 beyond their quantile 1 - `exceeded`."""
-    values = np.sort(values)
-    count = max(1, min(len(values) - 1, round(len(values) * exceeded)))
-    threshold = max(float(values[-count - 1]), 1e-6)
-    excesses = values[-count:] - threshold
-    excesses = excesses[excesses > 0]
-    share = min(max(len(excesses), 1) / len(values), 0.999)
-    if len(excesses) < MIN_EXCESSES:
-        scale = float(excesses.mean()) if len(excesses) else threshold
-        return Tail(threshold=threshold, exceeded=share, scale=max(scale, 1e-9), shape=0.0)
-    mean = float(excesses.mean())
-    ranks = (np.arange(len(excesses)) + 0.65) / len(excesses)
-    weighted = float(np.mean(excesses * (1.0 - ranks)))
-    ratio = mean / max(mean - 2.0 * weighted, 1e-12)
-    shape = min(max(2.0 - ratio, 0.0), MAX_SHAPE)
-    return Tail(threshold=threshold, exceeded=share, scale=mean * (1.0 - shape), shape=shape)
-
-
 NONE, OPENED, CONTINUING, CLOSED = range(4)
 MAX_COUNT: Final = 1 << 24
 """Largest number of events that float32 counts."""
-
-
 MUTED_EVENTS: Final = 64
 """Events after an acknowledgement in which no alarm opens: what the stream does now is learned."""
 _MUTED: Final = 1 << 20

@@ -1,8 +1,8 @@
 """What was unusual in an event, or in an alarm, in words that a person reads.
 
 The cause is the channel with the largest share of the tail probability. How far its value was off
-is in the field's unit, or in the stream's deviations where the model sees nothing else: of a field
-with `normalisation`, or from the outputs of an event without `residual`.
+is in the field's unit, or in deviations: the forecast of a field with `normalisation`, in the
+stream's own, and from the outputs of an event without `residual`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.events.schema import NumericField
-from models.spec.detection import ALARM_RATE, ChannelKind, ordered_targets
+from models.spec.detection import ALARM_RATE, Channel, ChannelKind, ordered_targets
 from models.spec.layout import detection_of, state_spec
 from models.spec.model import ModelSpec
 
@@ -27,6 +27,7 @@ _KINDS: Final[dict[ChannelKind, tuple[str, str, str]]] = {
     "forecast": ("{}", "its forecast", "its forecast"),
     "change": ("change of {}", "its usual", "its usual over the last events"),
     "season": ("{}", "the season before", "the season before"),
+    "run": ("{}", "", "its usual runs of equal values"),
 }
 """By kind: what was unusual, compared with what, and the latter of the last events together."""
 
@@ -93,11 +94,14 @@ class Causes:
         excess, is_deviation = 0.0, True
         has_order = channel.target in self._numeric
         if has_order and deviation is not None and abs(deviation[place]) >= SMALL_Z:
-            excess = float(deviation[place])
+            excess = 0.0 if channel.kind == "run" else float(deviation[place])
             if channel.kind == "forecast" and residual is not None:
                 excess = float(residual[self._residuals.index(channel.target)])
-                is_deviation = channel.target in self._unitless
+                is_deviation = self._is_unitless(channel)
         return self._cause(place, excess, is_deviation, stream)
+
+    def _is_unitless(self, channel: Channel) -> bool:
+        return channel.kind == "forecast" and channel.target in self._unitless
 
     def severity_of(self, probability: float) -> float:
         """The nats of a tail probability, as a multiple of those of the model's threshold."""
@@ -123,7 +127,7 @@ class Causes:
             events=int(floats[events.start]),
             severity=peak / self._threshold_nats(float(floats[self._rate_at])),
             probability=math.exp(-max(latest, 0.0)),
-            cause=self._cause(place, float(excess), channel.target in self._unitless, stream),
+            cause=self._cause(place, float(excess), self._is_unitless(channel), stream),
         )
 
     def _threshold_nats(self, rate: float) -> float:
@@ -138,6 +142,8 @@ class Causes:
         what = subject.format(f"{stream}.{channel.target}" if stream else channel.target)
         if excess == 0:
             return Cause(channel.target, channel.kind, f"{what} unlike {unlike}")
+        if channel.kind == "run" and not is_deviation:
+            return Cause(channel.target, channel.kind, f"{what} the same for {excess:,.0f} events")
         size = abs(excess)
         number = f"{size:.3g}" if size < 1000 else f"{size:,.0f}"
         unit = " deviations" if is_deviation else ""

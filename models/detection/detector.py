@@ -1,11 +1,11 @@
 """Detection on the outputs of a network with an anomaly head: tail probabilities and alarms.
 
-Each event's statistics (`models.detection.statistics`) have tail probabilities by the fitted tails
-(`models.detection.alarms`), which are combined into one (`models.detection.probability`). It is
-comparable between streams: of a thousand usual events, one has a probability below 0.001. Alarms
-open below a threshold of it, which each chunk may choose: as a rate of false alarms in its state,
-which the pipeline writes there. The state also has a record of the latest alarm, for which
-`models.detection.causes` has words.
+Each event's deviations (`models.detection.deviations`) have a tail probability
+(`models.detection.probability`), which is comparable between streams: of a thousand usual events,
+one has a probability below 0.001. Alarms (`models.detection.alarms`) open below a threshold of it,
+which each chunk may choose: as a rate of false alarms in its state, which the pipeline writes
+there. The state also has a record of the latest alarm, for which `models.detection.causes` has
+words.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from models.detection.alarms import AlarmRecord, AlarmState, follow_alarm, record_alarm
 from models.detection.causes import SMALL_Z
+from models.detection.deviations import Channels, Deviations
 from models.detection.forecasts import DESCRIBED, LARGEST, in_field_units
-from models.detection.long_means import LongStatistics
-from models.detection.probability import PooledScorer, Scores, StreamScorer
-from models.detection.statistics import Channels, Deviations, StateParts
+from models.detection.probability import Scorer, Scores
+from models.detection.recurrences import StateParts
 from models.errors import SpecError
 from models.events.schema import NumericField
+from models.events.values import unstandardise
 from models.spec.detection import ALARM_RATE, OF_THE_ALARM
 from models.spec.layout import (
     anomaly_size,
@@ -59,22 +60,14 @@ class Detector:
         fit = detection.fit
         if fit is None:
             raise SpecError(f"model {spec.name!r}: expected a fitted `detection`")
-        self._channels = Channels(spec, np.array(fit.spreads), np.array(fit.squares))
-        memory = detection.tail_memory_events
-        self._scorer: PooledScorer | StreamScorer
-        if memory is not None and fit.streams is not None:
-            self._scorer = StreamScorer(
-                spec, memory, self._channels, fit.tails, fit.streams, fit.combined
-            )
-        else:
-            self._scorer = PooledScorer(self._channels, fit.tails, fit.combined)
+        self._channels = Channels(spec)
+        self._scorer = Scorer(spec, fit.tails, fit.combined)
         self._alarm, self._fit = detection.alarm, fit
         self._threshold = fit.threshold(detection.alarm.false_alarms_per_day)
         self._parts = detection_columns(spec)
         self._alarm_at, self._rate_at = self._parts["alarm"], self._parts[ALARM_RATE].start
         backoff = [self._parts[name].start for name in BACKOFF if name in self._parts]
-        # without `backoff_nats` the alarms per event have no effect, so any number will do
-        self._backoff, self._events_per_day = backoff, fit.events_per_day or 1.0
+        self._backoff, self._events_per_day = backoff, fit.events_per_day
         self._fields = [events.field(name) for name in head.targets]
         self._numeric = [f.name for f in self._fields if isinstance(f, NumericField)]
         self._of_channel = detection.channels_of(head.targets, events)
@@ -136,15 +129,15 @@ class Detector:
         """The outputs [size, B, T] of at most `Channels.max_steps` events; updates the states."""
         deviations = self._channels.follow(rows, parameters, parts)
         scores = self._scorer.score(deviations, parts)
-        events = deviations.events
-        probability, weights = np.exp(-scores.nats), None
+        events, order = deviations.events, self._channels.order
+        probability = np.exp(-scores.nats)
         outputs: dict[str, Floats] = {"probability": probability[np.newaxis]}
         if "deviation" in self._outputs:
-            outputs["deviation"] = deviations.z
+            outputs["deviation"] = deviations.signed()[order]
         if "share" in self._outputs:
-            weights = scores.weights()
+            weights = self._scorer.weights(deviations.squares, scores.cubes)[order]
             outputs["share"] = weights / weights.sum(axis=0)
-        outputs |= self._follow_alarms(deviations, scores, probability, weights, parts)
+        outputs |= self._follow_alarms(deviations, scores, probability, parts)
         described = self._channels.forecasts.describe(
             self._described, events.values, events.present, events.parameters
         )
@@ -156,7 +149,6 @@ class Detector:
         deviations: Deviations,
         scores: Scores,
         probability: Floats,
-        weights: Floats | None,
         parts: StateParts,
     ) -> dict[str, Floats]:
         """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
@@ -185,11 +177,8 @@ class Detector:
                 continue
             record = self._record(codes, scores.nats[row, :length], after[row])
             if record.at_peak is not None:
-                if weights is None:
-                    weights = scores.weights()
-                channel = int(np.argmax(weights[:, row, record.at_peak]))
-                excess = self._excess(deviations, scores.long, channel, row, record.at_peak)
-                after[row, self._parts["alarm_cause"]] = channel, excess
+                cause = self._cause(deviations, scores, row, record.at_peak)
+                after[row, self._parts["alarm_cause"]] = cause
             by_threshold = record.peaks / -np.log(thresholds[row])
             for name, values in (("severity", by_threshold), ("since", record.since)):
                 if name in outputs:
@@ -220,30 +209,33 @@ class Detector:
         after[peaks] = record.peaks[-1], nats[record.events[-1]]
         return record
 
-    def _excess(
-        self, deviations: Deviations, long: LongStatistics | None, channel: int, row: int, at: int
-    ) -> float:
-        """How far the value of a channel was off at an event, in the field's unit; 0 if it was
-        unusual over the last events rather than at this one, or has no order."""
-        target, kind = self._of_channel[channel].target, self._of_channel[channel].kind
-        place, events = self._targets.index(target), deviations.events
-        field = self._fields[place]
-        if not isinstance(field, NumericField):
-            return 0.0
-        value = events.values[place, row, at]
-        if kind == "level" and long is not None:
-            error = long.errors[event := (self._numeric.index(target), row, at)]
-            # of values that are not the encoded ones: in peaks
-            if field.normalisation is not None:
-                error = np.copysign(np.sqrt(long.squares[0][event]), error)
-        elif abs(deviations.z[channel, row, at]) < SMALL_Z:
-            return 0.0
-        elif kind == "forecast":
-            error = value - self._channels.forecasts.mean(place, events.parameters)[row, at]
+    def _cause(
+        self, deviations: Deviations, scores: Scores, row: int, at: int
+    ) -> tuple[int, float]:
+        """The channel that counts most at an event, and how far its value was off, in the field's
+        unit, or for how many events it has been the same; 0 if it was unusual over the last events
+        rather than at this one, or has no order."""
+        event = slice(None), row, at
+        weights = self._scorer.weights(deviations.squares[event], scores.cubes[event])
+        channel = int(np.argmax(weights[self._channels.order]))
+        own, place = self._of_channel[channel], int(self._channels.order[channel])
+        field = self._fields[self._targets.index(own.target)]
+        is_small = deviations.squares[place, row, at] < SMALL_Z**2 and own.kind != "level"
+        if own.kind == "run":
+            return channel, float(deviations.errors[place, row, at])
+        if not isinstance(field, NumericField) or is_small:
+            return channel, 0.0
+        if own.kind == "forecast":
+            events = deviations.events
+            target = self._targets.index(own.target)
+            value = in_field_units(field, events.values[target, row, at])
+            mean = self._channels.forecasts.mean(target, events.parameters)[row, at]
+            excess = value - in_field_units(field, mean)
         else:
-            error = deviations.errors[channel, row, at]
-        excess = in_field_units(field, value) - in_field_units(field, value - error)
-        return float(np.clip(excess, -LARGEST, LARGEST))
+            value = deviations.events.raw[self._numeric.index(own.target), row, at]
+            usual = value - deviations.errors[place, row, at]
+            excess = unstandardise(field, value) - unstandardise(field, usual)
+        return channel, float(np.clip(excess, -LARGEST, LARGEST))
 
 
 class DetectingStep:

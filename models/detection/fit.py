@@ -1,25 +1,23 @@
-"""Fits detection to streams without known anomalies: usual spreads, tails, and the threshold."""
+"""Fits detection to streams without known anomalies: tails, and the threshold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import Tails, combine, count_alarms, fit_tail
-from models.detection.long_means import LongMeans
-from models.detection.probability import StreamScorer, long_and_channels
-from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels, StateParts
+from models.detection.alarms import count_alarms
+from models.detection.deviations import Channels
+from models.detection.probability import Scorer
+from models.detection.recurrences import StateParts
+from models.detection.tails import EXCEEDED, Tails, fit_tail
 from models.errors import DataError
 from models.spec.detection import (
-    ROOT_OF_NORMAL,
     AlarmSpec,
     DetectionFit,
     DetectionSpec,
-    StreamTailsFit,
     Tail,
 )
 from models.spec.layout import detection_columns, detection_of, detection_state
@@ -28,19 +26,18 @@ from models.spec.model import ModelSpec
 Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
 
-EXCEEDED: Final = 0.05
-"""Share of the events beyond the threshold of a tail."""
+RUN_NATS: Final = 4.0
+"""Most nats of a run of equal values, for each length of the longest one before."""
 BATCH: Final = 64
 """Streams that are computed in one call."""
 MIN_EVENTS: Final = 200
-SMALLEST_SQUARE: Final = 0.1
 FEW_ALARMS: Final = 10
 """Fewer alarms than this are assumed to be proportional in number to the threshold."""
 LONGEST: Final = 3.0
 """Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
 LONGEST_UNUSUAL: Final = 10.0
 """The same of alarms that stay open while events are unusual (`close_above`)."""
-LEFT_OUT: Final = 0.1
+LEFT_OUT: Final = 0.05
 """Share of the streams, those with the most alarms, that do not count in a model with
 `backoff_nats`: they may have anomalies, and the bound limits their alarms."""
 SMALLEST_THRESHOLD: Final = 1e-9
@@ -92,41 +89,44 @@ def check_size(counted: Iterable[NDArray[np.bool_]], days: Iterable[float]) -> N
 
 
 def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
-    """Fit spreads, tails and the threshold to streams, each up to its last counted event.
+    """Fit tails and the threshold to streams, each up to its last counted event.
 
     Raises:
         DataError: they are too short.
     """
-    detection, head, events = detection_of(spec)
+    detection = detection_of(spec)[0]
     check_size([stream.counted for stream in streams], [stream.days for stream in streams])
     streams = [_until_last_counted(stream) for stream in streams if stream.counted.any()]
-    count = len(detection.channels_of(head.targets, events))
-    ones = np.ones(count)
-    _, states = _follow(spec, streams, Channels(spec, ones, ones), _statistics)
-    spreads = _usual_spreads(spec, states)
-    statistics, _ = _follow(spec, streams, Channels(spec, spreads, ones), _statistics)
-    squares = _usual_squares(statistics[:count])
-    channels = Channels(spec, spreads, squares)
-    statistics, _ = _follow(spec, streams, channels, _statistics)
-    tails = tuple(fit_tail(column, EXCEEDED) for column in statistics)
-    memory, own = detection.tail_memory_events, None
-    if memory is None:
-        combined = combine(np.exp(Tails(tails).nats(statistics)))
-    else:
-        own, combined = _fit_stream_tails(spec, memory, streams, channels, tails)
-    tail = fit_tail(combined, EXCEEDED)
-    probability = np.exp(-Tails([tail]).nats(combined[np.newaxis])[0])
+    channels = Channels(spec)
+    quantities, _ = _follow(spec, streams, channels, None)
+    *tails, of_runs = (fit_tail(column, EXCEEDED) for column in quantities)
+    # a model without a numeric target has one tail, and no runs
+    tails.append(_tail_of_runs(of_runs) if tails else of_runs)
+    scorer = Scorer(spec, tuple(tails), None)
+    # by tails as they are when the model is served, rather than those of new streams
+    _, states = _follow(spec, streams, channels, scorer)
+    nats, _ = _follow(spec, streams, channels, scorer, _only_tails(spec, states))
+    combined = fit_tail(nats[0], EXCEEDED)
+    probability = np.exp(-Tails([combined]).nats(nats)[0])
     rates, thresholds = _thresholds(detection, streams, probability)
     return DetectionFit(
-        spreads=tuple(spreads.tolist()),
-        squares=tuple(squares.tolist()),
-        tails=tails,
-        combined=tail,
-        streams=own,
+        tails=tuple(tails),
+        combined=combined,
         rates=rates,
         thresholds=thresholds,
         events_per_day=sum(int(each.counted.sum()) for each in streams)
         / sum(each.days for each in streams),
+    )
+
+
+def _tail_of_runs(tail: Tail) -> Tail:
+    """The tail of runs of equal values: not lighter than `RUN_NATS` for each length of the longest
+    run, since streams without runs say nothing about them."""
+    return Tail(
+        threshold=max(tail.threshold, -np.log(EXCEEDED) / RUN_NATS),
+        exceeded=EXCEEDED,
+        scale=max(tail.scale, 1.0 / RUN_NATS),
+        shape=0.0,
     )
 
 
@@ -144,46 +144,6 @@ def _thresholds(
     return alarm_thresholds(detection.alarm, by_stream, days)
 
 
-def _fit_stream_tails(
-    spec: ModelSpec,
-    memory: int,
-    streams: Sequence[Stream],
-    channels: Channels,
-    tails: tuple[Tail, ...],
-) -> tuple[StreamTailsFit, Floats]:
-    """What the tails of each stream start from, and the nats of all counted events by them
-    together, given the tails of the statistics."""
-    long = partial(_long, LongMeans(spec, memory), Tails(tails))
-    values, _ = _follow(spec, streams, channels, long)
-    fit = StreamTailsFit(tails=tuple(fit_tail(column, EXCEEDED) for column in values))
-    step = partial(_scored, StreamScorer(spec, memory, channels, tails, fit, None))
-    # by tails as they are when the model is served, rather than those of new streams
-    _, states = _follow(spec, streams, channels, step)
-    nats, _ = _follow(spec, streams, channels, step, _only_tails(spec, states))
-    return fit, nats[0]
-
-
-Chunks = tuple[FloatRows, FloatRows, StateParts]
-"""Encoded rows [B, T, F], forecasts [B, T, P], and states, which are updated."""
-Step = Callable[[Channels, Chunks], Floats]
-
-
-def _statistics(channels: Channels, chunks: Chunks) -> Floats:
-    return channels.follow(*chunks).statistics
-
-
-def _long(means: LongMeans, tails: Tails, channels: Channels, chunks: Chunks) -> Floats:
-    followed = channels.follow(*chunks)
-    statistics = followed.statistics
-    long = means.follow(followed.events, chunks[-1])
-    inverse = np.exp(tails.nats(statistics.reshape(len(statistics), -1)))
-    return long_and_channels(long, inverse).reshape(-1, *statistics.shape[1:])
-
-
-def _scored(scorer: StreamScorer, channels: Channels, chunks: Chunks) -> Floats:
-    return scorer.score(channels.follow(*chunks), chunks[-1]).nats[np.newaxis]
-
-
 def _only_tails(spec: ModelSpec, states: FloatRows) -> FloatRows:
     """States of new streams with the tails of states."""
     initial = np.tile(detection_state(spec).zero().floats, (len(states), 1))
@@ -193,36 +153,17 @@ def _only_tails(spec: ModelSpec, states: FloatRows) -> FloatRows:
     return initial
 
 
-def _usual_spreads(spec: ModelSpec, states: FloatRows) -> Floats:
-    """Median over streams of each channel's spread, from their last states [streams, S]."""
-    detection, head, events = detection_of(spec)
-    slices = detection_state(spec).slices
-    targets = [head.targets.index(c.target) for c in detection.channels_of(head.targets, events)]
-    exact = states.astype(np.float64)
-    weight = exact[:, slices[f"{head.name}.weight"]][:, targets]
-    roots = exact[:, slices[f"{head.name}.spread"]] / np.maximum(weight, SMALLEST)
-    spreads = np.square(np.median(roots, axis=0) / ROOT_OF_NORMAL)
-    return np.asarray(np.maximum(spreads, SMALLEST))
-
-
-def _usual_squares(deviations: Floats) -> Floats:
-    """Mean square of each channel's deviations [C, n], each limited as in the statistics."""
-    has = np.maximum((deviations > 0).sum(axis=1), 1)
-    squares = np.minimum(np.square(deviations), ENERGY_LIMIT).sum(axis=1) / has
-    return np.asarray(np.maximum(squares, SMALLEST_SQUARE))
-
-
 def _follow(
     spec: ModelSpec,
     streams: Sequence[Stream],
     channels: Channels,
-    step: Step,
+    scorer: Scorer | None,
     initial: FloatRows | None = None,
 ) -> tuple[Floats, FloatRows]:
     """The numbers [K, n] of the counted events, stream by stream, and the last states.
 
     Args:
-        step: gives the numbers [K, B, T] of events.
+        scorer: gives the nats of events, K = 1; None: their quantities.
         initial: the states to start from; those of new streams by default.
     """
     by_stream: list[list[Floats]] = [[] for _ in streams]
@@ -239,7 +180,10 @@ def _follow(
             parameters = _pad([part.parameters for part in parts])
             lengths = np.array([len(part.rows) for part in parts])
             after = StateParts(states[active], lengths, rows.shape[1], columns)
-            numbers = step(channels, (rows, parameters, after))
+            deviations = channels.follow(rows, parameters, after)
+            numbers = deviations.quantities
+            if scorer is not None:
+                numbers = scorer.score(deviations, after).nats[np.newaxis]
             states[active] = after.after
             for place, (i, part) in enumerate(zip(active, parts, strict=True)):
                 by_stream[i].append(numbers[:, place, np.flatnonzero(part.counted)])

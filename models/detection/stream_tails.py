@@ -1,9 +1,9 @@
-"""The tails of each stream: how often its own past had a statistic as large as this one.
+"""The tails of each stream: how often its own past had a quantity as large as this one.
 
-The pooled tails (`models.detection.alarms`) say how unusual a statistic is among all fitted
-streams, as u = -log P. A stream's own tail maps u to its own nats n. It counts the stream's events
+The pooled tails (`models.detection.tails`) say how unusual a quantity is among all fitted streams,
+as u = -log P. A stream's own tail maps u to its own nats n. It counts the stream's events
 above fixed levels l_0 = 0 < l_1 < ... of u. With the counts c_0 >= c_1 >= ..., which decay over
-`tail_memory_events`, the share of the events above l_(i-1) that are also above l_i is
+`memory_events`, the share of the events above l_(i-1) that are also above l_i is
 
     q_i = (c_i + a_i exp(-(l_i - l_(i-1)))) / (c_(i-1) + a_i),
 
@@ -26,8 +26,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import MAX_NATS
-from models.detection.statistics import Bools, Floats, StateParts
+from models.detection.recurrences import Bools, Floats, StateParts
+from models.detection.tails import MAX_NATS
 from models.spec.detection import LEVEL_STEP
 from models.spec.layout import detection_of
 from models.spec.model import ModelSpec
@@ -43,17 +43,16 @@ SMALLEST: Final = 1e-12
 
 
 class StreamTails:
-    """The tails of K statistics, of each stream.
+    """The tails of Q quantities, of each stream.
 
     Args:
-        spec: a model whose `detection` has `tail_memory_events`.
-        memory_events: these.
+        spec: a model with `detection`.
     """
 
-    def __init__(self, spec: ModelSpec, memory_events: int):
+    def __init__(self, spec: ModelSpec):
         detection, _, _ = detection_of(spec)
         levels = np.array(detection.tail_levels)
-        self._decay = float(np.exp(-BLOCK / memory_events))
+        self._decay = float(np.exp(-BLOCK / detection.memory_events))
         # by level, [levels, 1], as tables are [K, levels, B]
         self._levels, self._distances = levels[:, np.newaxis], np.diff(levels)[:, np.newaxis]
         self._weights = np.where(self._levels[1:] <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)
@@ -68,7 +67,7 @@ class StreamTails:
 
         Args:
             nats: [K, B, T], by the pooled tails.
-            present: bool [K, B, T], whether the event has the statistic; false beyond a length.
+            present: bool [K, B, T], whether the event has the quantity; false beyond a length.
                 None if every event has every one.
             parts: the states, of `models.spec.layout.detection_columns`; updated.
         """

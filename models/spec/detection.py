@@ -6,22 +6,21 @@ target has several channels:
 
     forecast   the error of the network's forecast, in its predicted deviations; for a categorical
                or boolean target the square root of twice its nats
-    level      the value itself
+    level      the value as it comes, minus its long mean
     change     the value minus the value before it
-    season     the value minus the value `season_events` before it
+    season     the value minus the usual one `season_events` before it
+    run        for how many events the value has been the same
 
-Each channel has the stream's own mean and spread of recent events, and is tested at several time
-scales: the event alone, and the mean square over some events, which may be too large, and in the
-channel `change` also too small (a sensor that is stuck). `models.detection` has the equations. The
-fitted parameters (`DetectionFit`) are in the artifact's specification, like the means of an event
-schema.
+Each is compared with the stream's own past; level, change and season at several time scales: the
+event alone, and means over some events. `models.detection` has the equations. The fitted parameters
+(`DetectionFit`) are in the artifact's specification, like the means of an event schema.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from math import exp, log
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -32,19 +31,15 @@ if TYPE_CHECKING:
     from models.events.schema import EventSchema
     from models.spec.heads import AnomalyHead
 
-ChannelKind = Literal["forecast", "level", "change", "season"]
-Scale = Annotated[int, Field(ge=2, le=4096)]
-
-ROOT_OF_NORMAL: Final = 0.82217902
-"""E sqrt|x| of a standard normal x: 2^(1/4) Gamma(3/4) / sqrt(pi)."""
+ChannelKind = Literal["forecast", "level", "change", "season", "run"]
 ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
 LEVEL_STEP: Final = 0.5
 """Levels of tails are multiples of it."""
-LONG_SCALES: Final = (12, 36)
-"""Events over which levels and changes are averaged, beside the single event."""
+SCALES: Final = (12, 36)
+"""Events over which errors are averaged, beside the single event."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
 
@@ -132,41 +127,34 @@ class Tail(Frozen):
     shape: Annotated[float, Field(ge=0, lt=1)]
 
 
-class StreamTailsFit(Frozen):
-    """What a new stream's own tails start from.
-
-    Attributes:
-        tails: pooled over streams: of the statistics of long levels and changes, of a model with a
-            numeric target (`models.detection.long_means`), and of those of all channels together.
-    """
-
-    tails: Annotated[tuple[Tail, ...], Field(min_length=1)]
-
-
 class DetectionFit(Frozen):
     """Parameters that are fitted to streams without known anomalies.
 
     Attributes:
-        spreads: by channel, the usual spread.
-        squares: by channel, the usual mean square of its deviations in units of the spread.
-        tails: by statistic, in the order of `models.detection.statistics`.
-        combined: the tail of all of them together; with tails of each stream, of their nats.
-        streams: of the tails of each stream; None if there are none.
+        tails: of the quantities of `models.detection.deviations`, which a new stream's own tails
+            start from.
+        combined: the tail of the nats of all of them together.
         rates: ascending, false alarms of one stream in a day.
         thresholds: for each of them, the tail probability below which an event is unusual enough
             for an alarm.
-        events_per_day: of the mean stream that was fitted to. None: a model of an earlier version,
-            without `backoff_nats`.
+        events_per_day: of the mean stream that was fitted to.
     """
 
-    spreads: tuple[Annotated[float, Field(gt=0)], ...]
-    squares: tuple[Annotated[float, Field(gt=0)], ...]
-    tails: tuple[Tail, ...]
+    tails: Annotated[tuple[Tail, ...], Field(min_length=1)]
     combined: Tail
-    streams: StreamTailsFit | None = None
     rates: Annotated[tuple[AlarmRate, ...], Field(min_length=1)]
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
-    events_per_day: Annotated[float, Field(gt=0)] | None = None
+    events_per_day: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_earlier_versions(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "spreads" in data:
+            raise ValueError(
+                "expected the fit of this version, got one of an earlier version: "
+                "train the model again"
+            )
+        return data
 
     @model_validator(mode="after")
     def _check_rates(self) -> DetectionFit:
@@ -198,28 +186,22 @@ class DetectionSpec(Frozen):
 
     Attributes:
         head: the anomaly head.
-        memory_events: time constant of the statistics: after this many events the past weighs 1/e.
-        prior_events: weight of the usual spread in a new stream's, as a pseudo-count of events.
-        scales: time scales in events, beside the single event.
-        channels: kinds of channels of each numeric target.
-        tail_memory_events: time constant of each stream's own tails, and of the means that levels
-            and changes of its values as they come are compared with; None is one tail for all
-            streams, without these.
+        memory_events: time constant of what a stream is compared with, and of its own tails: after
+            this many events the past weighs 1/e.
+        prior_events: deviations count by half after as many events of a new stream.
         tail_levels: ascending nats, multiples of `LEVEL_STEP` from 0 on, above which a stream's own
             tails count its events.
         season_events: events per season; adds the channel `season`.
-        minimum_spread: the smallest spread, as a share of the usual one; bounds the deviations of a
-            constant stream.
         outputs: which outputs each event has behind `probability` and `alarm`; no other one is
             computed.
     """
 
     head: str
-    memory_events: Annotated[int, Field(ge=10, le=10_000_000)] = 1000
+    memory_events: Annotated[int, Field(ge=10, le=10_000_000)] = 10_000
     prior_events: Annotated[float, Field(gt=0)] = 50.0
-    tail_memory_events: Annotated[int, Field(ge=100, le=10_000_000)] | None = None
     tail_levels: Annotated[tuple[TailLevel, ...], Field(min_length=3, max_length=32)] = (
         0.0,
+        1.5,
         3.0,
         4.5,
         6.0,
@@ -229,35 +211,30 @@ class DetectionSpec(Frozen):
         21.0,
         30.0,
     )
-    scales: tuple[Scale, ...] = (12, 36)
-    channels: Annotated[tuple[Literal["forecast", "level", "change"], ...], Field(min_length=1)] = (
-        "forecast",
-        "level",
-        "change",
-    )
     season_events: Annotated[int, Field(ge=2, le=4096)] | None = None
-    minimum_spread: Annotated[float, Field(gt=0, lt=1)] = 0.05
     alarm: AlarmSpec = AlarmSpec()
     outputs: tuple[OutputName, ...] = ("deviation", "share")
     fit: DetectionFit | None = None
 
-    @model_validator(mode="after")
-    def _check_distinct(self) -> DetectionSpec:
-        for name in ("scales", "channels", "outputs"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: expected distinct values, got {list(values)}")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_earlier_options(cls, data: Any) -> Any:
+        earlier = {"channels", "minimum_spread", "scales", "tail_memory_events"}
+        if isinstance(data, dict) and (named := earlier & data.keys()):
+            raise ValueError(
+                f"expected options of this version, got {sorted(named)} of an earlier one: remove "
+                "them, and train the model again"
+            )
+        return data
 
     @model_validator(mode="after")
-    def _check_alarm(self) -> DetectionSpec:
+    def _check_outputs(self) -> DetectionSpec:
+        if len(set(self.outputs)) < len(self.outputs):
+            raise ValueError(f"outputs: expected distinct values, got {list(self.outputs)}")
         if self.alarm.close_above is None and (named := set(self.outputs) & set(OF_THE_ALARM)):
             raise ValueError(
                 f"outputs: expected `alarm.close_above` with {sorted(named)}, got none"
             )
-        is_bounded = self.alarm.backoff_nats is not None
-        if is_bounded and self.fit is not None and self.fit.events_per_day is None:
-            raise ValueError("fit: expected `events_per_day` with `alarm.backoff_nats`, got none")
         return self
 
     @model_validator(mode="after")
@@ -265,32 +242,20 @@ class DetectionSpec(Frozen):
         levels = self.tail_levels
         if levels[0] != 0 or list(levels) != sorted(set(levels)):
             raise ValueError(f"tail_levels: expected ascending ones from 0, got {list(levels)}")
-        is_pooled = self.tail_memory_events is None
-        if self.fit is not None and is_pooled != (self.fit.streams is None):
-            raise ValueError("fit: expected `streams` with `tail_memory_events`, none without")
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_earlier_tails(cls, data: Any) -> Any:
-        fit = data.get("fit") if isinstance(data, dict) else None
-        streams = fit.get("streams") if isinstance(fit, dict) else None
-        if isinstance(streams, dict) and "joint_mean" in streams:
-            raise ValueError(
-                "fit: expected tails of each stream of this version, got those of an earlier one: "
-                "train the model again"
-            )
-        return data
+    @property
+    def kinds(self) -> tuple[ChannelKind, ...]:
+        """Kinds of channels of each numeric target."""
+        kinds: tuple[ChannelKind, ...] = get_args(ChannelKind)
+        return tuple(k for k in kinds if k != "season" or self.season_events is not None)
 
     def channels_of(self, targets: tuple[str, ...], events: EventSchema) -> tuple[Channel, ...]:
         """Every channel, target by target: a target that is not numeric has its forecast only."""
-        kinds: tuple[ChannelKind, ...] = self.channels
-        if self.season_events is not None:
-            kinds = (*kinds, "season")
         return tuple(
             Channel(target=target, kind=kind)
             for target in targets
-            for kind in kinds
+            for kind in self.kinds
             if kind == "forecast" or isinstance(events.field(target), NumericField)
         )
 
@@ -323,40 +288,35 @@ def detection_parts(
     spec: DetectionSpec, head: AnomalyHead, events: EventSchema
 ) -> tuple[StatePart, ...]:
     """The state of detection."""
-    targets, channels = len(head.targets), len(spec.channels_of(head.targets, events))
+    targets = len(head.targets)
     numeric = sum(isinstance(events.field(name), NumericField) for name in head.targets)
+    # kinds of channels with averages
+    kinds = len(spec.kinds) - 2 if numeric else 0
+    tails = kinds * (1 + len(SCALES)) + (numeric > 0) + 1
     shapes: dict[str, tuple[int, ...]] = {
         "events": (1,),
         "weight": (targets,),
         "last": (numeric,),
-        "mean": (channels,),
-        "spread": (channels,),
-        "energy": (len(spec.scales), channels),
+        "mean": (numeric,),
+        "rest": (numeric,),
+        "distance": (kinds, numeric),
+        "spread": (kinds, numeric),
+        "peak": (targets + 2 * kinds * numeric,),
+        "average": (len(SCALES), kinds),
+        "run": (numeric,),
+        "longest": (numeric,),
+        "tail_counts": (tails, len(spec.tail_levels)),
+        "tail_pending": (tails, len(spec.tail_levels)),
+        "tail_filled": (1,),
         "alarm": (1,),
         ALARM_RATE: (1,),
     }
+    if spec.season_events is not None:
+        shapes |= {"season": (numeric, spec.season_events), "season_weight": (numeric,)}
     if spec.alarm.close_above is not None:
         shapes |= {"alarm_events": (1,), "alarm_nats": (2,), "alarm_cause": (2,)}
     if spec.alarm.backoff_nats is not None:
         shapes |= {"alarm_since": (1,), "alarm_excess": (1,)}
-    if spec.season_events is not None:
-        shapes["season"] = (numeric, spec.season_events)
-    if spec.tail_memory_events is not None:
-        groups = 2 * (numeric > 0)
-        tails = groups * (1 + len(LONG_SCALES)) + 1
-        shapes |= {
-            "long_weight": (numeric,),
-            "long_last": (numeric,),
-            "long_mean": (numeric,),
-            "long_rest": (numeric,),
-            "long_distance": (2, numeric),
-            "long_peak": (2, numeric),
-            "long_spread": (2, numeric),
-            "long_energy": (len(LONG_SCALES), groups),
-            "tail_counts": (tails, len(spec.tail_levels)),
-            "tail_pending": (tails, len(spec.tail_levels)),
-            "tail_filled": (1,),
-        }
     return tuple(
         StatePart(f"{spec.head}.{name}", shape, "float32") for name, shape in shapes.items()
     )

@@ -46,8 +46,6 @@ LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0
 WEEK_DAYS = 7
 HOLD_EVENTS, CLOSE_ABOVE, BACKOFF_NATS = 6, 0.01, 1.0
-TAIL_MEMORY_EVENTS = 10_000
-TAIL_LEVELS = (0.0, 1.5, 3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 21.0, 30.0)
 
 
 def resolve_training(
@@ -96,10 +94,8 @@ def resolve_detection(spec: ModelSpec) -> ModelSpec:
         options["backoff_nats"] = BACKOFF_NATS
     if not alarm.model_fields_set & {"close_above", "hysteresis"}:
         options["close_above"] = CLOSE_ABOVE
-    changes: dict[str, Any] = {"alarm": alarm.model_copy(update=options)}
-    tails = {"tail_memory_events": TAIL_MEMORY_EVENTS, "tail_levels": TAIL_LEVELS}
-    changes |= {name: v for name, v in tails.items() if name not in detection.model_fields_set}
-    return spec.model_copy(update={"detection": detection.model_copy(update=changes)})
+    changed = detection.model_copy(update={"alarm": alarm.model_copy(update=options)})
+    return spec.model_copy(update={"detection": changed})
 
 
 def _split(

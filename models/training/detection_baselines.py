@@ -33,8 +33,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import AlarmState, Tails, fit_tail, follow_alarm
-from models.detection.fit import EXCEEDED, MIN_EVENTS, alarm_threshold
+from models.detection.alarms import AlarmState, follow_alarm
+from models.detection.fit import MIN_EVENTS, alarm_threshold
+from models.detection.tails import EXCEEDED, Tails, fit_tail
 from models.events.schema import NumericField
 from models.spec.layout import detection_of
 from models.spec.model import ModelSpec, schema_of

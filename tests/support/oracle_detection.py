@@ -14,7 +14,7 @@ from models.spec.model import ModelSpec
 from tests.support.oracle_layers import Floats, softmax, softplus
 from tests.support.oracle_stream_tails import StreamTailsOracle
 
-ROOT = 2**0.25 * math.gamma(0.75) / math.sqrt(math.pi)
+SCALES = (12, 36)
 
 
 class DetectionOracle:
@@ -22,101 +22,86 @@ class DetectionOracle:
 
     def __init__(self, spec: ModelSpec):
         self.detection, self.head, self.events = detection_of(spec)
+        assert self.detection.fit is not None
         self.fit = self.detection.fit
         self.channels = self.detection.channels_of(self.head.targets, self.events)
-        prior, spreads = self.detection.prior_events, self.fit.spreads
-        self.weight = dict.fromkeys(self.head.targets, 0.0)
-        self.prior = prior
-        self.means = [0.0] * len(spreads)
-        self.last: dict[str, float | None] = dict.fromkeys(self.head.targets)
-        self.roots = [0.0] * len(spreads)
-        self.energy = {
-            (s, c): square
-            for s in self.detection.scales
-            for c, square in enumerate(self.fit.squares)
+        self.fields = {name: self.events.field(name) for name in self.head.targets}
+        self.numeric = [name for name, field in self.fields.items() if field.kind == "numeric"]
+        self.kinds = [kind for kind in self.detection.kinds if kind not in ("forecast", "run")]
+        self.count = 0
+        self.weight = dict.fromkeys(self.fields, 0.0)
+        self.total = dict.fromkeys(self.numeric, 0.0)
+        self.last = dict.fromkeys(self.numeric, 0.0)
+        self.past = {
+            name: deque[float](maxlen=self.detection.season_events or 1) for name in self.numeric
         }
-        self.past: dict[str, deque[float]] = {
-            name: deque(maxlen=self.detection.season_events or 1) for name in self.head.targets
-        }
+        self.errors = {channel.label: _Errors() for channel in self.channels}
+        self.averages = {(kind, scale): 0.0 for kind in self.kinds for scale in SCALES}
+        self.run = dict.fromkeys(self.numeric, 0)
+        self.longest = dict.fromkeys(self.numeric, 0.0)
+        self.tails = StreamTailsOracle(self.detection, self.fit, self._tail)
         self.is_open, self.unusual, self.usual, self.excess = False, 0, 0, 0.0
         self.since, self.peak, self.latest, self.cause = 0, 0.0, 0.0, (0.0, 0.0)
-        self.tails: StreamTailsOracle | None = None
-        if self.detection.tail_memory_events is not None:
-            fields = [self.events.field(name) for name in self.head.targets]
-            self.tails = StreamTailsOracle(self.detection, self.fit, fields, self._tail)
 
     def step(self, row: Floats, parameters: Floats, rate: float | None = None) -> dict[str, Any]:
         """The outputs of the next event, with an alarm at a rate of its own."""
+        where = {column.name: i for i, column in enumerate(self.events.columns)}
+        present = {
+            name: not (f"{name}.missing" in where and row[where[f"{name}.missing"]])
+            for name in self.fields
+        }
+        encoded = {name: float(row[where[name]]) for name in self.fields}
+        raw = {name: float(row[where.get(f"{name}.value", where[name])]) for name in self.numeric}
+        forecasts = self._forecasts(encoded, parameters)
+        zs, squares, errors = {}, {}, {}
+        limited = dict.fromkeys(self.kinds, 0.0)
+        for channel in self.channels:
+            name, kind = channel.target, channel.kind
+            if kind == "run":
+                ratio = self._run(name, raw[name] if present[name] else None)
+                zs[channel.label], squares[channel.label] = ratio, ratio**2
+                errors[channel.label] = float(self.run[name])
+                continue
+            error = self._error(name, kind, raw, forecasts[name]) if present[name] else None
+            own = self.errors[channel.label]
+            weight = own.weight if kind == "season" else self.weight[name]
+            trust = weight / (weight + self.detection.prior_events)
+            by_peak, by_spread = own.follow(
+                error,
+                weight,
+                trust,
+                self.detection.memory_events,
+                1e-6 if kind == "forecast" else 1e-7 * abs(raw[name]) + 1e-12,
+                is_signed=kind != "forecast",
+                is_seen=present[name],
+            )
+            errors[channel.label] = error or 0.0
+            zs[channel.label] = math.copysign(trust * by_peak, error or 0.0)
+            squares[channel.label] = (trust * by_peak) ** 2
+            if kind != "forecast":
+                limited[kind] += (trust * by_spread) ** 2 / len(self.numeric)
+            if kind == "season":
+                known = self.past[name]
+                is_usual = present[name] and trust * by_spread <= 4.0
+                first = len(known) < (known.maxlen or 0)
+                usual = (raw[name] if present[name] else self.last[name]) if first else known[0]
+                known.append(raw[name] if is_usual else usual)
+        quantities = self._quantities(squares, limited, present)
         decay = math.exp(-1 / self.detection.memory_events)
-        values, present = self._values(row, parameters)
-        odd: set[str] = set()
-        scales, every = len(self.detection.scales), range(len(self.channels))
-        quiet = [c for c in every if self.channels[c].kind == "change"] or list(every)
-        zs, errors, inverses = [], [], np.ones((1 + 2 * scales, len(self.channels)))
-        for c, channel in enumerate(self.channels):
-            own, square = self.weight[channel.target], self.fit.squares[c]
-            usual = ROOT * math.sqrt(self.fit.spreads[c])
-            root = (self.roots[c] + self.prior * usual) / (own + self.prior)
-            spread = (root / ROOT) ** 2
-            least = self.fit.spreads[c] * self.detection.minimum_spread
-            there = values[c] is not None and own > 0
-            error = values[c] - self.means[c] / own if there else 0.0
-            trust = own / (own + self.prior)
-            whole = error / max(spread, least)
-            z = float(np.clip(trust * whole, -30, 30))
-            alone = (self.roots[c] / own / ROOT) ** 2 if own else 0.0
-            expected = square * min((alone / max(spread, least)) ** 2, 25.0)
-            zs.append(z)
-            errors.append(error)
-            found = [abs(z)]
-            for scale in self.detection.scales:
-                slow = math.exp(-1 / scale)
-                before = self.energy[scale, c] - square
-                now = slow * before + (
-                    (1 - slow) * trust * (min(whole**2, 25.0) - expected) if there else 0.0
-                )
-                self.energy[scale, c] = square + now
-                mean = square + trust * now
-                found += [mean, 1 / (mean + 0.05)] if there else [0.0, 0.0]
-            if channel.kind == "season" and (
-                abs(z) > 4 or max(found[1::2], default=0) > 4 * square
-            ):
-                odd.add(channel.target)
-            if there:
-                for k, value in enumerate([found[0], *found[1::2]]):
-                    tail = self.fit.tails[k * len(self.channels) + c]
-                    inverses[k, c] = 1 / self._tail(tail, value)
-                for k, value in enumerate(found[2::2] if c in quiet else []):
-                    tail = self.fit.tails[
-                        (1 + scales) * len(self.channels) + k * len(quiet) + quiet.index(c)
-                    ]
-                    inverses[1 + scales + k, c] = 1 / self._tail(tail, value)
-            added = math.sqrt(abs(error)) if there else usual * present[channel.target]
-            self.roots[c] = decay * self.roots[c] + added
-            self.means[c] = decay * self.means[c] + (values[c] or 0.0)
-        where = {column.name: i for i, column in enumerate(self._columns())}
-        self.prior *= math.exp(-1 / (2 * self.detection.prior_events))
-        for name in self.head.targets:
+        for name in self.fields:
             self.weight[name] = decay * self.weight[name] + present[name]
-            past, last = self.past[name], self.last[name]
-            if present[name]:
-                self.last[name] = row[where[name]]
-            known = past[0] if len(past) == past.maxlen else (last or 0.0)
-            past.append(row[where[name]] if present[name] and name not in odd else known)
-        used = [*range(1 + scales)], [*range(1 + scales, 1 + 2 * scales)]
-        inverses[np.ix_(used[1], [c for c in range(len(self.channels)) if c not in quiet])] = 0.0
-        described = self._described(row, parameters, present)
-        if self.tails is None:
-            mean = inverses.sum() / len(self.fit.tails)
-            probability = self._tail(self.fit.combined, math.log(mean))
-            shares = inverses.sum(axis=0)
-        else:
-            probability, shares = self._by_stream(row, present, inverses)
+        for name in self.numeric:
+            self.total[name] = decay * self.total[name] + (raw[name] if present[name] else 0.0)
+            self.last[name] = raw[name] if present[name] else self.last[name]
+        self.count += 1
+        norm, own = self.tails.step(quantities)
+        probability = self._tail(self.fit.combined, norm)
+        shares = self._shares(squares, own)
         alarm = self._alarm(probability, rate)
         record = {}
         if self.detection.alarm.close_above is not None:
             if alarm:
-                self._record(alarm, probability, shares, row, parameters, zs, errors)
+                self._record(alarm, probability, shares, zs, errors, encoded, raw, parameters)
             nats = -math.log(self._threshold(rate or self.detection.alarm.false_alarms_per_day))
             record["severity"] = self.peak / nats if alarm else 0.0
             record["since"] = self.since if alarm else 0
@@ -124,20 +109,88 @@ class DetectionOracle:
             "probability": probability,
             "alarm": alarm,
             **record,
-            "deviation": np.array(zs),
+            "deviation": np.array(list(zs.values())),
             "share": shares / shares.sum(),
-            **described,
+            **self._described(row, parameters, present),
         }
+
+    def _error(self, name: str, kind: str, raw: dict[str, float], forecast: float) -> float | None:
+        if kind == "season":
+            past = self.past[name]
+            return raw[name] - past[0] if len(past) == past.maxlen else None
+        if self.weight[name] == 0:
+            return None
+        if kind == "forecast":
+            return forecast
+        if kind == "level":
+            return raw[name] - self.total[name] / self.weight[name]
+        return raw[name] - self.last[name]
+
+    def _run(self, name: str, value: float | None) -> float:
+        """How long the value has been the same, beside the longest run before."""
+        self.longest[name] *= math.exp(-1 / self.detection.memory_events)
+        if value is None:
+            return 0.0
+        if self.weight[name] > 0 and value == self.last[name]:
+            self.run[name] += 1
+        else:
+            self.longest[name] = max(self.longest[name], self.run[name])
+            self.run[name] = 0
+        past = max(self.count - self.run[name], 0)
+        trust = past / (past + self.detection.prior_events)
+        return min(trust * self.run[name] / max(self.longest[name], 8.0), 20.0)
+
+    def _quantities(
+        self,
+        squares: dict[str, float],
+        limited: dict[str, float],
+        present: dict[str, bool],
+    ) -> list[float | None]:
+        has_numeric = any(present[name] for name in self.numeric)
+        found: list[float | None] = []
+        for kind in self.kinds if self.numeric else []:
+            own = [squares[f"{name}.{kind}"] for name in self.numeric]
+            found.append(math.sqrt(sum(own) / len(own)))
+            for scale in SCALES:
+                slow = math.exp(-1 / scale)
+                before = self.averages[kind, scale]
+                self.averages[kind, scale] = slow * before + (1 - slow) * limited[kind]
+                found.append(math.sqrt(self.averages[kind, scale]))
+        found = [each if has_numeric else None for each in found]
+        forecasts = [squares[f"{name}.forecast"] for name in self.fields]
+        is_any = any(present.values())
+        found.append(math.sqrt(sum(forecasts) / len(forecasts)) if is_any else None)
+        if self.numeric:
+            found.append(max(squares[f"{name}.run"] for name in self.numeric) ** 0.5)
+            found[-1] = found[-1] if has_numeric else None
+        return found
+
+    def _shares(self, squares: dict[str, float], own: list[float]) -> Floats:
+        """The cubes of each kind's quantities, by how far each target is off."""
+        cubes = [each**3 for each in own]
+        parts, at = {}, 0
+        for kind in self.kinds if self.numeric else []:
+            parts[kind] = sum(cubes[at : at + 3])
+            at += 3
+        parts |= {"forecast": cubes[at], "run": cubes[-1]}
+        shares = []
+        for channel in self.channels:
+            same = [squares[c.label] + 1e-9 for c in self.channels if c.kind == channel.kind]
+            part = (parts[channel.kind] + 1e-9) / sum(same)
+            share = part * (squares[channel.label] + 1e-9)
+            shares.append(share)
+        return np.array(shares)
 
     def _record(
         self,
         alarm: int,
         probability: float,
         shares: Floats,
-        row: Floats,
+        zs: dict[str, float],
+        errors: dict[str, float],
+        encoded: dict[str, float],
+        raw: dict[str, float],
         parameters: Floats,
-        zs: list[float],
-        errors: list[float],
     ) -> None:
         """The events since the alarm opened, its peak, and the cause there."""
         self.latest = -math.log(probability)
@@ -145,49 +198,51 @@ class DetectionOracle:
         if self.latest <= self.peak:
             return
         self.peak, c = self.latest, int(np.argmax(shares))
-        channel, excess, start = self.channels[c], 0.0, 0
-        for name in self.head.targets:
-            field = self.events.field(name)
+        channel, start = self.channels[c], 0
+        for name, field in self.fields.items():
             if name == channel.target:
                 break
             start += {"numeric": 2, "boolean": 1}.get(field.kind) or field.codes
-        if field.kind == "numeric":
-            where = {column.name: i for i, column in enumerate(self._columns())}
-            value, reference = float(row[where[name]]), None
-            if channel.kind == "level" and self.tails is not None:
-                reference = value - self.tails.errors[name]
-            elif abs(zs[c]) >= 2.0:
-                is_forecast = channel.kind == "forecast"
-                reference = float(parameters[start]) if is_forecast else value - errors[c]
-            if reference is not None:
-                excess = self._unit(field, value) - self._unit(field, reference)
+        field, excess = self.fields[channel.target], 0.0
+        if channel.kind == "run":
+            self.cause = (float(c), errors[channel.label])
+            return
+        is_far = abs(zs[channel.label]) >= 2.0 or channel.kind == "level"
+        if field.kind == "numeric" and is_far:
+            if channel.kind == "forecast":
+                value, usual = encoded[channel.target], float(parameters[start])
+                if field.normalisation is not None:
+                    excess = value - usual
+                else:
+                    excess = self._unit(field, value) - self._unit(field, usual)
+            else:
+                value = raw[channel.target]
+                usual = value - errors[channel.label]
+                excess = self._unit(field, value) - self._unit(field, usual)
         self.cause = (float(c), excess)
 
-    def _by_stream(
-        self, row: Floats, present: dict[str, bool], inverses: Floats
-    ) -> tuple[float, Floats]:
-        """The probability and the weights of channels by the tails of the stream."""
-        assert self.tails is not None
-        where = {column.name: i for i, column in enumerate(self._columns())}
-        raw = {name: where.get(f"{name}.value", where[name]) for name in self.tails.numeric}
-        own, weights = self.tails.step(
-            {name: float(row[at]) if present[name] else None for name, at in raw.items()},
-            math.log(inverses.sum() / len(self.fit.tails)),
-            any(present.values()),
-        )
-        shares = inverses.sum(axis=0)
-        shares *= weights.pop("") / shares.sum()
-        labels = [channel.label for channel in self.channels]
-        targets = [channel.target for channel in self.channels]
-        for label, weight in weights.items():
-            target = label.rpartition(".")[0]
-            shares[labels.index(label) if label in labels else targets.index(target)] += weight
-        return math.exp(-own), shares + 1e-9
+    def _forecasts(self, encoded: dict[str, float], parameters: Floats) -> dict[str, float]:
+        found, start = {}, 0
+        for name, field in self.fields.items():
+            value = encoded[name]
+            if field.kind == "numeric":
+                mean, s = parameters[start], np.clip(parameters[start + 1], -7, 7)
+                found[name] = (value - mean) / math.exp(s)
+                start += 2
+            elif field.kind == "categorical":
+                logits = parameters[start : start + field.codes]
+                found[name] = math.sqrt(-2 * math.log(softmax(logits)[int(value)]))
+                start += field.codes
+            else:
+                logit = parameters[start]
+                found[name] = math.sqrt(2 * (softplus(logit) - value * logit))
+                start += 1
+        return found
 
     def _described(
         self, row: Floats, parameters: Floats, present: dict[str, bool]
     ) -> dict[str, list[float]]:
-        where = {column.name: i for i, column in enumerate(self._columns())}
+        where = {column.name: i for i, column in enumerate(self.events.columns)}
         found: dict[str, list[float]] = {
             name: [] for name in ("mean", "spread", "residual", "z", "pit", "nats")
         }
@@ -226,45 +281,6 @@ class DetectionOracle:
         value = value * field.std + field.mean
         return math.copysign(math.expm1(abs(value)), value) if field.transform != "none" else value
 
-    def _columns(self) -> Any:
-        return self.events.columns
-
-    def _values(
-        self, row: Floats, parameters: Floats
-    ) -> tuple[list[float | None], dict[str, bool]]:
-        where = {column.name: i for i, column in enumerate(self._columns())}
-        forecast, present, start = {}, {}, 0
-        for name in self.head.targets:
-            field, value = self.events.field(name), row[where[name]]
-            present[name] = not (f"{name}.missing" in where and row[where[f"{name}.missing"]])
-            if field.kind == "numeric":
-                mean, s = parameters[start], np.clip(parameters[start + 1], -7, 7)
-                forecast[name] = (value - mean) / math.exp(s)
-                start += 2
-            elif field.kind == "categorical":
-                logits = parameters[start : start + field.codes]
-                forecast[name] = math.sqrt(-2 * math.log(softmax(logits)[int(value)]))
-                start += field.codes
-            else:
-                logit = parameters[start]
-                forecast[name] = math.sqrt(2 * (softplus(logit) - value * logit))
-                start += 1
-        values: list[float | None] = []
-        for channel in self.channels:
-            name, value = channel.target, row[where[channel.target]]
-            found: float | None = None
-            if present[name]:
-                if channel.kind == "forecast":
-                    found = forecast[name]
-                elif channel.kind == "level":
-                    found = value
-                elif channel.kind == "change" and self.last[name] is not None:
-                    found = value - self.last[name]
-                elif channel.kind == "season" and len(self.past[name]) == self.past[name].maxlen:
-                    found = value - self.past[name][0]
-            values.append(found)
-        return values, present
-
     def _tail(self, tail: Any, value: float) -> float:
         if value <= tail.threshold:
             return tail.exceeded ** (value / tail.threshold)
@@ -300,3 +316,43 @@ class DetectionOracle:
             self.excess += alarm.backoff_nats is not None
             return 1
         return 0
+
+
+class _Errors:
+    """The errors of one channel: sums with the weights of the memory."""
+
+    def __init__(self) -> None:
+        self.weight = self.distance = self.squares = 0.0
+        self.fourths = [0.0, 0.0]
+
+    def follow(
+        self,
+        error: float | None,
+        weight: float,
+        trust: float,
+        memory: int,
+        least: float,
+        *,
+        is_signed: bool,
+        is_seen: bool,
+    ) -> tuple[float, float]:
+        """|e| / p and |e| / q, each at most 20, by the errors before.
+
+        Args:
+            weight: of the events before.
+            is_seen: whether the event counts in it.
+        """
+        decay, size = math.exp(-1 / memory), abs(error or 0.0)
+        side = int(is_signed and (error or 0.0) > 0)
+        fourths = self.fourths[side] + (1 - trust) * self.fourths[1 - side] * is_signed
+        peak = (fourths / weight) ** 0.25 if weight else 0.0
+        spread = (self.squares / weight) ** 0.5 if weight else 0.0
+        found = tuple(min(size / max(scale, least), 20.0) for scale in (peak, spread))
+        after = decay * weight + is_seen
+        self.weight = decay * self.weight + (error is not None)
+        self.distance = decay * self.distance + size
+        limit = 5 * self.distance / after if after else 0.0
+        self.squares = decay * self.squares + min(size, limit) ** 2
+        self.fourths = [decay * each for each in self.fourths]
+        self.fourths[side] += size**4
+        return found[0], found[1]

@@ -12,7 +12,7 @@ from models.detection.causes import Causes
 from models.detection.detector import BACKOFF, MANY_EVENTS, Detector, FloatRows
 from models.detection.fit import Stream
 from models.errors import SpecError
-from models.spec.detection import AlarmSpec, DetectionSpec
+from models.spec.detection import AlarmSpec
 from models.spec.layout import (
     detection_columns,
     detection_state,
@@ -25,9 +25,9 @@ from tests.models.detection.test_detector import events, fitted, run, spec_of
 from tests.support.oracle_detection import DetectionOracle
 
 TARGETS = ["flow", "mode", "heat", "open"]
-ALARM = {"close_above": 0.3, "hold_events": 1}
+ALARM = {"close_above": 0.1, "hold_events": 1}
 OUTPUTS = ["share", "severity", "since"]
-OPTIONS: dict[str, Any] = {"memory_events": 30, "prior_events": 5, "scales": [3]}
+OPTIONS: dict[str, Any] = {"memory_events": 30, "prior_events": 5}
 BOUNDED = ALARM | {"backoff_nats": 0.3, "false_alarms_per_day": 5.0}
 
 
@@ -41,15 +41,17 @@ def fitted_to_events(alarm: dict[str, Any] = ALARM, **options: Any) -> ModelSpec
     assert spec.detection is not None
     assert spec.detection.fit is not None
     rates = (spec.detection.alarm.false_alarms_per_day,)
-    fit = spec.detection.fit.model_copy(update={"rates": rates, "thresholds": (0.2,)})
+    fit = spec.detection.fit.model_copy(update={"rates": rates, "thresholds": (0.04,)})
     return spec.model_copy(update={"detection": spec.detection.model_copy(update={"fit": fit})})
 
 
-@pytest.fixture(scope="module", params=["one tail", "a tail of each stream"])
+@pytest.fixture(scope="module", params=["a season", "a bound"])
 def model(request: pytest.FixtureRequest) -> ModelSpec:
-    if request.param == "one tail":
-        return fitted_to_events(season_events=7)
-    return fitted_to_events(BOUNDED, tail_memory_events=100)
+    return (
+        fitted_to_events(season_events=7)
+        if request.param == "a season"
+        else fitted_to_events(BOUNDED)
+    )
 
 
 @pytest.mark.parametrize("length", [90, 32, 1])
@@ -86,7 +88,7 @@ def excess_of(model: ModelSpec, state: FloatRows) -> float:
         return 0.0
     since, excess = (float(state[columns[name]][0]) for name in BACKOFF)
     a_day = detection.alarm.false_alarms_per_day
-    return max(excess - since * a_day / (detection.fit.events_per_day or 0.0), 0.0)
+    return max(excess - since * a_day / detection.fit.events_per_day, 0.0)
 
 
 def test_excess_alarms_fall_at_the_specified_rate_for_any_number_of_events() -> None:
@@ -106,15 +108,6 @@ def test_excess_alarms_fall_at_the_specified_rate_for_any_number_of_events() -> 
     assert after[0, excess] == pytest.approx(1e5 - 0.5 / 100 * MANY_EVENTS)
 
 
-def test_a_fit_with_backoff_needs_events_per_day() -> None:
-    detection = fitted_to_events(BOUNDED).detection
-    assert detection is not None
-    options = detection.model_dump()
-    options["fit"]["events_per_day"] = None
-    with pytest.raises(ValidationError, match=r"expected `events_per_day` with `alarm.backoff_n"):
-        DetectionSpec.model_validate(options)
-
-
 def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
     causes, parts = Causes(model), state_spec(model).slices
     floats = state_spec(model).zero().floats
@@ -122,7 +115,7 @@ def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
     labels = next(each.labels for each in output_spec(model).outputs if each.name == "odd.share")
     floats[parts["odd.alarm"]] = -2
     floats[parts["odd.alarm_events"]] = 7
-    floats[parts["odd.alarm_nats"]] = -2 * np.log(0.2), -np.log(0.3)
+    floats[parts["odd.alarm_nats"]] = -2 * np.log(0.04), -np.log(0.3)
     floats[parts["odd.alarm_cause"]] = labels.index("heat.level"), -6.1
     alarm = causes.of_state(floats, "pump_3")
     assert alarm is not None
@@ -135,7 +128,7 @@ def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
     floats[parts["odd.alarm_rate"]] = model.detection.alarm.false_alarms_per_day / 5
     asked = causes.of_state(floats)
     assert asked is not None
-    assert asked.severity == pytest.approx(2 * np.log(0.2) / np.log(0.2 / 5))
+    assert asked.severity == pytest.approx(2 * np.log(0.04) / np.log(0.04 / 5))
     floats[parts["odd.alarm"]] = 0
     closed = causes.of_state(floats)
     assert closed is not None

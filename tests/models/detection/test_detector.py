@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.detection.alarms import Tails, fit_tail
 from models.detection.detector import Detector
 from models.detection.fit import Stream, fit_detection
+from models.detection.tails import Tails, fit_tail
 from models.errors import DataError, SpecError
 from models.spec.layout import detection_state, network_outputs, output_spec
 from models.spec.model import ModelSpec, parse_spec
@@ -121,7 +121,6 @@ EVERYTHING = spec_of(
     ["flow", "mode", "heat", "open"],
     memory_events=30,
     prior_events=5,
-    scales=[3, 8],
     season_events=7,
     alarm={"min_events": 2, "hold_events": 1, "hysteresis": 1.2},
     outputs=["z", "mean", "spread", "residual", "pit", "nats", "share", "deviation"],
@@ -142,7 +141,7 @@ def everything() -> ModelSpec:
     assert spec.detection is not None
     assert spec.detection.fit is not None
     # often, so that alarms open and close
-    update = {"rates": (0.01, 0.05, 2.0), "thresholds": (0.1, 0.2, 0.6)}
+    update = {"rates": (0.01, 0.05, 2.0), "thresholds": (0.02, 0.125, 0.3)}
     fit = spec.detection.fit.model_copy(update=update)
     return spec.model_copy(update={"detection": spec.detection.model_copy(update={"fit": fit})})
 
@@ -162,23 +161,6 @@ def test_every_output_is_the_oracles_for_any_chunks(everything: ModelSpec, cuts:
     assert set(found["odd.alarm"].tolist()) == {0, 1, 2, 3}
     np.testing.assert_array_equal(found["odd"], outputs[:, 0])
     np.testing.assert_array_equal(found["hidden"], outputs[:, PARAMETERS.stop :])
-
-
-def test_without_the_channel_change_all_channels_may_be_too_quiet() -> None:
-    spec = spec_of(["flow", "mode"], channels=["forecast", "level"], memory_events=30, scales=[4])
-    random = np.random.default_rng(19)
-    where = network_outputs(spec).slices["odd.parameters"]
-    made = [events(random, spec, 150) for _ in range(4)]
-    counted = np.ones(150, np.bool_)
-    streams = [Stream(rows, outputs[:, where], counted, 2.0) for rows, outputs in made]
-    spec = fitted(spec, streams)
-    rows, outputs = made[0]
-    found, _ = run(spec, rows[:40], outputs[:40], [40])
-    oracle = DetectionOracle(spec)
-    expected = [oracle.step(row, given[where]) for row, given in zip(rows, outputs, strict=True)]
-    for name in ("probability", "share"):
-        values = np.array([each[name] for each in expected[:40]])
-        np.testing.assert_allclose(found[f"odd.{name}"], values, rtol=2e-4, atol=1e-5)
 
 
 def test_attention_weights_follow_the_outputs() -> None:
@@ -276,7 +258,8 @@ def test_an_anomaly_opens_one_alarm_that_names_its_channel(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def seasonal() -> ModelSpec:
-    spec = spec_of(["heat"], memory_events=400, season_events=48, alarm={"hold_events": 6})
+    alarm = {"hold_events": 6, "close_above": 0.01, "backoff_nats": 1.0}
+    spec = spec_of(["heat"], season_events=48, alarm=alarm)
     return fitted(spec, [day_and_night(spec, seed, 1500, missing=0.2) for seed in range(12)])
 
 
@@ -292,13 +275,23 @@ def day_and_night(spec: ModelSpec, seed: int, steps: int, missing: float = 0.0) 
     return Stream(rows, np.zeros((steps, 2), np.float32), counted, counted.sum() / 48)
 
 
-def alarms(spec: ModelSpec, rows: Floats) -> list[int]:
-    """The events that open an alarm."""
+def followed(spec: ModelSpec, rows: Floats) -> Floats:
+    """The alarm at each event."""
     outputs = np.zeros((len(rows), network_outputs(spec).size), np.float32)
     cuts = [100] * (len(rows) // 100) + [len(rows) % 100] * (len(rows) % 100 > 0)
     found, state = run(spec, rows, outputs, cuts)
     assert all(np.isfinite(values).all() for values in (*found.values(), state))
-    return np.flatnonzero(found["odd.alarm"] == 1).tolist()
+    return found["odd.alarm"]
+
+
+def alarms(spec: ModelSpec, rows: Floats) -> list[int]:
+    """The events that open an alarm."""
+    return np.flatnonzero(followed(spec, rows) == 1).tolist()
+
+
+def is_alarmed(spec: ModelSpec, rows: Floats, since: int) -> bool:
+    """Whether an alarm is open at one of the events from `since` on."""
+    return bool((followed(spec, rows)[since:] > 0).any())
 
 
 @pytest.mark.parametrize("kind", ["spike", "burst", "other season", "gap"])
@@ -319,7 +312,7 @@ def test_an_anomaly_is_not_unusual_again_one_season_later(seasonal: ModelSpec, k
                 rows[1200:1230, where["heat"]] = 0
                 rows[1200:1230, where["heat.missing"]] = 1
         found += alarms(seasonal, rows)
-    assert sum(1200 <= at < 1230 for at in found) >= (0 if kind == "gap" else 9)
+        assert kind == "gap" or is_alarmed(seasonal, rows[:1230], 1200)
     # of 10 days without an anomaly; 0.5 are expected
     assert sum(1246 <= at < 1294 for at in found) <= 2
 
@@ -340,13 +333,14 @@ def test_a_lasting_level_becomes_usual() -> None:
         assert not found["odd.alarm"][1300:].any()
 
 
-def test_a_stream_that_is_nearly_constant_has_no_alarms(seasonal: ModelSpec) -> None:
-    """Noise far below the usual spread is not unusual, and a digit more is not either."""
+def test_a_stream_that_is_nearly_constant_has_few_alarms(seasonal: ModelSpec) -> None:
+    """Its own past becomes usual: noise far below that of others, and a digit more now and then.
+    In 31 days 1.5 are expected; the bound allows more at first."""
     assert seasonal.events is not None
     rows = np.zeros((1500, seasonal.input_features), np.float32)
     level, random = seasonal.events.column_index["heat"], np.random.default_rng(16)
     rows[:, level] = np.round(random.normal(1, 2e-4, 1500), 3)
-    assert alarms(seasonal, rows) == []
+    assert len(alarms(seasonal, rows)) <= 9
 
 
 def test_missing_values_do_not_change_the_false_alarms(seasonal: ModelSpec) -> None:
@@ -397,7 +391,7 @@ def test_the_change_of_a_constant_stream_is_unusual_but_finite() -> None:
     found, state = run(spec, rows, np.zeros((900, 1 + 2 + 2), np.float32), [300] * 3)
     assert all(np.isfinite(values).all() for values in (*found.values(), state))
     assert found["odd.probability"][800] < 1e-3
-    assert np.abs(found["odd.deviation"]).max() <= 30
+    assert np.abs(found["odd.deviation"]).max() <= 20
 
 
 @pytest.mark.parametrize("shape", [0.0, 0.3])
@@ -421,4 +415,8 @@ def test_errors_name_what_is_missing() -> None:
     with pytest.raises(SpecError, match="expected an anomaly head among"):
         spec_of(["flow"], head="hidden")
     with pytest.raises(SpecError, match="expected distinct values"):
-        spec_of(["flow"], scales=[3, 3])
+        spec_of(["flow"], outputs=["z", "z"])
+    with pytest.raises(
+        SpecError, match=r"got \['scales', 'tail_memory_events'\] of an earlier one"
+    ):
+        spec_of(["flow"], scales=[3], tail_memory_events=100)

@@ -12,7 +12,6 @@ from models.spec.detection import AlarmSpec, DetectionSpec
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import streams_of, training_of
 from models.training.defaults import (
-    TAIL_LEVELS,
     calendar_warning,
     index_warning,
     resolve_detection,
@@ -151,9 +150,7 @@ def test_open_options_of_detection_are_resolved_and_named_ones_kept() -> None:
     assert resolved(alarm=named).alarm == AlarmSpec(close_above=0.01)
     steep = AlarmSpec(hold_events=6, hysteresis=2.0, backoff_nats=1)
     assert resolved(alarm={"hysteresis": 2.0}).alarm == steep
-    assert (resolved().tail_memory_events, resolved().tail_levels) == (10_000, TAIL_LEVELS)
-    one = resolved(tail_memory_events=None, tail_levels=[0, 3, 6])
-    assert (one.tail_memory_events, one.tail_levels) == (None, (0.0, 3.0, 6.0))
+    assert resolved(tail_levels=[0, 3, 6]).tail_levels == (0.0, 3.0, 6.0)
     assert resolve_detection(spec_of()) == spec_of()
 
 

@@ -32,7 +32,6 @@ DETECTION = DetectionSpec(
     head="odd",
     memory_events=20,
     prior_events=5,
-    scales=(3,),
     outputs=("share", "nats"),
 )
 
@@ -53,12 +52,10 @@ def test_the_fit_is_in_the_artifact(artifact: Artifact) -> None:
     spec = load_artifact(artifact.path).spec
     assert spec.detection is not None
     assert spec.detection.fit is not None
-    # noise: forecast, level, change; kind: forecast; each alone, and its square at one scale; the
-    # change's inverse
-    assert len(spec.detection.fit.spreads) == 4
-    assert len(spec.detection.fit.tails) == 9
+    # levels and changes with two averages of each; forecasts; runs
+    assert len(spec.detection.fit.tails) == 8
     assert 0 < spec.detection.fit.threshold(spec.detection.alarm.false_alarms_per_day) < 1
-    assert artifact.state.slices.keys() >= {"odd.weight", "odd.energy", "odd.alarm"}
+    assert artifact.state.slices.keys() >= {"odd.weight", "odd.peak", "odd.alarm"}
 
 
 def test_chunks_and_carry_score_give_equal_outputs(
@@ -74,7 +71,13 @@ def test_chunks_and_carry_score_give_equal_outputs(
     for name in ("odd", "odd.probability", "odd.alarm"):
         np.testing.assert_allclose(scores[name].to_numpy(), found[name], rtol=1e-3, atol=1e-5)
     labels = next(o.labels for o in artifact.outputs.outputs if o.name == "odd.share")
-    assert labels == ("noise.forecast", "noise.level", "noise.change", "kind.forecast")
+    assert labels == (
+        "noise.forecast",
+        "noise.level",
+        "noise.change",
+        "noise.run",
+        "kind.forecast",
+    )
     assert np.allclose(found["odd.share"].sum(axis=1), 1)
     assert (found["odd.probability"] <= 1).all()
     np.testing.assert_allclose(found["odd.nats"].sum(axis=1), found["odd"], rtol=1e-4, atol=1e-5)

@@ -10,8 +10,7 @@ from sklearn.decomposition import PCA
 
 pytest.importorskip("tensorflow")
 
-from models.detection.alarms import Tails, fit_tail
-from models.detection.fit import EXCEEDED
+from models.detection.tails import EXCEEDED, Tails, fit_tail
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import Streams, streams_of
 from models.training.detection_baselines import (

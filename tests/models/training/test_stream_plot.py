@@ -25,12 +25,11 @@ from tests.support.command import carry
 HOUR_MS, EVENTS = 3_600_000, 60
 USUAL = Tail(threshold=1.0, exceeded=0.05, scale=1.0, shape=0.1)
 FIT = DetectionFit(
-    spreads=(1.0,),
-    squares=(1.0,),
-    tails=(USUAL,) * 3,
+    tails=(USUAL,) * 8,
     combined=USUAL,
     rates=(0.05,),
     thresholds=(1e-4,),
+    events_per_day=24.0,
 )
 FIELD = {"kind": "numeric", "name": "level", "mean": 5.0, "std": 2.0}
 SPEC = {
@@ -41,7 +40,7 @@ SPEC = {
         {"kind": "forecast", "name": "next", "targets": ["level"], "quantiles": [0.1, 0.5, 0.9]},
         {"kind": "classification", "name": "high", "target": "level", "above": 5.0},
     ],
-    "detection": {"head": "odd", "channels": ["level"], "scales": [6]},
+    "detection": {"head": "odd"},
     "training": {"stream": "tank"},
 }
 
@@ -93,7 +92,7 @@ def test_a_plot_shows_values_forecasts_scores_and_alarms(
         ">tail probability<",
         ">threshold<",
         ">alarm<",
-        "level of level ",
+        "change of level ",
         ">labelled<",
         ">high<",
     ):

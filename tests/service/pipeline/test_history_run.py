@@ -46,7 +46,7 @@ from tests.support.strict_events import columns_from_events
 
 START_MS = 1_700_000_000_000
 LENGTH = 6 * PIECE_STEPS
-DETECTION = {"scales": [4], "prior_events": 5, "tail_memory_events": 100}
+DETECTION = {"prior_events": 5, "memory_events": 100}
 DENSE: list[dict[str, Any]] = [{"kind": "dense", "name": "out", "units": 2}]
 PER_CHUNK = [{"kind": "lstm", "units": 3}, {"kind": "attention", "over": "chunk", "units": 3}]
 BOTH_WAYS = [{"kind": "bidirectional", "cell": "lstm", "units": 3}]

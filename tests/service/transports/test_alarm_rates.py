@@ -39,7 +39,7 @@ ALARM, RATE = "surprise.alarm", 0.8
 def sensors(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     alarm = {"false_alarms_per_day": 0.05, "hold_events": 3}
     folder = tmp_path_factory.mktemp("models") / "sensors"
-    return sensor_model(folder, units=4, scales=[4], prior_events=5, alarm=alarm)
+    return sensor_model(folder, units=4, prior_events=5, alarm=alarm)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def rows(sensors: Artifact) -> Floats:
     """Rows with alarms at the rate, of which the last is open at the end of a chunk of 15."""
     random = np.random.default_rng(4)
     rows = random.normal(0, 1, (20, sensors.spec.input_features)).astype(np.float32)
-    rows[[6, 13]] *= 9
+    rows[[6, 13]] *= 2.5
     return rows
 
 

@@ -26,7 +26,7 @@ PROBABILITY = "surprise.probability"
 @pytest.fixture(scope="module")
 def sensors(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("models") / "sensors"
-    return sensor_model(folder, units=4, tail_memory_events=100)
+    return sensor_model(folder, units=4, memory_events=100)
 
 
 @pytest.fixture

@@ -1,0 +1,423 @@
+"""How far the events of a stream are from its own past, in each channel.
+
+Equations, for one target with encoded value x, of which the forecast has mean mu and log deviation
+s, and a numeric one's value v as it comes, with r = exp(-1 / memory_events); "before" means from
+the events before this one only:
+
+    weight    W_t = r W_(t-1) + 1
+    mean      m_t = sum_t / W_t,   sum_t = r sum_(t-1) + v_t
+    errors    e = (x - mu) exp(-s), v - m_before, v - v_(the event before), v - s_(a season before),
+              of the channels `forecast`, `level`, `change`, `season`
+    distance  d = the mean of |e|, with this event
+    peak      p = the fourth root of the mean of e^4 of the errors with the sign of this one, and of
+              those with the other sign with weight 1 - a; of all errors of a forecast
+    spread    q = the square root of the mean of min(|e|, LIMIT d)^2
+    trust     a = W_before / (W_before + prior_events)
+    season    s_t = v_t if a e / q_before of the channel is usual, else s_(t-L), for a season of L
+
+Means have the weights of the stream, those of the channel `season` start one season later. Where a
+stream is often far from its mean, the peak is large: so a |e| / p_before has a light tail, which
+separates events beyond all of the past from others. Each direction has its own, since a value may
+often fall far and never rise; a new stream has one for both. One outlier makes the peak large for
+several times the memory, but not the spread, so that a |e| / q_before orders what follows it.
+|e| / p and |e| / q are at most `LARGEST`.
+
+The quantities, larger for what is more unusual, are over all targets together, so that they are not
+diluted by many. Of levels, of changes and of seasons:
+
+    single    the root of the mean over the targets of (a e / p_before)^2
+    averages  for each of `SCALES`, g = exp(-1 / scale), the root of
+              E_t = g E_(t-1) + (1 - g) mean over the targets of (a e / q_before)^2
+
+then the single one of forecasts, and that of runs of equal values (a stuck sensor): a run n is 0
+where the value changes, else one more than before; M_t = max(r M_(t-1), n_(t-1) if a run ends at
+t) is the longest one before, and k the number of the stream's events before the run. It is the
+largest over the targets of
+
+    run       k / (k + prior_events) n / max(M, SHORT_RUN), at most `LARGEST`
+
+A target that an event does not have counts as 0. The mean is stored as two float32, and followed
+relative to that before the chunk, so that a large offset of a stream costs no digits. The season
+remembers the last usual value at each phase, so that an anomaly is not unusual again one season
+later.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.detection.forecasts import Forecasts, steps_last
+from models.detection.recurrences import (
+    MAX_STEPS,
+    Bools,
+    FloatRows,
+    Floats,
+    StateParts,
+    averages,
+    columns_of,
+    decay_matrix,
+    latest_values,
+    sums,
+    sums_of,
+)
+from models.events.schema import NumericField
+from models.spec.detection import SCALES
+from models.spec.heads import DEVIATION_LIMIT
+from models.spec.layout import detection_of
+from models.spec.model import ModelSpec
+
+LIMIT: Final = 5.0
+LARGEST: Final = 20.0
+RESOLVED: Final = 1e-7
+"""Smallest peak and spread, as a share of the value: float32 resolves no less."""
+LEAST_SPREAD: Final = 1e-12
+LEAST_FORECAST: Final = 1e-6
+"""Smallest peak of forecasts, in predicted deviations."""
+USUAL_SQUARE: Final = 16.0
+"""The season does not remember a value with a larger (a e / q)^2."""
+SHORT_RUN: Final = 8.0
+"""A run of equal values up to this length is not longer than usual in any stream."""
+SMALLEST: Final = 1e-9
+MAX_COUNT: Final = 1 << 24
+"""Largest number of events that float32 counts."""
+
+
+class Events(NamedTuple):
+    """The targets of T events of B streams, and their forecasts; 0 beyond a stream's length.
+
+    Attributes:
+        values: [D, B, T], encoded.
+        present: bool [D, B, T], whether the event has the target.
+        parameters: [P, B, T], the forecasts.
+        is_complete: whether every target is present in every event.
+        raw: [N, B, T], the values of the numeric targets as they come.
+        has_numeric: bool [B, T], whether each event has a numeric target.
+    """
+
+    values: Floats
+    present: Bools
+    parameters: Floats
+    is_complete: bool
+    raw: Floats
+    has_numeric: Bools
+
+
+class Deviations(NamedTuple):
+    """The deviations of T events of B streams.
+
+    Rows are the forecasts of the D targets, the levels of the N numeric ones, their changes, with a
+    season their seasons, and their runs.
+
+    Attributes:
+        quantities: [Q, B, T].
+        errors: [R, B, T], e, 0 where there is none; of runs the events.
+        squares: [R, B, T], (a e / p_before)^2; of runs the square of what their quantity is the
+            largest of.
+        events: the events as they were read.
+    """
+
+    quantities: Floats
+    errors: Floats
+    squares: Floats
+    events: Events
+
+    def signed(self) -> Floats:
+        """a e / p_before, and what the quantity of runs is the largest of, [R, B, T]."""
+        return np.copysign(np.sqrt(self.squares), self.errors)
+
+
+class Channels:
+    """Follows the channels of one model; see the module for the equations.
+
+    Args:
+        spec: a model with `detection`.
+
+    Attributes:
+        forecasts: of the model's head.
+        max_steps: the most events that can be followed at once.
+        order: int [C], the row of each channel.
+    """
+
+    def __init__(self, spec: ModelSpec):
+        detection, head, events = detection_of(spec)
+        self.forecasts = Forecasts(spec)
+        self._memory_events, self._prior = detection.memory_events, detection.prior_events
+        self._season_events = detection.season_events
+        # the season's past is known for a season only
+        self.max_steps = min(self._season_events or MAX_STEPS, MAX_STEPS)
+        columns, targets = events.column_index, head.targets
+        self._columns = columns_of([columns[name] for name in targets])
+        missing = [(d, columns.get(f"{name}.missing")) for d, name in enumerate(targets)]
+        self._missing = [(d, column) for d, column in missing if column is not None]
+        numeric = [
+            d for d, name in enumerate(targets) if isinstance(events.field(name), NumericField)
+        ]
+        names = [targets[d] for d in numeric]
+        self._raw = columns_of([columns.get(f"{name}.value", columns[name]) for name in names])
+        self._targets, self._count, self._numeric = len(targets), len(numeric), columns_of(numeric)
+        # with averages
+        self._kinds = len(detection.kinds) - 2 if numeric else 0
+        # of the forecasts, levels and changes
+        self._target_of = np.array([*range(self._targets), *numeric, *numeric])
+        rows = [("forecast", name) for name in targets]
+        rows += [(kind, name) for kind in detection.kinds[1:] for name in names]
+        channels = detection.channels_of(targets, events)
+        self.order = np.array([rows.index((each.kind, each.target)) for each in channels])
+
+    def follow(self, rows: FloatRows, parameters: FloatRows, parts: StateParts) -> Deviations:
+        """The deviations of the next events of each stream, at most `max_steps`.
+
+        Args:
+            rows: [B, T, F], encoded; anything beyond a length.
+            parameters: [B, T, P], the forecast of each event, made before it.
+            parts: the states, of `models.spec.layout.detection_columns`; updated.
+        """
+        events, steps = self._events(rows, parameters, parts), rows.shape[1]
+        decay = decay_matrix(self._memory_events, steps)
+        passed = parts.before("events").T + np.arange(steps)
+        parts.add("events", parts.lengths)
+        errors, weights, latest = self._errors(decay, events, parts)
+        season: _Season | None = None
+        if self._season_events is not None and self._count:
+            season = self._season(self._season_events, decay, events, latest, passed, parts)
+            errors = np.concatenate([errors, season.errors])
+            weights = np.concatenate([weights, season.weights])
+        own = weights[..., :-1]
+        trust = own / (own + self._prior)
+        squares, limited = self._ratios(decay, events, errors, weights, trust, parts)
+        np.square(trust, out=trust)
+        squares *= trust
+        limited *= trust[self._targets :]
+        if season is not None:
+            self._remember(season, events, limited[-self._count :], parts)
+        if not self._count:
+            forecasts = np.sqrt(squares.sum(axis=0, keepdims=True) / self._targets)
+            return Deviations(forecasts, errors, squares, events)
+        is_same = (events.raw == latest[..., :-1]) & (
+            own[self._targets : self._targets + self._count] > SMALLEST
+        )
+        runs, by_run = self._runs(is_same, events, passed, parts)
+        quantities = self._quantities(events, squares, limited, by_run, parts)
+        errors, squares = np.concatenate([errors, runs]), np.concatenate([squares, by_run**2])
+        return Deviations(quantities, errors, squares, events)
+
+    def _events(self, rows: FloatRows, parameters: FloatRows, parts: StateParts) -> Events:
+        values, raw = steps_last(rows[..., self._columns]), steps_last(rows[..., self._raw])
+        exact, present = steps_last(parameters), np.ones(values.shape, np.bool_)
+        if not parts.is_full:
+            present &= np.arange(rows.shape[1]) < parts.lengths[:, np.newaxis]
+            values, raw, exact = (np.where(present[0], x, 0.0) for x in (values, raw, exact))
+        for index, column in self._missing:
+            present[index] &= rows[..., column] == 0
+        is_complete = parts.is_full and (not self._missing or bool(present.all()))
+        np.minimum(np.maximum(raw, -DEVIATION_LIMIT, out=raw), DEVIATION_LIMIT, out=raw)
+        has_numeric = present[0] if is_complete else present[self._numeric].any(axis=0)
+        return Events(values, present, exact, is_complete, raw, has_numeric)
+
+    def _errors(
+        self, decay: Floats, events: Events, parts: StateParts
+    ) -> tuple[Floats, Floats, Floats]:
+        """The errors [R, B, T] of forecasts, levels and changes; their weights [R, B, T + 1] before
+        each event and after the last one, at least `SMALLEST`; and the latest values likewise."""
+        targets, x = self._targets, events.raw
+        start = (parts.before("mean") + parts.before("rest"))[..., np.newaxis]
+        followed = np.empty((targets + self._count, *x.shape[1:-1], x.shape[-1] + 1))
+        followed[:targets, :, 0], followed[targets:, :, 0] = parts.before("weight"), 0.0
+        followed[:targets, :, 1:] = events.present
+        np.subtract(x, start, out=followed[targets:, :, 1:])
+        if not events.is_complete:
+            followed[targets:, :, 1:] *= self._present(events)
+        weights, means = np.split(sums_of(decay, followed), [targets])
+        parts.store("weight", weights)
+        weights = np.maximum(weights, SMALLEST)
+        means /= weights[self._numeric]
+        means += start
+        mean = parts.last(means)
+        parts.replace("mean", mean)
+        parts.replace("rest", mean - mean.astype(np.float32))
+        present = None if events.is_complete else self._present(events)
+        latest = latest_values(x, present, parts.before("last"))
+        parts.store("last", latest)
+
+        errors = np.empty((targets + 2 * self._count, *x.shape[1:]))
+        forecasts = self.forecasts.deviations(events.values, events.parameters)
+        np.maximum(forecasts, -DEVIATION_LIMIT, out=forecasts)
+        np.minimum(forecasts, DEVIATION_LIMIT, out=errors[:targets])
+        np.subtract(x, means[..., :-1], out=errors[targets : targets + self._count])
+        np.subtract(x, latest[..., :-1], out=errors[targets + self._count :])
+        own = weights[..., :-1]
+        if not events.is_complete or float(np.min(own)) <= SMALLEST:
+            errors *= self._by_row(events.present & (own > SMALLEST))
+        return errors, self._by_row(weights), latest
+
+    def _by_row(self, by_target: NDArray[Any]) -> NDArray[Any]:
+        """Repeat values of targets [D, ...] for forecasts, levels and changes."""
+        return by_target.take(self._target_of, axis=0)
+
+    def _ratios(
+        self,
+        decay: Floats,
+        events: Events,
+        errors: Floats,
+        weights: Floats,
+        trust: Floats,
+        parts: StateParts,
+    ) -> tuple[Floats, Floats]:
+        """(e / p_before)^2 of all rows, and (e / q_before)^2 of those of numeric targets."""
+        targets, numeric = self._targets, len(errors) - self._targets
+        peaks = targets + 2 * numeric
+        distance = np.abs(errors)
+        distances = sums(decay, parts.before("distance"), distance[targets:])
+        parts.store("distance", distances)
+        limited = distances[..., 1:] * (LIMIT / weights[targets:, :, 1:])
+        np.minimum(limited, distance[targets:], out=limited)
+        # stored as roots, since float32 has no fourth power of small values
+        followed = np.empty((peaks + numeric, *weights.shape[1:]))
+        followed[:peaks, :, 0] = np.square(np.square(parts.before("peak")))
+        followed[peaks:, :, 0] = np.square(parts.before("spread"))
+        squared = np.square(distance, out=distance)
+        fourth = np.square(squared)
+        followed[:targets, :, 1:], signed = fourth[:targets], followed[targets:peaks, :, 1:]
+        is_above = errors[targets:] > 0
+        np.multiply(fourth[targets:], is_above, out=signed[:numeric])
+        np.subtract(fourth[targets:], signed[:numeric], out=signed[numeric:])
+        np.square(limited, out=followed[peaks:, :, 1:])
+        followed = sums_of(decay, followed)
+        parts.replace("peak", np.sqrt(np.sqrt(parts.last(followed[:peaks]))))
+        parts.replace("spread", np.sqrt(parts.last(followed[peaks:])))
+        # p^2 and q^2
+        past, own = followed[..., :-1], weights[..., :-1]
+        scales = np.empty((len(errors) + numeric, *errors.shape[1:]))
+        scales[:targets] = past[:targets]
+        above, below = past[targets : targets + numeric], past[targets + numeric : peaks]
+        other = np.where(is_above, below, above)
+        other *= 1.0 - trust[targets:]
+        other += np.where(is_above, above, below)
+        scales[targets : len(errors)] = other
+        scales[len(errors) :] = past[peaks:]
+        by_peak, by_spread = scales[: len(errors)], scales[len(errors) :]
+        np.sqrt(np.divide(by_peak, own, out=by_peak), out=by_peak)
+        np.divide(by_spread, own[targets:], out=by_spread)
+        least = np.abs(events.raw)
+        least *= RESOLVED
+        least += LEAST_SPREAD
+        np.square(least, out=least)
+        by_target = scales[targets:].reshape(2 * self._kinds, *least.shape)
+        np.maximum(by_target, least, out=by_target)
+        np.maximum(scales[:targets], LEAST_FORECAST**2, out=scales[:targets])
+        np.divide(squared, by_peak, out=by_peak)
+        np.divide(squared[targets:], by_spread, out=by_spread)
+        np.minimum(scales, LARGEST**2, out=scales)
+        return by_peak, by_spread
+
+    def _runs(
+        self, is_same: Bools, events: Events, passed: Floats, parts: StateParts
+    ) -> tuple[Floats, Floats]:
+        """The run of each numeric target [N, B, T], and what its quantity is the largest of.
+
+        Args:
+            is_same: bool [N, B, T], whether the value is the one before.
+            passed: [B, T], events of the stream before each.
+        """
+        steps = passed.shape[1]
+        before, longest = (parts.before(name)[..., np.newaxis] for name in ("run", "longest"))
+        at: NDArray[Any] = np.arange(1.0, steps + 1)
+        is_end = ~is_same
+        if not events.is_complete:
+            present = self._present(events)
+            at, is_end = np.cumsum(present, axis=-1), is_end & present
+        starts = np.concatenate([-before, np.where(is_end, at, -np.inf)], axis=-1)
+        np.maximum.accumulate(starts, axis=-1, out=starts)
+        runs = np.concatenate([before, at - starts[..., 1:]], axis=-1)
+        fade = np.exp(np.arange(steps + 1) / -self._memory_events)
+        longest = np.concatenate([longest, is_end * runs[..., :-1]], axis=-1)
+        longest /= fade
+        np.maximum.accumulate(longest, axis=-1, out=longest)
+        longest *= fade
+        parts.replace("run", np.minimum(parts.last(runs), MAX_COUNT))
+        parts.store("longest", longest)
+        runs = runs[..., 1:]
+        past = np.maximum(passed - runs, 0.0)
+        ratios = runs / np.maximum(longest[..., 1:], SHORT_RUN)
+        ratios *= past / (past + self._prior)
+        if not events.is_complete:
+            ratios *= present
+        return runs, np.minimum(ratios, LARGEST, out=ratios)
+
+    def _present(self, events: Events) -> Bools:
+        return np.asarray(events.present[self._numeric])
+
+    def _quantities(
+        self,
+        events: Events,
+        squares: Floats,
+        limited: Floats,
+        by_run: Floats,
+        parts: StateParts,
+    ) -> Floats:
+        """The quantities [Q, B, T], of what `_ratios` gives, by trust, and `_runs`."""
+        targets, kinds, shape = self._targets, self._kinds, squares.shape[1:]
+        forecast = squares[:targets].sum(axis=0)
+        forecast /= targets
+        by_kind = limited.reshape(kinds, -1, *shape).sum(axis=1)
+        by_kind /= self._count
+        averaged = sums(averages(SCALES, shape[1]), parts.before("average"), by_kind)
+        parts.store("average", averaged)
+        quantities = np.empty((kinds * (1 + len(SCALES)) + 2, *shape))
+        roots, own = quantities[:-1], quantities[:-2].reshape(kinds, -1, *shape)
+        squares[targets:].reshape(kinds, -1, *shape).sum(axis=1, out=own[:, 0])
+        own[:, 0] /= self._count
+        own[:, 1:] = averaged[..., 1:].reshape(-1, kinds, *shape).swapaxes(0, 1)
+        quantities[-2] = forecast
+        np.max(by_run, axis=0, out=quantities[-1])
+        np.sqrt(np.maximum(roots, 0.0, out=roots), out=roots)
+        if not events.is_complete:
+            quantities[:-2] *= events.has_numeric
+        return quantities
+
+    def _season(
+        self,
+        length: int,
+        decay: Floats,
+        events: Events,
+        latest: Floats,
+        passed: Floats,
+        parts: StateParts,
+    ) -> _Season:
+        """The values of the last season at the phases of the next events; in the first season, the
+        latest value, from which no error is counted."""
+        steps, batch = passed.shape[1], len(passed)
+        memory = parts.before("season").reshape(-1, length, batch).transpose(0, 2, 1)
+        is_known = passed >= length
+        past = memory[..., :steps]
+        if not is_known.all():
+            past = np.where(is_known, past, latest[..., :-1])
+        has = self._present(events) & is_known
+        weights = sums(decay, parts.before("season_weight"), has)
+        parts.store("season_weight", weights)
+        errors = (events.raw - past) * has
+        return _Season(memory, past, errors, np.maximum(weights, SMALLEST, out=weights))
+
+    def _remember(
+        self, season: _Season, events: Events, limited: Floats, parts: StateParts
+    ) -> None:
+        """Store the values for the next season: an unusual or missing one does not replace the
+        last usual one at its phase."""
+        usual = limited <= USUAL_SQUARE
+        if not events.is_complete:
+            usual &= self._present(events)
+        new = np.where(usual, events.raw, season.past)
+        parts.store_window("season", np.concatenate([season.memory, new], axis=-1))
+
+
+class _Season(NamedTuple):
+    """The season's memory [N, B, L], its values [N, B, T] at the phases of the next events, the
+    errors [N, B, T] from them, and their weights [N, B, T + 1]."""
+
+    memory: Floats
+    past: Floats
+    errors: Floats
+    weights: Floats
