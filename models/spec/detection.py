@@ -213,7 +213,7 @@ class DetectionSpec(Frozen):
     )
     season_events: Annotated[int, Field(ge=2, le=4096)] | None = None
     alarm: AlarmSpec = AlarmSpec()
-    outputs: tuple[OutputName, ...] = ("deviation", "share")
+    outputs: tuple[OutputName, ...] = ()
     fit: DetectionFit | None = None
 
     @model_validator(mode="before")

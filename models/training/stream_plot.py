@@ -164,6 +164,10 @@ def _run(artifact: Artifact, streams: Streams) -> _Run:
         by_name = output_spec(spec).by_name(run_chunks(artifact, streams))
         return _Run(by_name, _forecasts(spec, streams, by_name))
     network = run_network(spec, artifact.weights, streams)
+    # what the words of alarms need
+    outputs = (*spec.detection.outputs, *({"deviation", "share"} - set(spec.detection.outputs)))
+    detection = spec.detection.model_copy(update={"outputs": outputs})
+    spec = spec.model_copy(update={"detection": detection})
     by_name = output_spec(spec).by_name(detect(spec, streams, network))
     forecasts = _anomaly_forecasts(spec, streams, network)
     return _Run(by_name, forecasts | _forecasts(spec, streams, by_name))
@@ -330,11 +334,8 @@ def _draw_score(
     axes.set_yscale("log")
     axes.set_ylim(2.0, SMALLEST_PROBABILITY)
     axes.set_ylabel("tail probability")
-    if f"{head.name}.share" not in outputs:
-        return
-    causes, share = Causes(spec), outputs[f"{head.name}.share"][shown]
-    deviation = outputs.get(f"{head.name}.deviation")
-    deviation = None if deviation is None else deviation[shown]
+    causes = Causes(spec)
+    share, deviation = (outputs[f"{head.name}.{name}"][shown] for name in ("share", "deviation"))
     opened = outputs[f"{head.name}.alarm"][shown] == ALARM_STATES.index("opened")
     line, before = 0, times[0] - np.ptp(times)
     for at in np.flatnonzero(opened):
@@ -342,7 +343,7 @@ def _draw_score(
         line = (line + 1) % 4 if times[at] - before < np.ptp(times) / 4 else 0
         before = times[at]
         axes.annotate(
-            causes.of_event(share[at], None if deviation is None else deviation[at]).words,
+            causes.of_event(share[at], deviation[at]).words,
             (times[at], SMALLEST_PROBABILITY),
             xytext=(2, -8 - 8 * line),
             textcoords="offset points",

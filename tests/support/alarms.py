@@ -17,7 +17,7 @@ from tests.support.detection import sensor_model
 def alarm_model(folder: Path) -> Artifact:
     """The model `sensors`, whose alarms close after three usual events."""
     alarm = {"close_above": 0.05, "hold_events": 3, "backoff_nats": 1.0}
-    return sensor_model(folder / "sensors", units=4, alarm=alarm)
+    return sensor_model(folder / "sensors", units=4, alarm=alarm, outputs=["share", "deviation"])
 
 
 def served_by_onnx(artifact: Artifact, history: HistorySpec | None = None) -> ServedModel:

@@ -228,7 +228,7 @@ def test_false_alarm_rate_on_other_streams_is_as_specified() -> None:
 
 @pytest.mark.parametrize("kind", ["spike", "shift", "burst", "stuck"])
 def test_an_anomaly_opens_one_alarm_that_names_its_channel(kind: str) -> None:
-    spec = spec_of(["flow", "heat"], memory_events=300)
+    spec = spec_of(["flow", "heat"], memory_events=300, outputs=["share"])
     random = np.random.default_rng(6)
     streams = []
     for _ in range(20):
@@ -384,11 +384,13 @@ def test_only_named_outputs_are_computed() -> None:
 
 
 def test_the_change_of_a_constant_stream_is_unusual_but_finite() -> None:
-    spec = spec_of(["flow"], memory_events=100)
+    spec = spec_of(["flow"], memory_events=100, outputs=["deviation"])
     spec = fitted(spec, streams_of(spec, 10, 300, seed=7))
     rows = np.zeros((900, len(spec.events.column_index)), np.float32)  # type: ignore[union-attr]
     rows[800:, spec.events.column_index["flow"]] = 1.0  # type: ignore[union-attr]
-    found, state = run(spec, rows, np.zeros((900, 1 + 2 + 2), np.float32), [300] * 3)
+    found, state = run(
+        spec, rows, np.zeros((900, network_outputs(spec).size), np.float32), [300] * 3
+    )
     assert all(np.isfinite(values).all() for values in (*found.values(), state))
     assert found["odd.probability"][800] < 1e-3
     assert np.abs(found["odd.deviation"]).max() <= 20
