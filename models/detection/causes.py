@@ -25,8 +25,8 @@ SMALL_Z: Final = 2.0
 _KINDS: Final[dict[ChannelKind, tuple[str, str, str]]] = {
     "level": ("level of {}", "its usual", "its usual"),
     "forecast": ("{}", "its forecast", "its forecast"),
-    "change": ("change of {}", "its usual", "its usual over the last events"),
-    "season": ("{}", "the season before", "the season before"),
+    "change": ("{}", "the value before", "its usual changes"),
+    "season": ("{}", "the value a season before", "the season before"),
     "run": ("{}", "", "its usual runs of equal values"),
 }
 """By kind: what was unusual, compared with what, and the latter of the last events together."""

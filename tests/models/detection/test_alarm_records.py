@@ -160,8 +160,9 @@ def test_any_restored_state_has_a_record(model: ModelSpec, stored: float) -> Non
         ("flow.forecast", -4.0, -1234.5, "flow 1,234 below its forecast"),
         ("flow.forecast", -4.0, None, "flow 4 deviations below its forecast"),
         ("mode.forecast", 4.0, 3.0, "mode unlike its forecast"),
-        ("heat.change", 0.4, 3.0, "change of heat unlike its usual over the last events"),
-        ("heat.change", None, None, "change of heat unlike its usual over the last events"),
+        ("heat.change", -6.1, 3.0, "heat 6.1 deviations below the value before"),
+        ("heat.change", 0.4, 3.0, "heat unlike its usual changes"),
+        ("heat.change", None, None, "heat unlike its usual changes"),
     ],
 )
 def test_outputs_of_an_event_give_its_cause(

@@ -92,7 +92,7 @@ def test_a_plot_shows_values_forecasts_scores_and_alarms(
         ">tail probability<",
         ">threshold<",
         ">alarm<",
-        "change of level ",
+        " the value before<",
         ">labelled<",
         ">high<",
     ):
