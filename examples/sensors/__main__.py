@@ -3,8 +3,8 @@
 Trains `spec.yaml` on the first 40 days of 40 sensors, without a label. Detection is fitted to the
 next 20 days, and the last 40 are scored against the labelled anomalies: those of the kinds that
 detection was developed with, and those of 40 other sensors with held-out kinds. Compares it with
-alarms on the network's nats, and with each channel alone, all with a threshold for the same number
-of false alarms on the same days. Writes the artifact to `build/examples/sensors` (or to
+itself without the season, and with other methods, all with a threshold for the same number of false
+alarms on the same days. Writes the artifact to `build/examples/sensors` (or to
 the path given), and the comparison beside it as `detection.md`.
 """
 
