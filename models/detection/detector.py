@@ -21,7 +21,7 @@ from models.detection.causes import SMALL_Z
 from models.detection.deviations import Channels, Deviations
 from models.detection.forecasts import DESCRIBED, LARGEST, in_field_units
 from models.detection.probability import Scorer, Scores
-from models.detection.recurrences import StateParts
+from models.detection.recurrences import Bools, StateParts
 from models.errors import SpecError
 from models.events.schema import NumericField
 from models.events.values import unstandardise
@@ -93,6 +93,7 @@ class Detector:
             name: public.slices[f"{head.name}.{name}"]
             for name in ("probability", "alarm", *detection.outputs)
         }
+        self._of_alarms = ("alarm", *(each for each in detection.outputs if each in OF_THE_ALARM))
         self._described = frozenset(detection.outputs) & DESCRIBED
 
     def step(
@@ -116,7 +117,9 @@ class Detector:
         size, parameters = self._channels.max_steps, outputs[..., self._parameters]
         for at in range(0, rows.shape[1], size):
             part = slice(at, min(at + size, rows.shape[1]))
-            kept = np.minimum(np.maximum(lengths - at, 0), part.stop - at)
+            kept = lengths
+            if part.stop - at < rows.shape[1]:
+                kept = np.minimum(np.maximum(lengths - at, 0), part.stop - at)
             parts = StateParts(state, kept, part.stop - at, self._parts)
             for name, values in self._scores(rows[:, part], parameters[:, part], parts).items():
                 scored[:, part, self._places[name]] = values.transpose(1, 2, 0)
@@ -153,22 +156,17 @@ class Detector:
     ) -> dict[str, Floats]:
         """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
         after, lengths = parts.after, parts.lengths
-        thresholds = [self._threshold] * len(after)
-        per_event = [self._alarm.false_alarms_per_day / self._events_per_day] * len(after)
-        for row in after[:, self._rate_at].nonzero()[0].tolist():
-            rate = float(after[row, self._rate_at])
-            thresholds[row] = self._fit.threshold(rate)
-            per_event[row] = max(rate, 0.0) / self._events_per_day
-        names = ("alarm", *(name for name in OF_THE_ALARM if name in self._outputs))
-        outputs = {name: np.zeros((1, *probability.shape)) for name in names}
+        thresholds, rates = np.full(len(after), self._threshold), after[:, self._rate_at]
+        for row in rates.nonzero()[0].tolist():
+            thresholds[row] = self._fit.threshold(float(rates[row]))
+        outputs = {name: np.zeros((1, *probability.shape)) for name in self._of_alarms}
         active = after[:, self._alarm_at.start] != 0
-        active |= (probability <= np.array(thresholds)[:, np.newaxis]).any(axis=1)
+        active |= probability.min(axis=1) <= thresholds
         for row in active.nonzero()[0].tolist():
             own = AlarmState(after[row, self._alarm_at], *after[row, self._backoff].tolist())
-            length, threshold = lengths[row], thresholds[row]
-            codes = follow_alarm(
-                self._alarm, probability[row, :length], threshold, own, per_event[row]
-            )
+            length, threshold = lengths[row], float(thresholds[row])
+            per_event = self._alarms_per_event(float(rates[row]))
+            codes = follow_alarm(self._alarm, probability[row, :length], threshold, own, per_event)
             outputs["alarm"][0, row, :length] = codes
             after[row, self._alarm_at] = own.values()
             if self._backoff:
@@ -179,24 +177,28 @@ class Detector:
             if record.at_peak is not None:
                 cause = self._cause(deviations, scores, row, record.at_peak)
                 after[row, self._parts["alarm_cause"]] = cause
-            by_threshold = record.peaks / -np.log(thresholds[row])
+            by_threshold = record.peaks / -np.log(threshold)
             for name, values in (("severity", by_threshold), ("since", record.since)):
                 if name in outputs:
                     outputs[name][0, row, record.events] = values
         if self._backoff:
-            self._count_events(after, lengths * ~active, per_event)
+            self._count_events(after, lengths, ~active)
         return outputs
 
-    def _count_events(
-        self, after: FloatRows, lengths: NDArray[Any], per_event: list[float]
-    ) -> None:
+    def _alarms_per_event(self, rate: float) -> float:
+        """The specified alarms per event of a stream, given the rate in its state."""
+        return max(rate or self._alarm.false_alarms_per_day, 0.0) / self._events_per_day
+
+    def _count_events(self, after: FloatRows, lengths: NDArray[Any], is_counted: Bools) -> None:
         """Count events since the latest alarm. At `MANY_EVENTS` the excess alarms are lowered by as
         many, and the count restarts, so that it stays exact in float32."""
         since, excess = self._backoff
-        after[:, since] += lengths
-        for row in (after[:, since] >= MANY_EVENTS).nonzero()[0].tolist():
-            after[row, since] -= MANY_EVENTS
-            lowered = after[row, excess] - per_event[row] * MANY_EVENTS
+        counts = after[:, since]
+        np.add(counts, lengths, out=counts, where=is_counted)
+        for row in (counts >= MANY_EVENTS).nonzero()[0].tolist():
+            counts[row] -= MANY_EVENTS
+            per_event = self._alarms_per_event(float(after[row, self._rate_at]))
+            lowered = after[row, excess] - per_event * MANY_EVENTS
             after[row, excess] = max(lowered, 0.0)
 
     def _record(

@@ -175,34 +175,30 @@ class Channels:
             parameters: [B, T, P], the forecast of each event, made before it.
             parts: the states, of `models.spec.layout.detection_columns`; updated.
         """
-        events, steps = self._events(rows, parameters, parts), rows.shape[1]
-        decay = decay_matrix(self._memory_events, steps)
-        passed = parts.before("events").T + np.arange(steps)
-        parts.add("events", parts.lengths)
+        events = self._events(rows, parameters, parts)
+        decay = decay_matrix(self._memory_events, rows.shape[1])
+        parts.replace("events", parts.before("events") + parts.lengths)
         errors, weights, latest = self._errors(decay, events, parts)
         season: _Season | None = None
         if self._season_events is not None and self._count:
-            season = self._season(self._season_events, decay, events, latest, passed, parts)
+            season = self._season(self._season_events, decay, events, latest, parts)
             errors = np.concatenate([errors, season.errors])
             weights = np.concatenate([weights, season.weights])
         own = weights[..., :-1]
         trust = own / (own + self._prior)
-        squares, limited = self._ratios(decay, events, errors, weights, trust, parts)
-        np.square(trust, out=trust)
-        squares *= trust
-        limited *= trust[self._targets :]
+        ratios = self._ratios(decay, events, errors, weights, trust, parts)
         if season is not None:
-            self._remember(season, events, limited[-self._count :], parts)
+            self._remember(season, events, ratios[-self._count :], parts)
         if not self._count:
-            forecasts = np.sqrt(squares.sum(axis=0, keepdims=True) / self._targets)
-            return Deviations(forecasts, errors, squares, events)
+            forecasts = np.sqrt(ratios.sum(axis=0, keepdims=True) / self._targets)
+            return Deviations(forecasts, errors, ratios, events)
         is_same = (events.raw == latest[..., :-1]) & (
             own[self._targets : self._targets + self._count] > SMALLEST
         )
-        runs, by_run = self._runs(is_same, events, passed, parts)
-        quantities = self._quantities(events, squares, limited, by_run, parts)
-        errors, squares = np.concatenate([errors, runs]), np.concatenate([squares, by_run**2])
-        return Deviations(quantities, errors, squares, events)
+        runs, by_run = self._runs(decay[0], is_same, events, parts)
+        quantities = self._quantities(events, ratios, by_run, parts)
+        squares = np.concatenate([ratios[: len(errors)], np.square(by_run)])
+        return Deviations(quantities, np.concatenate([errors, runs]), squares, events)
 
     def _events(self, rows: FloatRows, parameters: FloatRows, parts: StateParts) -> Events:
         values, raw = steps_last(rows[..., self._columns]), steps_last(rows[..., self._raw])
@@ -230,7 +226,8 @@ class Channels:
         np.subtract(x, start, out=followed[targets:, :, 1:])
         if not events.is_complete:
             followed[targets:, :, 1:] *= self._present(events)
-        weights, means = np.split(sums_of(decay, followed), [targets])
+        followed = sums_of(decay, followed)
+        weights, means = followed[:targets], followed[targets:]
         parts.store("weight", weights)
         weights = np.maximum(weights, SMALLEST)
         means /= weights[self._numeric]
@@ -249,7 +246,7 @@ class Channels:
         np.subtract(x, means[..., :-1], out=errors[targets : targets + self._count])
         np.subtract(x, latest[..., :-1], out=errors[targets + self._count :])
         own = weights[..., :-1]
-        if not events.is_complete or float(np.min(own)) <= SMALLEST:
+        if not events.is_complete or bool((own[..., 0] <= SMALLEST).any()):
             errors *= self._by_row(events.present & (own > SMALLEST))
         return errors, self._by_row(weights), latest
 
@@ -265,42 +262,41 @@ class Channels:
         weights: Floats,
         trust: Floats,
         parts: StateParts,
-    ) -> tuple[Floats, Floats]:
-        """(e / p_before)^2 of all rows, and (e / q_before)^2 of those of numeric targets."""
+    ) -> Floats:
+        """(a e / p_before)^2 of all rows, and (a e / q_before)^2 of those of numeric targets."""
         targets, numeric = self._targets, len(errors) - self._targets
         peaks = targets + 2 * numeric
-        distance = np.abs(errors)
-        distances = sums(decay, parts.before("distance"), distance[targets:])
+        deviating = errors[targets:]
+        distance = np.abs(deviating)
+        distances = sums(decay, parts.before("distance"), distance)
         parts.store("distance", distances)
-        limited = distances[..., 1:] * (LIMIT / weights[targets:, :, 1:])
-        np.minimum(limited, distance[targets:], out=limited)
         # stored as roots, since float32 has no fourth power of small values
         followed = np.empty((peaks + numeric, *weights.shape[1:]))
-        followed[:peaks, :, 0] = np.square(np.square(parts.before("peak")))
-        followed[peaks:, :, 0] = np.square(parts.before("spread"))
-        squared = np.square(distance, out=distance)
-        fourth = np.square(squared)
-        followed[:targets, :, 1:], signed = fourth[:targets], followed[targets:peaks, :, 1:]
-        is_above = errors[targets:] > 0
-        np.multiply(fourth[targets:], is_above, out=signed[:numeric])
-        np.subtract(fourth[targets:], signed[:numeric], out=signed[numeric:])
-        np.square(limited, out=followed[peaks:, :, 1:])
+        followed[:peaks, :, 0] = parts.before("peak")
+        followed[peaks:, :, 0] = parts.before("spread")
+        signed, limited = followed[:peaks, :, 1:], followed[peaks:, :, 1:]
+        signed[:targets] = errors[:targets]
+        np.maximum(deviating, 0.0, out=signed[targets : len(errors)])
+        np.minimum(deviating, 0.0, out=signed[len(errors) :])
+        np.multiply(distances[..., 1:], LIMIT / weights[targets:, :, 1:], out=limited)
+        np.minimum(limited, distance, out=limited)
+        np.square(followed, out=followed)
+        np.square(followed[:peaks], out=followed[:peaks])
         followed = sums_of(decay, followed)
-        parts.replace("peak", np.sqrt(np.sqrt(parts.last(followed[:peaks]))))
-        parts.replace("spread", np.sqrt(parts.last(followed[peaks:])))
+        last = np.sqrt(parts.last(followed))
+        parts.replace("peak", np.sqrt(last[:peaks]))
+        parts.replace("spread", last[peaks:])
         # p^2 and q^2
         past, own = followed[..., :-1], weights[..., :-1]
         scales = np.empty((len(errors) + numeric, *errors.shape[1:]))
-        scales[:targets] = past[:targets]
-        above, below = past[targets : targets + numeric], past[targets + numeric : peaks]
-        other = np.where(is_above, below, above)
-        other *= 1.0 - trust[targets:]
-        other += np.where(is_above, above, below)
-        scales[targets : len(errors)] = other
-        scales[len(errors) :] = past[peaks:]
         by_peak, by_spread = scales[: len(errors)], scales[len(errors) :]
+        above, below = past[targets : len(errors)], past[len(errors) : peaks]
+        by_peak[:targets], signed = past[:targets], by_peak[targets:]
+        is_above = deviating > 0.0
+        np.multiply(np.where(is_above, below, above), 1.0 - trust[targets:], out=signed)
+        signed += np.where(is_above, above, below)
         np.sqrt(np.divide(by_peak, own, out=by_peak), out=by_peak)
-        np.divide(by_spread, own[targets:], out=by_spread)
+        np.divide(past[peaks:], own[targets:], out=by_spread)
         least = np.abs(events.raw)
         least *= RESOLVED
         least += LEAST_SPREAD
@@ -308,32 +304,45 @@ class Channels:
         by_target = scales[targets:].reshape(2 * self._kinds, *least.shape)
         np.maximum(by_target, least, out=by_target)
         np.maximum(scales[:targets], LEAST_FORECAST**2, out=scales[:targets])
+        squared = np.square(errors)
         np.divide(squared, by_peak, out=by_peak)
         np.divide(squared[targets:], by_spread, out=by_spread)
         np.minimum(scales, LARGEST**2, out=scales)
-        return by_peak, by_spread
+        np.square(trust, out=trust)
+        by_peak *= trust
+        by_spread *= trust[targets:]
+        return scales
 
     def _runs(
-        self, is_same: Bools, events: Events, passed: Floats, parts: StateParts
+        self, fade: Floats, is_same: Bools, events: Events, parts: StateParts
     ) -> tuple[Floats, Floats]:
         """The run of each numeric target [N, B, T], and what its quantity is the largest of.
 
         Args:
+            fade: [T + 1], r^0 .. r^T.
             is_same: bool [N, B, T], whether the value is the one before.
-            passed: [B, T], events of the stream before each.
         """
-        steps = passed.shape[1]
-        before, longest = (parts.before(name)[..., np.newaxis] for name in ("run", "longest"))
-        at: NDArray[Any] = np.arange(1.0, steps + 1)
+        before, before_longest = parts.before("run"), parts.before("longest")
+        if events.is_complete and not is_same.any():
+            # no run but those before the chunk, which end with its first event
+            longest = np.maximum(before_longest * fade[-1], before * fade[-2])
+            parts.replace("longest", longest)
+            parts.replace("run", 0.0)
+            none = np.zeros(is_same.shape)
+            return none, none
+        passed = _events_before(parts, is_same.shape[-1])
+        at: NDArray[Any] = np.arange(1.0, is_same.shape[-1] + 1)
         is_end = ~is_same
         if not events.is_complete:
             present = self._present(events)
             at, is_end = np.cumsum(present, axis=-1), is_end & present
-        starts = np.concatenate([-before, np.where(is_end, at, -np.inf)], axis=-1)
+        runs, longest = np.empty((2, *before.shape, len(fade)))
+        # where the latest run up to each event starts
+        starts = np.where(is_end, at, -before[..., np.newaxis])
         np.maximum.accumulate(starts, axis=-1, out=starts)
-        runs = np.concatenate([before, at - starts[..., 1:]], axis=-1)
-        fade = np.exp(np.arange(steps + 1) / -self._memory_events)
-        longest = np.concatenate([longest, is_end * runs[..., :-1]], axis=-1)
+        runs[..., 0], longest[..., 0] = before, before_longest
+        np.subtract(at, starts, out=runs[..., 1:])
+        np.multiply(runs[..., :-1], is_end, out=longest[..., 1:])
         longest /= fade
         np.maximum.accumulate(longest, axis=-1, out=longest)
         longest *= fade
@@ -353,26 +362,22 @@ class Channels:
     def _quantities(
         self,
         events: Events,
-        squares: Floats,
-        limited: Floats,
+        ratios: Floats,
         by_run: Floats,
         parts: StateParts,
     ) -> Floats:
-        """The quantities [Q, B, T], of what `_ratios` gives, by trust, and `_runs`."""
-        targets, kinds, shape = self._targets, self._kinds, squares.shape[1:]
-        forecast = squares[:targets].sum(axis=0)
-        forecast /= targets
-        by_kind = limited.reshape(kinds, -1, *shape).sum(axis=1)
+        """The quantities [Q, B, T], of what `_ratios` and `_runs` give."""
+        targets, kinds, shape = self._targets, self._kinds, ratios.shape[1:]
+        by_kind = ratios[targets:].reshape(2 * kinds, -1, *shape).sum(axis=1)
         by_kind /= self._count
-        averaged = sums(averages(SCALES, shape[1]), parts.before("average"), by_kind)
+        averaged = sums(averages(SCALES, shape[1]), parts.before("average"), by_kind[kinds:])
         parts.store("average", averaged)
         quantities = np.empty((kinds * (1 + len(SCALES)) + 2, *shape))
         roots, own = quantities[:-1], quantities[:-2].reshape(kinds, -1, *shape)
-        squares[targets:].reshape(kinds, -1, *shape).sum(axis=1, out=own[:, 0])
-        own[:, 0] /= self._count
+        own[:, 0] = by_kind[:kinds]
         own[:, 1:] = averaged[..., 1:].reshape(-1, kinds, *shape).swapaxes(0, 1)
-        quantities[-2] = forecast
-        np.max(by_run, axis=0, out=quantities[-1])
+        np.divide(ratios[:targets].sum(axis=0), targets, out=quantities[-2])
+        by_run.max(axis=0, out=quantities[-1])
         np.sqrt(np.maximum(roots, 0.0, out=roots), out=roots)
         if not events.is_complete:
             quantities[:-2] *= events.has_numeric
@@ -384,12 +389,12 @@ class Channels:
         decay: Floats,
         events: Events,
         latest: Floats,
-        passed: Floats,
         parts: StateParts,
     ) -> _Season:
         """The values of the last season at the phases of the next events; in the first season, the
         latest value, from which no error is counted."""
-        steps, batch = passed.shape[1], len(passed)
+        batch, steps = events.raw.shape[1:]
+        passed = _events_before(parts, steps)
         memory = parts.before("season").reshape(-1, length, batch).transpose(0, 2, 1)
         is_known = passed >= length
         past = memory[..., :steps]
@@ -411,6 +416,11 @@ class Channels:
             usual &= self._present(events)
         new = np.where(usual, events.raw, season.past)
         parts.store_window("season", np.concatenate([season.memory, new], axis=-1))
+
+
+def _events_before(parts: StateParts, steps: int) -> Floats:
+    """How many events [B, T] of the stream were before each."""
+    return np.asarray(parts.before("events").T + np.arange(steps))
 
 
 class _Season(NamedTuple):

@@ -215,6 +215,4 @@ def _code_nats(field: EventField, value: Floats, parameters: Floats) -> Floats:
 
 def steps_last(columns: NDArray[Any]) -> Floats:
     """[B, T, K] as float64 [K, B, T]."""
-    result = np.empty((columns.shape[2], *columns.shape[:2]))
-    result[...] = columns.transpose(2, 0, 1)
-    return result
+    return columns.transpose(2, 0, 1).astype(np.float64, order="C")

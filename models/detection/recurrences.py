@@ -108,7 +108,6 @@ class StateParts:
         self._after = state.T.astype(np.float32, order="C")
         self._columns, self.lengths = columns, lengths
         self.is_full = int(lengths.min()) == steps
-        self._rows = np.arange(len(state))
         self.after: FloatRows = self._after.T
 
     def before(self, name: str) -> Floats:
@@ -118,19 +117,17 @@ class StateParts:
     def last(self, sequence: Floats) -> Floats:
         """The values [size, B] after each row's last event, of [size, B, T + 1] before the events
         and after each."""
-        return sequence[..., -1] if self.is_full else sequence[:, self._rows, self.lengths]
+        if self.is_full:
+            return sequence[..., -1]
+        return sequence[:, np.arange(len(self.lengths)), self.lengths]
 
     def store(self, name: str, sequence: Floats) -> None:
         """Store a part, of its values [size, B, T + 1] before the events and after each."""
         self.replace(name, self.last(sequence))
 
-    def replace(self, name: str, values: Floats) -> None:
+    def replace(self, name: str, values: Floats | float) -> None:
         """Store a part, of its values [size, B] after each row's last event."""
         self._after[self._columns[name]] = values
-
-    def add(self, name: str, values: NDArray[Any]) -> None:
-        """Add integers [B] to a part of one number."""
-        self._after[self._columns[name].start] += values
 
     def store_window(self, name: str, history: Floats) -> None:
         """Store a part of N x L numbers, of its history [N, B, L + T]: the last L up to the
@@ -141,7 +138,7 @@ class StateParts:
             window = history[..., history.shape[-1] - length :]
         else:
             within = self.lengths[:, np.newaxis] + np.arange(length)
-            window = history[:, self._rows[:, np.newaxis], within]
+            window = history[:, np.arange(len(within))[:, np.newaxis], within]
         self.after[:, self._columns[name]] = window.transpose(1, 0, 2).reshape(-1, size)
 
 

@@ -20,7 +20,6 @@ is cut into chunks, and a chunk needs no loop over its steps.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
 from typing import Final
 
 import numpy as np
@@ -52,15 +51,20 @@ class StreamTails:
     def __init__(self, spec: ModelSpec):
         detection, _, _ = detection_of(spec)
         levels = np.array(detection.tail_levels)
-        self._decay = float(np.exp(-BLOCK / detection.memory_events))
-        # by level, [levels, 1], as tables are [K, levels, B]
-        self._levels, self._distances = levels[:, np.newaxis], np.diff(levels)[:, np.newaxis]
-        self._weights = np.where(self._levels[1:] <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)
-        self._prior = self._weights * np.exp(-self._distances)
-        self._from_level = np.triu(np.ones((len(levels), len(levels))))
         # the last level below each multiple of LEVEL_STEP
         multiples = np.arange(0.0, MAX_NATS + 2 * LEVEL_STEP, LEVEL_STEP)
         self._level_of = np.searchsorted(levels, multiples, side="right") - 1
+        self._decay = float(np.exp(-BLOCK / detection.memory_events))
+        # by level, [levels, 1], as tables are [levels, K B]
+        levels, distances = levels[:, np.newaxis], np.diff(levels)[:, np.newaxis]
+        self._weights = np.where(levels[1:] <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)
+        self._prior = self._weights * np.exp(-distances)
+        self._from_level = np.triu(np.ones((len(levels), len(levels))))
+        # from each level on n = start + slope u; both are linear in the log q_i
+        own = -np.eye(len(distances))
+        slope = np.concatenate([own / distances, own[-1:] / distances[-1]])
+        start = np.concatenate([np.zeros_like(own[:1]), own.cumsum(axis=0)]) - slope * levels
+        self._lines = np.concatenate([slope, start])
 
     def follow(self, nats: Floats, present: Bools | None, parts: StateParts) -> Floats:
         """The nats of the next events of each stream, at most `MAX_STEPS`, by its own tails.
@@ -72,60 +76,57 @@ class StreamTails:
             parts: the states, of `models.spec.layout.detection_columns`; updated.
         """
         size, batch, steps = nats.shape
+        width = size * batch
         counts, pending = (
-            np.maximum(parts.before(name), 0.0).reshape(size, -1, batch)
+            np.maximum(parts.before(name), 0.0).reshape(-1, width)
             for name in ("tail_counts", "tail_pending")
         )
         filled = parts.before("tail_filled")[0] % BLOCK
-        # the place of each event in a table [K, levels, B]
-        multiple = (nats * (1.0 / LEVEL_STEP)).astype(np.intp)
-        place = self._level_of.take(multiple, mode="clip")
-        place *= batch
-        place += _first_places(size, len(self._levels), batch)
         after = filled + parts.lengths
         is_ended = after >= BLOCK
-        if has_ended := bool(is_ended.any()):
-            # events of the next block have a second table, of the counts after this one
-            place += counts.size * (filled[:, np.newaxis] + np.arange(steps) >= BLOCK)
-        new = self._count(place, present, ((1 + has_ended) * size, *counts.shape[1:]))
-        pending, tables = pending + new[:size], counts
+        has_ended = bool(is_ended.any())
+        # the place of each event in a table [levels, K B]
+        multiple = (nats * (1.0 / LEVEL_STEP)).astype(np.intp)
+        place = (self._level_of * ((1 + has_ended) * width)).take(multiple, mode="clip")
+        place += _columns(size, batch)
+        if has_ended:
+            # events of the next block have columns of their own, of the counts after this one
+            is_next = np.arange(steps) >= (BLOCK - filled)[:, np.newaxis]
+            np.add(place, width, out=place, where=is_next)
+        places = place.ravel() if present is None else place[present]
+        new = self._count(places, (1 + has_ended) * width)
+        pending, tables = pending + new[:, :width], counts
         if has_ended:
             # as it is stored, wherever a chunk ends
             ended = (counts * self._decay + pending).astype(np.float32).astype(np.float64)
-            tables = np.concatenate([counts, ended])
-            pending = np.where(is_ended, new[size:], pending)
-            parts.replace("tail_counts", np.where(is_ended, ended, counts).reshape(-1, batch))
+            tables = np.concatenate([counts, ended], axis=1)
+            has_next = np.concatenate([is_ended] * size)
+            pending = np.where(has_next, new[:, width:], pending)
+            parts.replace("tail_counts", np.where(has_next, ended, counts).reshape(-1, batch))
+            after -= BLOCK * is_ended
         parts.replace("tail_pending", pending.reshape(-1, batch))
-        parts.replace("tail_filled", after % BLOCK)
+        parts.replace("tail_filled", after)
         own = self._own_nats(tables, nats, place)
         return np.minimum(own, MAX_NATS, out=own)
 
-    def _count(
-        self, place: NDArray[np.intp], counted: Bools | None, shape: tuple[int, ...]
-    ) -> Floats:
-        """How many events [K, levels, B] of the counted ones are above each level."""
-        places = place.ravel() if counted is None else place[counted]
-        found = np.bincount(places, minlength=prod(shape)).reshape(shape)
-        return np.asarray(np.matmul(self._from_level, found))
+    def _count(self, places: NDArray[np.intp], width: int) -> Floats:
+        """How many events [levels, width] are above each level, by their places."""
+        found = np.bincount(places, minlength=len(self._from_level) * width)
+        return np.asarray(self._from_level @ found.reshape(-1, width))
 
     def _own_nats(self, counts: Floats, nats: Floats, place: NDArray[np.intp]) -> Floats:
         """A stream's own nats [K, B, T] of pooled ones, by their places in tables of counts."""
         # a restored state may have any counts
-        shares = (counts[:, 1:] + self._prior) / (counts[:, :-1] + self._weights)
+        shares = (counts[1:] + self._prior) / (counts[:-1] + self._weights)
         np.minimum(np.maximum(shares, SMALLEST, out=shares), 1.0, out=shares)
-        steps = np.negative(np.log(shares, out=shares), out=shares)
-        slope, start = np.empty(counts.shape), np.zeros(counts.shape)
-        np.divide(steps, self._distances, out=slope[:, :-1])
-        slope[:, -1] = slope[:, -2]
-        np.add.accumulate(steps, axis=1, out=start[:, 1:])
-        start -= slope * self._levels
-        own = slope.take(place)
+        slope, start = (self._lines @ np.log(shares, out=shares)).reshape(2, -1)
+        own: Floats = slope.take(place)
         own *= nats
         own += start.take(place)
         return own
 
 
 @lru_cache(maxsize=256)
-def _first_places(size: int, levels: int, batch: int) -> NDArray[np.intp]:
-    """The place [K, B, 1] of the first level of each stream in a table [K, levels, B]."""
-    return np.arange(size * levels * batch).reshape(size, levels, batch)[:, 0, :, np.newaxis]
+def _columns(size: int, batch: int) -> NDArray[np.intp]:
+    """The column [K, B, 1] of each stream in a table [levels, K B]."""
+    return np.arange(size * batch).reshape(size, batch, 1)

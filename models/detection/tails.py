@@ -37,7 +37,7 @@ class Tails:
         base = -np.log([tail.exceeded for tail in tails])
         scale = np.array([tail.scale for tail in tails])
         shape = np.maximum([tail.shape for tail in tails], 1e-6)
-        self._parameters = np.stack([threshold, scale, shape, base])
+        self._parameters = np.stack([threshold, shape / scale, shape, base])
         self._base, self._slope = base[:, np.newaxis], (base / threshold)[:, np.newaxis]
 
     def nats(self, values: Floats) -> Floats:
@@ -45,10 +45,8 @@ class Tails:
         nats = values * self._slope
         above = (nats > self._base).ravel().nonzero()[0]
         if len(above):
-            column = above // values.shape[1]
-            threshold, scale, k, base = self._parameters.take(column, axis=1)
-            excess = (values.ravel()[above] - threshold) / scale
-            beyond = base + np.log1p(k * excess) / k
+            threshold, rate, k, base = self._parameters.take(above // values.shape[1], axis=1)
+            beyond = base + np.log1p(rate * (values.ravel()[above] - threshold)) / k
             nats.ravel()[above] = np.minimum(beyond, MAX_NATS)
         return np.asarray(nats)
 
