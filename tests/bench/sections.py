@@ -20,6 +20,7 @@ from tests.bench.backfill import measure_backfill
 from tests.bench.consume import measure_consume
 from tests.bench.cost import counted_server
 from tests.bench.curves import CURVE, CURVES, measure_curve
+from tests.bench.detection import measure_detection
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
 from tests.bench.peer import measure_peer
 from tests.bench.results import MIB, geometric_mean
@@ -50,7 +51,6 @@ HALF_LOAD, BESIDE_LONG = "open-50", "open-50-long"
 OPEN_LOADS = {HALF_LOAD: 50, "open-80": 80, BESIDE_LONG: 50}  # shares of the peak, in percent
 LONG_STEPS = 10_000
 FIRST_REPLY_WITHIN_S = 180.0
-DETECTION_SEASON, DETECTION_CALLS = 96, 400  # events, calls of each shape
 WORKER_CONNECTIONS = (8, 32, 128)
 """One of two workers gets all of the first two; of the last each gets half."""
 
@@ -201,23 +201,6 @@ def measure_threads(bench: Bench, kind: str) -> None:
             for shown, of in (("chunks/s", "chunks_per_s"), ("CPU", "cpu_us_per_chunk")):
                 ratios = [getattr(two, of) / getattr(one, of) for one, two in pairs]
                 bench.results.figure(f"{name}{shown} of two over one", ratios)
-
-
-def measure_detection(bench: Bench, kind: str) -> None:
-    """What detection adds to a call of the network, without a service; no runtime but ONNX's."""
-    process = bench.start(helper_process(bench.cores.servers))
-    for season in (None, DETECTION_SEASON):
-        folder = bench.folder / f"detection-{season}"
-        calls = process.submit(
-            workloads.measure_detection, folder, season, DETECTION_CALLS
-        ).result()
-        for (streams, events), (plain, detected) in calls.items():
-            name = f"detection/{streams} x {events}, {'a' if season else 'no'} season, us/stream"
-            per_stream = 1e6 / streams
-            bench.results.figure(f"{name} of the network", plain * per_stream)
-            bench.results.figure(f"{name} more", (detected - plain) * per_stream)
-            fastest = (detected.min() - plain.min()) * per_stream
-            bench.results.figure(f"{name} more, fastest", [fastest])
 
 
 def measure_latency(bench: Bench, kind: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bench import backfill, consume, curves, peer, run, sections, workloads
+from tests.bench import backfill, consume, curves, detection, peer, run, sections, workloads
 from tests.bench.results import MISSED, Results, check_targets
 from tests.bench.run import UNANSWERED, Bench, Options
 from tests.support.forks import fork_server
@@ -28,7 +28,10 @@ FIGURES = {
     "many": {f"{CARRY} over compute"},
     "compute": {"onnxruntime 8 x 16, us CPU/chunk"},
     "threads": {"onnxruntime 8 units, 1 x 16: CPU of two over one"},
-    "detection": {"32 x 16, a season, us/stream more"},
+    "detection": {
+        "32 x 16, a season, us/stream more",
+        "served, 4 target(s): CPU of a chunk with over without",
+    },
     "backfill": {f"standard: table over {way}" for way in ("network", "streams", "predict")},
     "latency": {
         f"{CARRY} p99 beside long chunks over without",
@@ -66,7 +69,6 @@ BRIEF = {
     run: {"WARM_S": 0.05, "REST_S": 0.02, "RESTS_WITHIN_S": 0.0},
     sections: {
         "RACES": 2,
-        "DETECTION_CALLS": 2,
         "BATCHES": (1, 8),
         "OVERLOAD_PARTS": 3,
         # as many at once as there are streams: the peak may be measured while the machine is slow
@@ -90,6 +92,7 @@ BRIEF = {
         "CONNECTION_COUNTS": (1, 40),
         "WORKERS": (1, 2),
     },
+    detection: {"CALLS": 2},
     backfill: {"EVENTS": 2_000, "STREAMS": 20, "LOOP_EVENTS": 200, "PREDICT_EVENTS": 400},
     consume: {"LEAST_EVENTS": 100, "SAMPLED_CHUNKS": 2, "SETTLED_S": 0.1},
     workloads: {
@@ -122,7 +125,7 @@ def bench(
         finally:
             helpers.append(helper)
 
-    for module in (run, sections, curves, backfill):
+    for module in (run, sections, curves, backfill, detection):
         monkeypatch.setattr(module, "helper_process", shared_helper)
     for module, values in BRIEF.items():
         for name, value in values.items():

@@ -29,7 +29,7 @@ from models.events.frame import columns_from_frame
 from models.pretrained.departures import flight_events
 from models.spec.model import parse_spec
 from service.engine.runtimes.base import Runtime
-from service.engine.runtimes.loading import open_runtime, open_runtimes
+from service.engine.runtimes.loading import open_runtime
 from tests.bench.traffic import (
     PERF,
     Media,
@@ -38,7 +38,6 @@ from tests.bench.traffic import (
     read_grpc_reply,
     read_v2_reply,
 )
-from tests.support.detection import sensor_model
 from tests.support.models import PRETRAINED
 from tests.support.oracle import contracting_weights, oracle_step
 
@@ -121,40 +120,6 @@ def flights_model(folder: Path) -> Artifact:
     """The pretrained model as `folder/flights`, packaged again: a graph for every runtime."""
     shipped = load_artifact(PRETRAINED / "flights")
     return write_artifact(folder / "flights", shipped.spec, shipped.weights)
-
-
-DETECTION_SHAPES = ((1, 1), (1, 16), (32, 1), (32, 16), (128, 16))
-"""Streams and events of the calls by which detection is measured."""
-DETECTION_WARM_EVENTS = 200
-"""Events of each stream before the calls: more than a season."""
-
-
-def measure_detection(
-    folder: Path, season: int | None, calls: int
-) -> dict[tuple[int, int], tuple[Any, Any]]:
-    """By streams and events of a call, the seconds of calls of a network alone and of the same with
-    detection, which alternate; on the model of the example with random weights."""
-    artifact = sensor_model(folder / "sensors", season_events=season)
-    without = artifact.spec.model_copy(update={"detection": None})
-    alone = write_artifact(folder / "alone", without, artifact.weights)
-    network, runtime = open_runtimes("onnxruntime", [alone, artifact], 1)
-    random, measured = np.random.default_rng(2), {}
-    for streams, events in DETECTION_SHAPES:
-        lengths = np.full(streams, events, np.int32)
-        states = np.tile(artifact.runtime_state.initial().floats, (streams, 1))
-        times = []
-        for _ in range(calls + DETECTION_WARM_EVENTS // events):
-            shape = (streams, events, artifact.spec.input_features)
-            rows = random.normal(0, 1, shape).astype(np.float32)
-            own = np.ascontiguousarray(states[:, : artifact.network_state.float_size])
-            began_s = time.perf_counter()
-            network.step(rows, lengths, own)
-            between_s = time.perf_counter()
-            _, states = runtime.step(rows, lengths, states)
-            times.append((between_s - began_s, time.perf_counter() - between_s))
-        plain, detected = np.array(times[-calls:]).T
-        measured[streams, events] = plain, detected
-    return measured
 
 
 class Rate(NamedTuple):

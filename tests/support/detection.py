@@ -14,22 +14,24 @@ from models.spec.layout import anomaly_size, detection_of
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.models import random_weights
 
-EVENTS = {
-    "fields": [
-        {"kind": "timestamp", "name": "time", "gap_mean": 900.0, "gap_std": 1.0},
-        {"kind": "numeric", "name": "value", "mean": 0.0, "std": 1.0},
-    ]
-}
+TIME = {"kind": "timestamp", "name": "time", "gap_mean": 900.0, "gap_std": 1.0}
 
 
-def sensor_model(folder: Path, units: int = 32, **detection: Any) -> Artifact:
+def target_names(targets: int) -> list[str]:
+    """The numeric fields of the sensors."""
+    return ["value", *(f"value_{n}" for n in range(1, targets))]
+
+
+def sensor_model(folder: Path, units: int = 32, targets: int = 1, **detection: Any) -> Artifact:
     """Two LSTMs with an anomaly head and detection, named `sensors`."""
+    names = target_names(targets)
+    numeric = [{"kind": "numeric", "name": name, "mean": 0.0, "std": 1.0} for name in names]
     spec = parse_spec(
         {
             "name": "sensors",
-            "events": EVENTS,
+            "events": {"fields": [TIME, *numeric]},
             "layers": [{"kind": "lstm", "units": units}, {"kind": "lstm", "units": units}],
-            "heads": [{"kind": "anomaly", "name": "surprise", "targets": ["value"]}],
+            "heads": [{"kind": "anomaly", "name": "surprise", "targets": names}],
             "detection": {"head": "surprise", **detection},
         }
     )
