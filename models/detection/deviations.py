@@ -197,7 +197,9 @@ class Channels:
         )
         runs, by_run = self._runs(decay[0], is_same, events, parts)
         quantities = self._quantities(events, ratios, by_run, parts)
-        squares = np.concatenate([ratios[: len(errors)], np.square(by_run)])
+        # in place of the ratios to the spreads, which are used no more
+        squares = ratios[: len(errors) + self._count]
+        np.square(by_run, out=squares[len(errors) :])
         return Deviations(quantities, np.concatenate([errors, runs]), squares, events)
 
     def _events(self, rows: FloatRows, parameters: FloatRows, parts: StateParts) -> Events:
@@ -330,8 +332,8 @@ class Channels:
             parts.replace("run", 0.0)
             none = np.zeros(is_same.shape)
             return none, none
-        passed = _events_before(parts, is_same.shape[-1])
-        at: NDArray[Any] = np.arange(1.0, is_same.shape[-1] + 1)
+        at: NDArray[Any] = np.arange(1.0, len(fade))
+        passed = parts.before("events").T + at - 1.0
         is_end = ~is_same
         if not events.is_complete:
             present = self._present(events)
@@ -394,7 +396,7 @@ class Channels:
         """The values of the last season at the phases of the next events; in the first season, the
         latest value, from which no error is counted."""
         batch, steps = events.raw.shape[1:]
-        passed = _events_before(parts, steps)
+        passed = parts.before("events").T + np.arange(steps)
         memory = parts.before("season").reshape(-1, length, batch).transpose(0, 2, 1)
         is_known = passed >= length
         past = memory[..., :steps]
@@ -416,11 +418,6 @@ class Channels:
             usual &= self._present(events)
         new = np.where(usual, events.raw, season.past)
         parts.store_window("season", np.concatenate([season.memory, new], axis=-1))
-
-
-def _events_before(parts: StateParts, steps: int) -> Floats:
-    """How many events [B, T] of the stream were before each."""
-    return np.asarray(parts.before("events").T + np.arange(steps))
 
 
 class _Season(NamedTuple):

@@ -93,8 +93,7 @@ class StreamTails:
             # events of the next block have columns of their own, of the counts after this one
             is_next = np.arange(steps) >= (BLOCK - filled)[:, np.newaxis]
             np.add(place, width, out=place, where=is_next)
-        places = place.ravel() if present is None else place[present]
-        new = self._count(places, (1 + has_ended) * width)
+        new = self._count(place if present is None else place[present], (1 + has_ended) * width)
         pending, tables = pending + new[:, :width], counts
         if has_ended:
             # as it is stored, wherever a chunk ends
@@ -111,7 +110,7 @@ class StreamTails:
 
     def _count(self, places: NDArray[np.intp], width: int) -> Floats:
         """How many events [levels, width] are above each level, by their places."""
-        found = np.bincount(places, minlength=len(self._from_level) * width)
+        found = np.bincount(places.ravel(), minlength=len(self._from_level) * width)
         return np.asarray(self._from_level @ found.reshape(-1, width))
 
     def _own_nats(self, counts: Floats, nats: Floats, place: NDArray[np.intp]) -> Floats:
