@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from models.detection.recurrences import MAX_COUNT
 from models.spec.detection import AlarmSpec
 from models.spec.layout import detection_of, detection_state, state_spec
 from models.spec.model import ModelSpec
@@ -34,8 +35,6 @@ from models.spec.model import ModelSpec
 Floats = NDArray[np.float64]
 
 NONE, OPENED, CONTINUING, CLOSED = range(4)
-MAX_COUNT: Final = 1 << 24
-"""Largest number of events that float32 counts."""
 MUTED_EVENTS: Final = 64
 """Events after an acknowledgement in which no alarm opens: what the stream does now is learned."""
 _MUTED: Final = 1 << 20

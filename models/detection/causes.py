@@ -1,8 +1,8 @@
 """What was unusual in an event, or in an alarm, in words that a person reads.
 
-The cause is the channel with the largest share of the tail probability. How far its value was off
-is in the field's unit, or in deviations: the forecast of a field with `normalisation`, in the
-stream's own, and from the outputs of an event without `residual`.
+The cause is the channel with the largest share. How far its value was off is in the field's unit,
+or in deviations: the forecast of a field with `normalisation`, in the stream's own, and what comes
+from the outputs of one event, but for a forecast with `residual`.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from models.detection.alarms import AlarmRecord, AlarmState, follow_alarm, record_alarm
 from models.detection.causes import SMALL_Z
 from models.detection.deviations import Channels, Deviations
-from models.detection.forecasts import DESCRIBED, LARGEST, in_field_units
+from models.detection.forecasts import DESCRIBED, LARGEST_OUTPUT, in_field_units
 from models.detection.probability import Scorer, Scores
-from models.detection.recurrences import Bools, StateParts
+from models.detection.recurrences import Bools, FloatRows, Floats, StateParts
 from models.errors import SpecError
 from models.events.schema import NumericField
 from models.events.values import unstandardise
@@ -36,8 +36,6 @@ from models.spec.layout import (
 )
 from models.spec.model import ModelSpec
 
-Floats = NDArray[np.float64]
-FloatRows = NDArray[np.float32]
 BACKOFF: Final = ("alarm_since", "alarm_excess")
 """Parts of the state of `AlarmSpec.backoff_nats`."""
 MANY_EVENTS: Final = 1 << 20
@@ -215,8 +213,8 @@ class Detector:
         self, deviations: Deviations, scores: Scores, row: int, at: int
     ) -> tuple[int, float]:
         """The channel that counts most at an event, and how far its value was off, in the field's
-        unit, or for how many events it has been the same; 0 if it was unusual over the last events
-        rather than at this one, or has no order."""
+        unit, or for how many events it has been the same; 0 if it has no order, or if it, but for
+        a level, was unusual over the last events rather than at this one."""
         event = slice(None), row, at
         weights = self._scorer.weights(deviations.squares[event], scores.cubes[event])
         channel = int(np.argmax(weights[self._channels.order]))
@@ -237,7 +235,7 @@ class Detector:
             value = deviations.events.raw[self._numeric.index(own.target), row, at]
             usual = value - deviations.errors[place, row, at]
             excess = unstandardise(field, value) - unstandardise(field, usual)
-        return channel, float(np.clip(excess, -LARGEST, LARGEST))
+        return channel, float(np.clip(excess, -LARGEST_OUTPUT, LARGEST_OUTPUT))
 
 
 class DetectingStep:

@@ -51,17 +51,18 @@ from numpy.typing import NDArray
 
 from models.detection.forecasts import Forecasts, steps_last
 from models.detection.recurrences import (
+    MAX_COUNT,
     MAX_STEPS,
     Bools,
     FloatRows,
     Floats,
     StateParts,
-    averages,
+    average_matrices,
     columns_of,
     decay_matrix,
     latest_values,
-    sums,
-    sums_of,
+    solve_recurrence,
+    solve_sequence,
 )
 from models.events.schema import NumericField
 from models.spec.detection import SCALES
@@ -70,19 +71,21 @@ from models.spec.layout import detection_of
 from models.spec.model import ModelSpec
 
 LIMIT: Final = 5.0
+"""Largest error that the spread counts, as a multiple of the distance."""
 LARGEST: Final = 20.0
-RESOLVED: Final = 1e-7
+"""Largest deviation."""
+RESOLUTION: Final = 1e-7
 """Smallest peak and spread, as a share of the value: float32 resolves no less."""
 LEAST_SPREAD: Final = 1e-12
+"""Added to it, for values of 0."""
 LEAST_FORECAST: Final = 1e-6
 """Smallest peak of forecasts, in predicted deviations."""
 USUAL_SQUARE: Final = 16.0
 """The season does not remember a value with a larger (a e / q)^2."""
 SHORT_RUN: Final = 8.0
 """A run of equal values up to this length is not longer than usual in any stream."""
-SMALLEST: Final = 1e-9
-MAX_COUNT: Final = 1 << 24
-"""Largest number of events that float32 counts."""
+LEAST_WEIGHT: Final = 1e-9
+"""A past with no more than this weight has no event."""
 
 
 class Events(NamedTuple):
@@ -193,7 +196,7 @@ class Channels:
             forecasts = np.sqrt(ratios.sum(axis=0, keepdims=True) / self._targets)
             return Deviations(forecasts, errors, ratios, events)
         is_same = (events.raw == latest[..., :-1]) & (
-            own[self._targets : self._targets + self._count] > SMALLEST
+            own[self._targets : self._targets + self._count] > LEAST_WEIGHT
         )
         runs, by_run = self._runs(decay[0], is_same, events, parts)
         quantities = self._quantities(events, ratios, by_run, parts)
@@ -218,8 +221,9 @@ class Channels:
     def _errors(
         self, decay: Floats, events: Events, parts: StateParts
     ) -> tuple[Floats, Floats, Floats]:
-        """The errors [R, B, T] of forecasts, levels and changes; their weights [R, B, T + 1] before
-        each event and after the last one, at least `SMALLEST`; and the latest values likewise."""
+        """The errors [R, B, T] of forecasts, levels and changes; their weights [R, B, T + 1],
+        before each event and after the last one, at least `LEAST_WEIGHT`; and the latest values
+        likewise."""
         targets, x = self._targets, events.raw
         start = (parts.before("mean") + parts.before("rest"))[..., np.newaxis]
         followed = np.empty((targets + self._count, *x.shape[1:-1], x.shape[-1] + 1))
@@ -228,10 +232,10 @@ class Channels:
         np.subtract(x, start, out=followed[targets:, :, 1:])
         if not events.is_complete:
             followed[targets:, :, 1:] *= self._present(events)
-        followed = sums_of(decay, followed)
+        followed = solve_sequence(decay, followed)
         weights, means = followed[:targets], followed[targets:]
         parts.store("weight", weights)
-        weights = np.maximum(weights, SMALLEST)
+        weights = np.maximum(weights, LEAST_WEIGHT)
         means /= weights[self._numeric]
         means += start
         mean = parts.last(means)
@@ -248,8 +252,8 @@ class Channels:
         np.subtract(x, means[..., :-1], out=errors[targets : targets + self._count])
         np.subtract(x, latest[..., :-1], out=errors[targets + self._count :])
         own = weights[..., :-1]
-        if not events.is_complete or bool((own[..., 0] <= SMALLEST).any()):
-            errors *= self._by_row(events.present & (own > SMALLEST))
+        if not events.is_complete or bool((own[..., 0] <= LEAST_WEIGHT).any()):
+            errors *= self._by_row(events.present & (own > LEAST_WEIGHT))
         return errors, self._by_row(weights), latest
 
     def _by_row(self, by_target: NDArray[Any]) -> NDArray[Any]:
@@ -270,7 +274,7 @@ class Channels:
         peaks = targets + 2 * numeric
         deviating = errors[targets:]
         distance = np.abs(deviating)
-        distances = sums(decay, parts.before("distance"), distance)
+        distances = solve_recurrence(decay, parts.before("distance"), distance)
         parts.store("distance", distances)
         # stored as roots, since float32 has no fourth power of small values
         followed = np.empty((peaks + numeric, *weights.shape[1:]))
@@ -284,7 +288,7 @@ class Channels:
         np.minimum(limited, distance, out=limited)
         np.square(followed, out=followed)
         np.square(followed[:peaks], out=followed[:peaks])
-        followed = sums_of(decay, followed)
+        followed = solve_sequence(decay, followed)
         last = np.sqrt(parts.last(followed))
         parts.replace("peak", np.sqrt(last[:peaks]))
         parts.replace("spread", last[peaks:])
@@ -300,7 +304,7 @@ class Channels:
         np.sqrt(np.divide(by_peak, own, out=by_peak), out=by_peak)
         np.divide(past[peaks:], own[targets:], out=by_spread)
         least = np.abs(events.raw)
-        least *= RESOLVED
+        least *= RESOLUTION
         least += LEAST_SPREAD
         np.square(least, out=least)
         by_target = scales[targets:].reshape(2 * self._kinds, *least.shape)
@@ -372,7 +376,9 @@ class Channels:
         targets, kinds, shape = self._targets, self._kinds, ratios.shape[1:]
         by_kind = ratios[targets:].reshape(2 * kinds, -1, *shape).sum(axis=1)
         by_kind /= self._count
-        averaged = sums(averages(SCALES, shape[1]), parts.before("average"), by_kind[kinds:])
+        averaged = solve_recurrence(
+            average_matrices(SCALES, shape[1]), parts.before("average"), by_kind[kinds:]
+        )
         parts.store("average", averaged)
         quantities = np.empty((kinds * (1 + len(SCALES)) + 2, *shape))
         roots, own = quantities[:-1], quantities[:-2].reshape(kinds, -1, *shape)
@@ -403,10 +409,10 @@ class Channels:
         if not is_known.all():
             past = np.where(is_known, past, latest[..., :-1])
         has = self._present(events) & is_known
-        weights = sums(decay, parts.before("season_weight"), has)
+        weights = solve_recurrence(decay, parts.before("season_weight"), has)
         parts.store("season_weight", weights)
         errors = (events.raw - past) * has
-        return _Season(memory, past, errors, np.maximum(weights, SMALLEST, out=weights))
+        return _Season(memory, past, errors, np.maximum(weights, LEAST_WEIGHT, out=weights))
 
     def _remember(
         self, season: _Season, events: Events, limited: Floats, parts: StateParts

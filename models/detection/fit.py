@@ -11,20 +11,12 @@ from numpy.typing import NDArray
 from models.detection.alarms import count_alarms
 from models.detection.deviations import Channels
 from models.detection.probability import Scorer
-from models.detection.recurrences import StateParts
+from models.detection.recurrences import FloatRows, Floats, StateParts
 from models.detection.tails import EXCEEDED, Tails, fit_tail
 from models.errors import DataError
-from models.spec.detection import (
-    AlarmSpec,
-    DetectionFit,
-    DetectionSpec,
-    Tail,
-)
+from models.spec.detection import AlarmSpec, DetectionFit, DetectionSpec, Tail
 from models.spec.layout import detection_columns, detection_of, detection_state
 from models.spec.model import ModelSpec
-
-Floats = NDArray[np.float64]
-FloatRows = NDArray[np.float32]
 
 RUN_NATS: Final = 4.0
 """Most nats of a run of equal values, for each length of the longest one before."""

@@ -29,7 +29,7 @@ DESCRIBED: Final = frozenset[OutputName]({"mean", "spread", "residual", "z", "pi
 _HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
 _SMALLEST_DEVIATION: Final = 1e-6
 """Of a boolean target, where its probability is 0 or 1 in float64."""
-LARGEST: Final = float(np.finfo(np.float32).max)
+LARGEST_OUTPUT: Final = float(np.finfo(np.float32).max)
 """Largest size of an output, so that it is finite as float32."""
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
@@ -133,7 +133,7 @@ class Forecasts:
             described["nats"] = list(self.nats(values, present, parameters))
         # as float32, none may become infinite
         return {
-            name: np.clip(np.stack(columns), -LARGEST, LARGEST)
+            name: np.clip(np.stack(columns), -LARGEST_OUTPUT, LARGEST_OUTPUT)
             for name, columns in described.items()
         }
 

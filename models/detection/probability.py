@@ -42,7 +42,7 @@ class Scorer:
     Args:
         spec: with `detection`.
         tails: pooled, of the quantities.
-        combined: pooled, of the nats by all of these together; None gives these nats as they are.
+        combined: pooled, of the norm of the nats of all quantities; None: scores are this norm.
     """
 
     def __init__(self, spec: ModelSpec, tails: tuple[Tail, ...], combined: Tail | None):

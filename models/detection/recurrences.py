@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
+MAX_COUNT: Final = 1 << 24
+"""Largest number of events that float32 counts."""
 MAX_STEPS: Final = 32
 """Events that are computed at once: products of larger matrices are slower than several ones, and
 BLAS would compute them in threads."""
@@ -34,15 +36,15 @@ def decay_matrix(events: int, steps: int) -> Floats:
 
 
 @lru_cache(maxsize=64)
-def averages(scales: tuple[int, ...], steps: int) -> Floats:
+def average_matrices(scales: tuple[int, ...], steps: int) -> Floats:
     """The matrices [scales, T + 1, T + 1] of y_t = g y_(t-1) + (1 - g) x_t, g = exp(-1 / scale)."""
     matrices = np.stack([decay_matrix(scale, steps) for scale in scales])
     matrices[:, 1:] *= 1.0 - np.exp(-1.0 / np.array(scales))[:, np.newaxis, np.newaxis]
     return matrices
 
 
-def sums(matrix: Floats, initial: Floats, values: NDArray[Any]) -> Floats:
-    """y of a recurrence, beginning with the initial y.
+def solve_recurrence(matrix: Floats, initial: Floats, values: NDArray[Any]) -> Floats:
+    """The values y of a recurrence, the initial one first.
 
     Args:
         matrix: [T + 1, T + 1], or one for each scale.
@@ -60,8 +62,8 @@ def sums(matrix: Floats, initial: Floats, values: NDArray[Any]) -> Floats:
     return np.asarray(product.reshape(-1, batch, steps + 1))
 
 
-def sums_of(matrix: Floats, sequence: Floats) -> Floats:
-    """y of a recurrence, of the initial y and x [..., T + 1]."""
+def solve_sequence(matrix: Floats, sequence: Floats) -> Floats:
+    """The values y of a recurrence [..., T + 1], given the initial y followed by x [..., T + 1]."""
     product = sequence.reshape(-1, len(matrix)) @ matrix
     return np.asarray(product.reshape(sequence.shape))
 

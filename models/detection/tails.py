@@ -30,7 +30,7 @@ MAX_NATS: Final = 60.0
 
 
 class Tails:
-    """The tails of K statistics."""
+    """The tails of K quantities."""
 
     def __init__(self, tails: Sequence[Tail]):
         threshold = np.array([tail.threshold for tail in tails])

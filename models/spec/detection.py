@@ -1,8 +1,8 @@
 """Specification of detection: calibrated anomaly scores and alarms from an anomaly head.
 
 The head's nats depend on how well the network predicts a stream: 12 nats may be usual for one
-stream and an anomaly for another. Detection compares each event with the stream's own past. Each
-target has several channels:
+stream and an anomaly for another. Detection compares each event with the stream's own past, in
+several channels of each target:
 
     forecast   the error of the network's forecast, in its predicted deviations; for a categorical
                or boolean target the square root of twice its nats
@@ -11,8 +11,8 @@ target has several channels:
     season     the value minus the usual one `season_events` before it
     run        for how many events the value has been the same
 
-Each is compared with the stream's own past; level, change and season at several time scales: the
-event alone, and means over some events. `models.detection` has the equations. The fitted parameters
+Level, change and season are compared at several time scales: the event alone, and means over some
+events. `models.detection` has the equations. The fitted parameters
 (`DetectionFit`) are in the artifact's specification, like the means of an event schema.
 """
 
@@ -112,7 +112,7 @@ class AlarmSpec(Frozen):
 
 
 class Tail(Frozen):
-    """The upper tail of a statistic that is not negative: a generalised Pareto distribution.
+    """The upper tail of a quantity that is not negative: a generalised Pareto distribution.
 
     Attributes:
         threshold: u, exceeded with probability `exceeded`.
@@ -133,7 +133,7 @@ class DetectionFit(Frozen):
     Attributes:
         tails: of the quantities of `models.detection.deviations`, which a new stream's own tails
             start from.
-        combined: the tail of the nats of all of them together.
+        combined: the tail of the norm of their nats.
         rates: ascending, false alarms of one stream in a day.
         thresholds: for each of them, the tail probability below which an event is unusual enough
             for an alarm.

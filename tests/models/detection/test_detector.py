@@ -318,7 +318,7 @@ def test_an_anomaly_is_not_unusual_again_one_season_later(seasonal: ModelSpec, k
 
 
 def test_a_lasting_level_becomes_usual() -> None:
-    """One alarm, which closes within the memory of the statistics."""
+    """One alarm, which closes within a few times the memory."""
     spec = spec_of(["flow"], memory_events=150, alarm={"hold_events": 20})
     spec = fitted(spec, streams_of(spec, 10, 1000, seed=14))
     assert spec.events is not None
@@ -359,7 +359,7 @@ def test_no_value_makes_the_state_infinite(seasonal: ModelSpec) -> None:
 
 
 def test_a_new_stream_starts_without_alarms(seasonal: ModelSpec) -> None:
-    """Until it has statistics of its own, it has those of the fitted streams."""
+    """Its deviations are small until it has a past; its tails are those of fitted streams."""
     early = 0
     for seed in range(60, 80):
         rows = day_and_night(seasonal, seed, 100).rows

@@ -201,7 +201,7 @@ def test_a_constant_stream_has_no_level(as_they_come: ModelSpec) -> None:
     np.testing.assert_allclose(shares[0], shares[1], rtol=1e-2, atol=1e-5)
 
 
-def test_a_model_without_a_numeric_target_has_a_tail_of_its_channels() -> None:
+def test_a_model_without_a_numeric_target_has_one_tail() -> None:
     check_against_oracle(fitted_to_events(NO_NUMERIC_TARGET), [40, 110])
 
 
@@ -263,7 +263,7 @@ def test_a_new_stream_has_the_pooled_tail() -> None:
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
 def test_probabilities_become_the_streams_own(scale: float) -> None:
-    """Of a stream whose statistics are larger or smaller than those of others. Where they are
+    """Of a stream whose quantities are larger or smaller than those of others. Where they are
     smaller, the pooled tail is forgotten slowly, and probabilities are too large, not too small."""
     nats, missing = random_nats(20_000, scale)
     own, state = follow(nats, [25] * 800, missing)
@@ -272,7 +272,7 @@ def test_probabilities_become_the_streams_own(scale: float) -> None:
     assert (0.002 if scale < 1 else 0.006) < share < 0.016
     pooled = (nats[:, 10_000:][counted] >= -np.log(0.01)).mean()
     assert scale == 1.0 or not 0.006 < pooled < 0.016
-    # larger statistics are never more probable
+    # larger quantities are never more probable
     ordered = np.linspace(0, 70, 500)[np.newaxis].repeat(len(nats), axis=0)
     present = np.ones(ordered[..., :BLOCK].shape, np.bool_)
     state[:, detection_columns(ONE_TARGET)["tail_filled"]] = 0
@@ -302,7 +302,7 @@ def test_the_fit_is_in_the_artifact(tmp_path: Path) -> None:
     detection = artifact.spec.detection
     assert detection is not None
     assert detection.fit is not None
-    # the level and the change with two averages of each, the forecast, and too little change
+    # levels and changes with two averages of each; forecasts; runs
     assert len(detection.fit.tails) == 8
     with pytest.raises(ValidationError, match="expected ascending ones from 0"):
         DetectionSpec(head="surprise", tail_levels=(0.0, 3.0, 1.5))
