@@ -227,7 +227,7 @@ class Channels:
         targets, x = self._targets, events.raw
         start = (parts.before("mean") + parts.before("rest"))[..., np.newaxis]
         followed = np.empty((targets + self._count, *x.shape[1:-1], x.shape[-1] + 1))
-        followed[:targets, :, 0], followed[targets:, :, 0] = parts.before("weight"), 0.0
+        followed[:targets, :, 0], followed[targets:, :, 0] = parts.before_positive("weight"), 0.0
         followed[:targets, :, 1:] = events.present
         np.subtract(x, start, out=followed[targets:, :, 1:])
         if not events.is_complete:
@@ -274,7 +274,7 @@ class Channels:
         peaks = targets + 2 * numeric
         deviating = errors[targets:]
         distance = np.abs(deviating)
-        distances = solve_recurrence(decay, parts.before("distance"), distance)
+        distances = solve_recurrence(decay, parts.before_positive("distance"), distance)
         parts.store("distance", distances)
         # stored as roots, since float32 has no fourth power of small values
         followed = np.empty((peaks + numeric, *weights.shape[1:]))
@@ -328,7 +328,7 @@ class Channels:
             fade: [T + 1], r^0 .. r^T.
             is_same: bool [N, B, T], whether the value is the one before.
         """
-        before, before_longest = parts.before("run"), parts.before("longest")
+        before, before_longest = parts.before_positive("run"), parts.before("longest")
         if events.is_complete and not is_same.any():
             # no run but those before the chunk, which end with its first event
             longest = np.maximum(before_longest * fade[-1], before * fade[-2])

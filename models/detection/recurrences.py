@@ -116,6 +116,10 @@ class StateParts:
         """A part before the events, [size, B]."""
         return np.asarray(self._before[self._columns[name]])
 
+    def before_positive(self, name: str) -> Floats:
+        """A part of numbers that are not negative: a restored state may have any."""
+        return np.maximum(self.before(name), 0.0)
+
     def last(self, sequence: Floats) -> Floats:
         """The values [size, B] after each row's last event, of [size, B, T + 1] before the events
         and after each."""

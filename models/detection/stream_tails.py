@@ -78,7 +78,7 @@ class StreamTails:
         size, batch, steps = nats.shape
         width = size * batch
         counts, pending = (
-            np.maximum(parts.before(name), 0.0).reshape(-1, width)
+            parts.before_positive(name).reshape(-1, width)
             for name in ("tail_counts", "tail_pending")
         )
         filled = parts.before("tail_filled")[0] % BLOCK

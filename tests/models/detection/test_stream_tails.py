@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from models.detection.detector import Detector
 from models.detection.fit import Stream, fit_detection
 from models.detection.recurrences import FloatRows, Floats, StateParts
 from models.detection.stream_tails import BLOCK, StreamTails
-from models.spec.detection import DetectionSpec
+from models.spec.detection import ALARM_RATE, DetectionSpec
 from models.spec.layout import detection_columns, detection_state, network_outputs
 from models.spec.model import ModelSpec
 from tests.models.detection.test_detector import events, run, spec_of
@@ -284,17 +285,19 @@ def test_probabilities_become_the_streams_own(scale: float) -> None:
 
 def test_any_restored_state_gives_probabilities(every_target: ModelSpec) -> None:
     rows, outputs = events(np.random.default_rng(12), every_target, 3 * BLOCK)
-    columns = detection_columns(every_target)
+    detector, columns = Detector(every_target), detection_columns(every_target)
     size = detection_state(every_target).float_size
-    for number in (-200.0, -20.0, 0.5, 1e30):
+    # each chunk has a rate of its own
+    names = [name for name in columns if name != ALARM_RATE]
+    for number, parts in product((-200.0, -20.0, 0.5, 1e30), (*([name] for name in names), names)):
         state = np.zeros((1, size), np.float32)
-        for name in ("tail_counts", "tail_pending", "tail_filled"):
+        for name in parts:
             state[:, columns[name]] = number
-        scored, after = Detector(every_target).step(
-            rows[np.newaxis], np.array([len(rows)]), outputs[np.newaxis], state
-        )
-        assert np.isfinite(scored).all()
-        assert np.isfinite(after).all()
+        for at in range(0, len(rows), 8):
+            part = np.newaxis, slice(at, at + 8)
+            scored, state = detector.step(rows[part], np.array([8]), outputs[part], state)
+            assert np.isfinite(scored).all(), (number, parts)
+            assert np.isfinite(state).all(), (number, parts)
 
 
 def test_the_fit_is_in_the_artifact(tmp_path: Path) -> None:
