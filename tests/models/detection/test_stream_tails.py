@@ -352,3 +352,16 @@ def test_probabilities_hold_for_each_stream_whatever_its_tail() -> None:
         scored, _ = run(spec, stream.rows, outputs, [500] * 12)
         shares.append((scored["odd.probability"][3000:] < 0.01).mean() / 0.01)
     assert max(shares) < 2.5, shares
+
+
+def test_full_chunks_leave_the_state_of_padded_ones() -> None:
+    """The run of equal values ends with the first chunk; in the second one no value repeats."""
+    spec = fitted_to_events(ONE_TARGET)
+    rows, outputs = events(np.random.default_rng(7), spec, 40)
+    rows[10:20] = rows[10]
+    _, padded = run(spec, rows, outputs, [20, 20])
+    state = detection_state(spec).zero().floats[np.newaxis]
+    for part in (np.s_[np.newaxis, :20], np.s_[np.newaxis, 20:]):
+        _, state = Detector(spec).step(rows[part], np.array([20]), outputs[part], state)
+    assert 8.9 < state[0, detection_columns(spec)["longest"]] < 9
+    np.testing.assert_allclose(state[0], padded, rtol=1e-5, atol=1e-6)
