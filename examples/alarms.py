@@ -4,7 +4,7 @@
 
 The table has the columns of the model and `anomaly`. The test part of every stream begins at
 `TEST_FROM`; the model has an anomaly head, and its network was trained on events before that.
-Detection is fitted to the last of these events, with default options but for a season.
+Detection is fitted to the last of these events, with default options except the season.
 All thresholds are one for all streams, and an anomaly is found if an alarm opens in it. "Found at
 equal false alarms" takes each method's most sensitive threshold with at most so many openings
 outside the anomalies per stream and day. Baselines rank events by a tail of the stream's own past;
@@ -198,7 +198,7 @@ def shares(tested: Sequence[Tested], nats: Floats) -> str:
 
 
 def with_default_detection(spec: ModelSpec, season: int | None) -> ModelSpec:
-    """The model with detection that is not fitted, of default options but for its season."""
+    """The model with detection that is not fitted, of default options except its season."""
     head = next(head.name for head in spec.heads if isinstance(head, AnomalyHead))
     detection = DetectionSpec(head=head, season_events=season)
     return resolve_detection(spec.model_copy(update={"detection": detection}))

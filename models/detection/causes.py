@@ -2,7 +2,7 @@
 
 The cause is the channel with the largest share. How far its value was off is in the field's unit,
 or in deviations: the forecast of a field with `normalisation`, in the stream's own, and what comes
-from the outputs of one event, but for a forecast with `residual`.
+from the outputs of one event, except a forecast with `residual`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KINDS: Final[dict[ChannelKind, tuple[str, str, str]]] = {
     "season": ("{}", "the value a season before", "the season before"),
     "run": ("{}", "", "its usual runs of equal values"),
 }
-"""By kind: what was unusual, compared with what, and the latter of the last events together."""
+"""By kind: what was unusual, compared with what, and the same for the last events together."""
 
 
 class Cause(NamedTuple):

@@ -213,8 +213,8 @@ class Detector:
         self, deviations: Deviations, scores: Scores, row: int, at: int
     ) -> tuple[int, float]:
         """The channel that counts most at an event, and how far its value was off, in the field's
-        unit, or for how many events it has been the same; 0 if it has no order, or if it, but for
-        a level, was unusual over the last events rather than at this one."""
+        unit, or for how many events it has been the same; 0 if it has no order, or if it is no
+        level and was unusual over the last events rather than at this one."""
         event = slice(None), row, at
         weights = self._scorer.weights(deviations.squares[event], scores.cubes[event])
         channel = int(np.argmax(weights[self._channels.order]))

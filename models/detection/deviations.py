@@ -200,7 +200,7 @@ class Channels:
         )
         runs, by_run = self._runs(decay[0], is_same, events, parts)
         quantities = self._quantities(events, ratios, by_run, parts)
-        # in place of the ratios to the spreads, which are used no more
+        # in place of the ratios to the spreads, which are no longer used
         squares = ratios[: len(errors) + self._count]
         np.square(by_run, out=squares[len(errors) :])
         return Deviations(quantities, np.concatenate([errors, runs]), squares, events)

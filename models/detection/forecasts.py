@@ -145,7 +145,7 @@ def _describe(
     is_present: NDArray[np.bool_],
     parameters: Floats,
 ) -> dict[OutputName, Floats]:
-    """The columns [B, T] of one target with an order, but for its nats."""
+    """The columns [B, T] of one target with an order, except its nats."""
     columns: dict[OutputName, Floats] = {}
     z: Floats
     if isinstance(field, NumericField):
