@@ -253,7 +253,7 @@ class Alarm:
         events: events of the stream after that one.
         severity: nats of its most unusual event, as a multiple of those of the threshold.
         probability: of the stream's last event.
-        target, channel: what was unusual in its most unusual event.
+        target, channel: what was unusual in the event that opened it.
         cause: the same in words.
     """
 

@@ -4,7 +4,7 @@ An alarm opens after `min_events` consecutive events whose tail probability is a
 threshold. It closes after `hold_events` consecutive usual events: those whose probability is above
 `close_above`, or else above `hysteresis` times the threshold. So it does not flicker, and one cause
 opens it once. An alarm with `close_above` has a record: how long it has been open, how unusual its
-most unusual event was, and what was unusual in it.
+most unusual event was, and what was unusual in the event that opened it.
 
 With `backoff_nats` b, the alarms of a stream have an upper bound. Its excess alarms x, a leaky
 bucket, grow by one with each alarm and fall with each event by r, the specified alarms per event:
@@ -153,13 +153,13 @@ class AlarmRecord(NamedTuple):
         events: int [n], their places in the chunk.
         since: int [n], events from the one that opened it to each.
         peaks: float32 [n], the most nats of it up to each.
-        at_peak: the place of the most unusual event, None if it is of an earlier chunk.
+        opened_at: the place of the event that opened the alarm, None if it is of an earlier chunk.
     """
 
     events: NDArray[np.int64]
     since: NDArray[np.int64]
     peaks: NDArray[np.float32]
-    at_peak: int | None
+    opened_at: int | None
 
 
 def record_alarm(codes: NDArray[np.int64], nats: Floats, since: float, peak: float) -> AlarmRecord:
@@ -174,16 +174,15 @@ def record_alarm(codes: NDArray[np.int64], nats: Floats, since: float, peak: flo
     # as it is stored, wherever a chunk ends
     own = nats[events].astype(np.float32)
     counts, peaks = np.empty(len(events), np.int64), np.empty(len(events), np.float32)
-    at_peak: int | None = None
+    opened_at: int | None = None
     count, largest = int(min(max(since, 0), MAX_COUNT)), np.float32(peak)
     for at, event in enumerate(events.tolist()):
         count = min(count + 1, MAX_COUNT)
         if codes[event] == OPENED:
-            count, largest = 0, np.float32(-1.0)
-        if own[at] > largest:
-            largest, at_peak = own[at], event
+            count, largest, opened_at = 0, np.float32(-1.0), event
+        largest = max(largest, own[at])
         counts[at], peaks[at] = count, largest
-    return AlarmRecord(events, counts, peaks, at_peak)
+    return AlarmRecord(events, counts, peaks, opened_at)
 
 
 def _first_from(indexes: list[int], at: int, end: int) -> int:

@@ -1,8 +1,8 @@
 """What was unusual in an event, or in an alarm, in words that a person reads.
 
-The cause is the channel with the largest share. How far its value was off is in the field's unit,
-or in deviations: the forecast of a field with `normalisation`, in the stream's own, and what comes
-from the outputs of one event, except a forecast with `residual`.
+The cause is the channel with the largest share. How far its value was off is in the field's unit;
+what comes from the outputs of one event is in deviations, except a forecast with
+`residual`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.events.schema import NumericField
-from models.spec.detection import ALARM_RATE, Channel, ChannelKind, ordered_targets
+from models.spec.detection import ALARM_RATE, ChannelKind, ordered_targets
 from models.spec.layout import detection_of, state_spec
 from models.spec.model import ModelSpec
 
@@ -48,7 +48,7 @@ class Alarm(NamedTuple):
         events: from the one that opened it to the stream's last one, or to the one that closed it.
         severity: nats of its most unusual event, as a multiple of those of the latest threshold.
         probability: tail probability of its last event.
-        cause: of its most unusual event.
+        cause: of the event that opened it.
     """
 
     is_open: bool
@@ -97,11 +97,8 @@ class Causes:
             excess = 0.0 if channel.kind == "run" else float(deviation[place])
             if channel.kind == "forecast" and residual is not None:
                 excess = float(residual[self._residuals.index(channel.target)])
-                is_deviation = self._is_unitless(channel)
+                is_deviation = channel.target in self._unitless
         return self._cause(place, excess, is_deviation, stream)
-
-    def _is_unitless(self, channel: Channel) -> bool:
-        return channel.kind == "forecast" and channel.target in self._unitless
 
     def severity_of(self, probability: float) -> float:
         """The nats of a tail probability, as a multiple of those of the model's threshold."""
@@ -121,13 +118,12 @@ class Causes:
             return None
         place, excess = floats[cause]
         place = int(min(max(place, 0), len(self._channels) - 1))
-        channel = self._channels[place]
         return Alarm(
             is_open=bool(floats[alarm.start] < 0),
             events=int(floats[events.start]),
             severity=peak / self._threshold_nats(float(floats[self._rate_at])),
             probability=math.exp(-max(latest, 0.0)),
-            cause=self._cause(place, float(excess), self._is_unitless(channel), stream),
+            cause=self._cause(place, float(excess), is_deviation=False, stream=stream),
         )
 
     def _threshold_nats(self, rate: float) -> float:

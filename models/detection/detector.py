@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from models.detection.alarms import AlarmRecord, AlarmState, follow_alarm, record_alarm
 from models.detection.causes import SMALL_Z
 from models.detection.deviations import Channels, Deviations
-from models.detection.forecasts import DESCRIBED, LARGEST_OUTPUT, in_field_units
+from models.detection.forecasts import DESCRIBED, LARGEST_OUTPUT
 from models.detection.probability import Scorer, Scores
 from models.detection.recurrences import Bools, FloatRows, Floats, StateParts
 from models.errors import SpecError
@@ -68,6 +68,13 @@ class Detector:
         self._backoff, self._events_per_day = backoff, fit.events_per_day
         self._fields = [events.field(name) for name in head.targets]
         self._numeric = [f.name for f in self._fields if isinstance(f, NumericField)]
+        columns = events.column_index
+        # of the stream's running mean and deviation, after each event
+        self._normalised = {
+            name: [columns[f"{name}.mean"], columns[f"{name}.std"]]
+            for name in self._numeric
+            if f"{name}.mean" in columns
+        }
         self._of_channel = detection.channels_of(head.targets, events)
         self._targets = head.targets
         network, public = network_outputs(spec), output_spec(spec)
@@ -138,7 +145,7 @@ class Detector:
         if "share" in self._outputs:
             weights = self._scorer.weights(deviations.squares, scores.cubes)[order]
             outputs["share"] = weights / weights.sum(axis=0)
-        outputs |= self._follow_alarms(deviations, scores, probability, parts)
+        outputs |= self._follow_alarms(deviations, scores, probability, rows, parts)
         described = self._channels.forecasts.describe(
             self._described, events.values, events.present, events.parameters
         )
@@ -150,6 +157,7 @@ class Detector:
         deviations: Deviations,
         scores: Scores,
         probability: Floats,
+        rows: FloatRows,
         parts: StateParts,
     ) -> dict[str, Floats]:
         """The outputs [1, B, T] of alarms, which are updated in the state after the events."""
@@ -172,8 +180,8 @@ class Detector:
             if self._alarm.close_above is None or not codes.any():
                 continue
             record = self._record(codes, scores.nats[row, :length], after[row])
-            if record.at_peak is not None:
-                cause = self._cause(deviations, scores, row, record.at_peak)
+            if record.opened_at is not None:
+                cause = self._cause(rows, deviations, scores, row, record.opened_at)
                 after[row, self._parts["alarm_cause"]] = cause
             by_threshold = record.peaks / -np.log(threshold)
             for name, values in (("severity", by_threshold), ("since", record.since)):
@@ -210,7 +218,7 @@ class Detector:
         return record
 
     def _cause(
-        self, deviations: Deviations, scores: Scores, row: int, at: int
+        self, rows: FloatRows, deviations: Deviations, scores: Scores, row: int, at: int
     ) -> tuple[int, float]:
         """The channel that counts most at an event, and how far its value was off, in the field's
         unit, or for how many events it has been the same; 0 if it has no order, or if it is no
@@ -225,16 +233,16 @@ class Detector:
             return channel, float(deviations.errors[place, row, at])
         if not isinstance(field, NumericField) or is_small:
             return channel, 0.0
+        events = deviations.events
+        value = events.raw[self._numeric.index(own.target), row, at]
+        usual = value - deviations.errors[place, row, at]
         if own.kind == "forecast":
-            events = deviations.events
             target = self._targets.index(own.target)
-            value = in_field_units(field, events.values[target, row, at])
-            mean = self._channels.forecasts.mean(target, events.parameters)[row, at]
-            excess = value - in_field_units(field, mean)
-        else:
-            value = deviations.events.raw[self._numeric.index(own.target), row, at]
-            usual = value - deviations.errors[place, row, at]
-            excess = unstandardise(field, value) - unstandardise(field, usual)
+            usual = self._channels.forecasts.mean(target, events.parameters)[row, at]
+            if field.normalisation is not None:
+                mean, std = rows[row, at, self._normalised[own.target]].astype(np.float64)
+                usual = (usual * std + mean - (field.mean or 0.0)) / (field.std or 1.0)
+        excess = unstandardise(field, value) - unstandardise(field, usual)
         return channel, float(np.clip(excess, -LARGEST_OUTPUT, LARGEST_OUTPUT))
 
 

@@ -12,7 +12,7 @@ block, each with its lookahead and no more, and the last one ends where the stre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from models.artifact.artifact import Artifact
 from models.decoding.losses import Scored, has_targets
+from models.detection.causes import Causes
 from models.detection.detector import Detector
 from models.errors import DataError
 from models.offline.batches import Advance, Sequences, run_rows
@@ -34,6 +35,7 @@ from models.spec.layout import (
     network_outputs,
     network_state,
     output_spec,
+    state_spec,
 )
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Streams, moment_ms, split_of, streams_of, training_of
@@ -99,6 +101,35 @@ def detect_rows(
             )
             found[part] = scored[0]
     return found
+
+
+def causes_of_alarms(
+    spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32], opened: Sequence[int]
+) -> dict[int, str]:
+    """The causes of alarms in words, by the row of the event that opened them; none of alarms
+    without a record (`close_above`).
+
+    Args:
+        outputs: the network's.
+        opened: ascending rows.
+    """
+    detector, causes = Detector(spec), Causes(spec)
+    rows, parts = streams.encoded(schema_of(spec)), detection_state(spec).slices
+    complete, words = state_spec(spec), {}
+    for start, stop in streams.sessions:
+        state, at = detection_state(spec).zero().floats[np.newaxis], start
+        for event in (row for row in opened if start <= row < stop):
+            part = slice(at, event + 1)
+            length = np.array([part.stop - at])
+            _, state = detector.step(
+                rows[np.newaxis, part], length, outputs[np.newaxis, part], state
+            )
+            floats, at = complete.zero().floats, part.stop
+            for name, columns in parts.items():
+                floats[complete.slices[name]] = state[0, columns]
+            if (alarm := causes.of_state(floats)) is not None:
+                words[event] = alarm.cause.words
+    return words
 
 
 def run_network(

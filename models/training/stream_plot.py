@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -26,7 +27,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from models.detection.causes import Causes
 from models.detection.vus import runs
 from models.errors import DataError
 from models.events.schema import NumericField
@@ -57,7 +57,13 @@ from models.training.data import (
     streams_of,
     unresolved_training_of,
 )
-from models.training.evaluate import anomalous_events, detect, run_chunks, run_network
+from models.training.evaluate import (
+    anomalous_events,
+    causes_of_alarms,
+    detect,
+    run_chunks,
+    run_network,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,11 +86,16 @@ class _Forecast(NamedTuple):
     label: str
 
 
+NO_CAUSES: Final[Mapping[int, str]] = MappingProxyType({})
+
+
 class _Run(NamedTuple):
-    """A model's outputs by name, and the forecasts by field."""
+    """A model's outputs by name, the forecasts by field, and the causes of alarms by the row of the
+    event that opened them."""
 
     outputs: Mapping[str, NDArray[np.float32]]
     forecasts: dict[str, _Forecast]
+    causes: Mapping[int, str] = NO_CAUSES
 
 
 def plot_streams(
@@ -164,13 +175,11 @@ def _run(artifact: Artifact, streams: Streams) -> _Run:
         by_name = output_spec(spec).by_name(run_chunks(artifact, streams))
         return _Run(by_name, _forecasts(spec, streams, by_name))
     network = run_network(spec, artifact.weights, streams)
-    # what the words of alarms need
-    outputs = (*spec.detection.outputs, *({"deviation", "share"} - set(spec.detection.outputs)))
-    detection = spec.detection.model_copy(update={"outputs": outputs})
-    spec = spec.model_copy(update={"detection": detection})
     by_name = output_spec(spec).by_name(detect(spec, streams, network))
     forecasts = _anomaly_forecasts(spec, streams, network)
-    return _Run(by_name, forecasts | _forecasts(spec, streams, by_name))
+    opened = by_name[f"{spec.detection.head}.alarm"] == ALARM_STATES.index("opened")
+    causes = causes_of_alarms(spec, streams, network, np.flatnonzero(opened).tolist())
+    return _Run(by_name, forecasts | _forecasts(spec, streams, by_name), causes)
 
 
 def _figure(
@@ -181,7 +190,7 @@ def _figure(
     shown: NDArray[np.bool_],
     labels: NDArray[np.bool_] | None,
 ) -> Figure:
-    by_name, forecasts = run
+    by_name, forecasts, causes = run
     numeric = [field.name for field in schema_of(spec).fields if isinstance(field, NumericField)]
     fields = [name for name in numeric if name in forecasts] or numeric
     fields = fields[:MAX_FIELDS]
@@ -203,7 +212,7 @@ def _figure(
         ).astype(np.float64)
         _draw_values(next(rest), name, times, values[shown], forecasts.get(name), shown)
     for head in scores:
-        _draw_score(next(rest), spec, head, times, by_name, shown)
+        _draw_score(next(rest), spec, head, times, by_name, shown, causes)
     for each in classes:
         _draw_classes(next(rest), each.name, times, by_name[each.name][shown])
     alarmed = np.zeros(len(times), np.bool_)
@@ -320,6 +329,7 @@ def _draw_score(
     times: NDArray[Any],
     outputs: Mapping[str, NDArray[np.float32]],
     shown: NDArray[np.bool_],
+    causes: Mapping[int, str],
 ) -> None:
     detection = spec.detection
     if detection is None or detection.head != head.name or detection.fit is None:
@@ -334,16 +344,16 @@ def _draw_score(
     axes.set_yscale("log")
     axes.set_ylim(2.0, SMALLEST_PROBABILITY)
     axes.set_ylabel("tail probability")
-    causes = Causes(spec)
-    share, deviation = (outputs[f"{head.name}.{name}"][shown] for name in ("share", "deviation"))
-    opened = outputs[f"{head.name}.alarm"][shown] == ALARM_STATES.index("opened")
+    places = np.flatnonzero(shown)
     line, before = 0, times[0] - np.ptp(times)
-    for at in np.flatnonzero(opened):
+    for at in range(len(places)):
+        if (words := causes.get(int(places[at]))) is None:
+            continue
         # names of alarms that opened shortly after another would overlap
         line = (line + 1) % 4 if times[at] - before < np.ptp(times) / 4 else 0
         before = times[at]
         axes.annotate(
-            causes.of_event(share[at], deviation[at]).words,
+            words,
             (times[at], SMALLEST_PROBABILITY),
             xytext=(2, -8 - 8 * line),
             textcoords="offset points",

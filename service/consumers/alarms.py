@@ -59,11 +59,10 @@ class AlarmFields:
         return fields
 
     def _of_rows(self, rows: FloatRows, *, has_severity: bool) -> tuple[str, ...]:
-        """The same of an alarm whose record the state does not have, by its most unusual event."""
-        peak = rows[int(np.argmin(rows[:, self._probability]))]
-        severity = self._causes.severity_of(float(peak[self._probability]))
+        """The same of an alarm whose record the state does not have, by its events."""
+        severity = self._causes.severity_of(float(np.min(rows[:, self._probability])))
         fields = ("severity", f"{severity:.2f}") if has_severity else ()
-        values = self._named(peak)
+        values = self._named(rows[0])
         if values[0] is None:
             return fields
         return (*fields, "cause", self._causes.of_event(*values).words)

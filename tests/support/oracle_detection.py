@@ -101,7 +101,7 @@ class DetectionOracle:
         record = {}
         if self.detection.alarm.close_above is not None:
             if alarm:
-                self._record(alarm, probability, shares, zs, errors, encoded, raw, parameters)
+                self._record(alarm, probability, shares, zs, errors, raw, parameters)
             nats = -math.log(self._threshold(rate or self.detection.alarm.false_alarms_per_day))
             record["severity"] = self.peak / nats if alarm else 0.0
             record["since"] = self.since if alarm else 0
@@ -188,16 +188,16 @@ class DetectionOracle:
         shares: Floats,
         zs: dict[str, float],
         errors: dict[str, float],
-        encoded: dict[str, float],
         raw: dict[str, float],
         parameters: Floats,
     ) -> None:
-        """The events since the alarm opened, its peak, and the cause there."""
+        """The events since the alarm opened, its peak, and the cause at its first event."""
         self.latest = -math.log(probability)
         self.since, self.peak = (0, -1.0) if alarm == 1 else (self.since + 1, self.peak)
-        if self.latest <= self.peak:
+        self.peak = max(self.peak, self.latest)
+        if alarm != 1:
             return
-        self.peak, c = self.latest, int(np.argmax(shares))
+        c = int(np.argmax(shares))
         channel, start = self.channels[c], 0
         for name, field in self.fields.items():
             if name == channel.target:
@@ -209,16 +209,11 @@ class DetectionOracle:
             return
         is_far = abs(zs[channel.label]) >= 2.0 or channel.kind == "level"
         if field.kind == "numeric" and is_far:
+            value = raw[channel.target]
+            usual = value - errors[channel.label]
             if channel.kind == "forecast":
-                value, usual = encoded[channel.target], float(parameters[start])
-                if field.normalisation is not None:
-                    excess = value - usual
-                else:
-                    excess = self._unit(field, value) - self._unit(field, usual)
-            else:
-                value = raw[channel.target]
-                usual = value - errors[channel.label]
-                excess = self._unit(field, value) - self._unit(field, usual)
+                usual = float(parameters[start])
+            excess = self._unit(field, value) - self._unit(field, usual)
         self.cause = (float(c), excess)
 
     def _forecasts(self, encoded: dict[str, float], parameters: Floats) -> dict[str, float]:

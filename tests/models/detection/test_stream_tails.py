@@ -188,6 +188,21 @@ def test_the_cause_of_an_alarm_has_the_unit_of_a_raw_level() -> None:
     assert excess == pytest.approx(0.3, rel=0.01)
 
 
+def test_the_cause_of_an_alarm_has_the_unit_of_a_forecast() -> None:
+    spec = fitted_to_events(normalised(["flow"], 10_000, close_above=0.05, false_alarms_per_day=5))
+    rows, outputs = events_with_values(np.random.default_rng(16), spec, 400)
+    assert spec.events is not None
+    where = spec.events.column_index
+    rows[:, [where["flow.mean"], where["flow.std"]]] = 3.0, 2.0
+    # of the stream's deviations: 50 x 2 + 3 in the field's unit, where the value is 5
+    outputs[399, parameters_of(spec)] = 50.0, 0.0
+    scored, state = run(spec, rows, outputs, [400])
+    assert scored["odd.alarm"][399] == 1
+    channel, excess = state[detection_columns(spec)["alarm_cause"]]
+    assert channel == 0
+    assert excess == pytest.approx(5.0 - 103.0, rel=0.01)
+
+
 def test_a_constant_stream_has_no_level(as_they_come: ModelSpec) -> None:
     rows, outputs = events_with_values(np.random.default_rng(15), as_they_come, 300)
     assert as_they_come.events is not None

@@ -40,7 +40,7 @@ SPEC = {
         {"kind": "forecast", "name": "next", "targets": ["level"], "quantiles": [0.1, 0.5, 0.9]},
         {"kind": "classification", "name": "high", "target": "level", "above": 5.0},
     ],
-    "detection": {"head": "odd"},
+    "detection": {"head": "odd", "alarm": {"close_above": 0.05}},
     "training": {"stream": "tank"},
 }
 
@@ -92,7 +92,7 @@ def test_a_plot_shows_values_forecasts_scores_and_alarms(
         ">tail probability<",
         ">threshold<",
         ">alarm<",
-        " the value before<",
+        " above the value before<",
         ">labelled<",
         ">high<",
     ):

@@ -54,7 +54,7 @@ class AlarmInfo(TypedDict):
     cause: Annotated[
         str | None,
         Field(
-            description="What was unusual in its most unusual event, in words.",
+            description="What was unusual in the event that opened it, in words.",
             examples=["level of pressure 6.1 above its usual"],
         ),
     ]
