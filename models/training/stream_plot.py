@@ -193,7 +193,9 @@ def _figure(
     by_name, forecasts, causes = run
     numeric = [field.name for field in schema_of(spec).fields if isinstance(field, NumericField)]
     fields = [name for name in numeric if name in forecasts] or numeric
-    fields = fields[:MAX_FIELDS]
+    # a stream may never have some of them
+    had = [name for name in fields if streams.columns.present[name][shown].any()]
+    fields = (had or fields)[:MAX_FIELDS]
     scores = [head for head in spec.heads if scores_events(head)]
     classes = [
         head

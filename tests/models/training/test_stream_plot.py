@@ -101,6 +101,23 @@ def test_a_plot_shows_values_forecasts_scores_and_alarms(
     assert ">alarm<" not in second.read_text(encoding="utf-8")
 
 
+def test_a_plot_leaves_out_fields_that_the_stream_does_not_have(tmp_path: Path) -> None:
+    fields = [{**FIELD, "optional": True}, {**FIELD, "name": "inflow", "optional": True}]
+    time = {"kind": "timestamp", "name": "at", "gap_mean": 8.0, "gap_std": 1.0}
+    heads = [{"kind": "anomaly", "name": "odd", "targets": ["level", "inflow"]}]
+    spec = parse_spec({**SPEC, "events": {"fields": [time, *fields]}, "heads": heads})
+    assert spec.detection is not None
+    detection = spec.detection.model_copy(update={"fit": FIT})
+    spec = spec.model_copy(update={"detection": detection})
+    artifact = initialise_artifact(spec, tmp_path / "tanks", 1)
+    frame = table().with_columns(inflow=pl.lit(None, pl.Float64))
+    frame.write_parquet(tmp_path / "events.parquet")
+    plot(artifact.path, tmp_path / "events.parquet", "t1", tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert ">level<" in text
+    assert ">inflow<" not in text
+
+
 def test_plot_errors_name_the_cause(artifact: Artifact, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "plot.svg"
     for stream, path, options, message in (
