@@ -1,8 +1,7 @@
 """What was unusual in an event, or in an alarm, in words that a person reads.
 
 The cause is the channel with the largest share. How far its value was off is in the field's unit;
-what comes from the outputs of one event is in deviations, except a forecast with
-`residual`.
+what comes from the outputs of one event is in deviations, except a forecast with `residual`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _KINDS: Final[dict[ChannelKind, tuple[str, str, str]]] = {
     "level": ("level of {}", "its usual", "its usual"),
     "forecast": ("{}", "its forecast", "its forecast"),
     "change": ("{}", "the value before", "its usual changes"),
-    "season": ("{}", "the value a season before", "the season before"),
+    "season": ("{}", "its usual value a season before", "its usual values a season before"),
     "run": ("{}", "", "its usual runs of equal values"),
 }
 """By kind: what was unusual, compared with what, and the same for the last events together."""
