@@ -22,7 +22,7 @@ RUN /opt/venv/bin/pip install --require-hashes -r requirements.lock
 # Outside of the environment, so that a code change produces one small layer.
 FROM locked-lean AS built
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY carry carry
 COPY client client
 COPY models models
@@ -34,7 +34,7 @@ RUN /opt/venv/bin/pip install --no-build-isolation --no-compile --no-deps --targ
 # interface to Fortran; all lexers but Python's, for tracebacks; tests; sources in C and stubs; debug symbols.
 FROM locked-lean AS stripped-lean
 RUN apt-get update && apt-get install --yes --no-install-recommends binutils
-RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy tomlkit pip \
+RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers ziglang pathspec pluggy tomlkit pip \
     && cd /opt/venv/lib/python3*/site-packages \
     && rm -r onnxruntime/capi/libonnxruntime.so.* onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \
     && rm -r numpy/f2py numpy/_core/_simd.*.so \
@@ -45,7 +45,7 @@ RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers path
     && /opt/venv/bin/python -m compileall -q .
 
 FROM locked AS stripped
-RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
+RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers ziglang pathspec pluggy tomlkit pip
 
 # List the packages of an image with their versions and licenses (CycloneDX).
 FROM ${PYTHON_IMAGE} AS sbom

@@ -133,5 +133,5 @@ lock: ## update the lock files (needs uv; ARGS=--upgrade for newer versions)
 clean: ## remove the environment and every cache; keeps the streams in .carry
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .cache htmlcov
 	rm -rf service/console/web/node_modules
-	rm -f .coverage .coverage.*
+	rm -f .coverage .coverage.* models/detection/libdetection.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
