@@ -25,7 +25,6 @@ TARGETS = {
     "linux-aarch64": ("aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64"),
     "darwin-arm64": ("aarch64-macos.13.0", "macosx_13_0_arm64"),
     "darwin-x86_64": ("x86_64-macos.13.0", "macosx_13_0_x86_64"),
-    "win32-amd64": ("x86_64-windows-gnu", "win_amd64"),
 }
 """Target of the compiler and platform tag of the wheel, by platform and machine of Python."""
 FLAGS = (
@@ -39,7 +38,7 @@ class LibraryBuildHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile the library; RuntimeError without a compiler or for an unknown platform."""
-        target = f"{sys.platform}-{platform.machine().lower()}"
+        target = f"{sys.platform}-{platform.machine()}"
         if version == "standard":
             target = os.environ.get("WHEEL_TARGET") or target
         if target not in TARGETS:

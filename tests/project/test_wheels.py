@@ -97,8 +97,6 @@ def test_the_service_is_a_wheel_of_this_platform_for_every_python(
     [
         ("linux-aarch64", "manylinux_2_28_aarch64", rb"\x7fELF.{14}\xb7\x00"),
         ("darwin-arm64", "macosx_13_0_arm64", rb"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),
-        # compiles libraries of Windows first, for most of a minute
-        pytest.param("win32-amd64", "win_amd64", b"MZ", marks=pytest.mark.harness),
     ],
 )
 def test_a_wheel_is_built_for_another_platform(
