@@ -1,4 +1,4 @@
-"""Compiles `models/detection/kernel.c` into the library of a wheel, with the compiler of ziglang.
+"""Compiles the C files of `models/detection` into the library of a wheel, by ziglang's compiler.
 
 The library uses no header and no symbol of Python, so that one wheel fits every Python of its
 platform. An editable install has the library beside its source. Target and CPU are fixed, so that
@@ -54,7 +54,7 @@ class LibraryBuildHook(BuildHookInterface[Any]):
         # a relative output: a library of macOS contains its path
         command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, *FLAGS]
         subprocess.run(  # noqa: S603
-            [*command, library.with_name("kernel.c"), "-lm", "-o", library.name],
+            [*command, *sorted(library.parent.glob("*.c")), "-lm", "-o", library.name],
             cwd=folder,
             env={"ZIG_GLOBAL_CACHE_DIR": folder} | os.environ | {"ZIG_LOCAL_CACHE_DIR": folder},
             check=True,

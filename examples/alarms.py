@@ -45,7 +45,6 @@ VALIDATED: Final = 0.3
 RATES: Final = (0.05, 0.2, 1.0)
 LEVELS: Final = (0.01, 0.001)
 THRESHOLDS: Final = 80
-ZERO: Final = np.zeros(1)
 DETECTION: Final = "detection"
 
 
@@ -171,7 +170,7 @@ def rate_rows(
         codes = []
         for own in tested:
             past, per_event = np.exp(-nats[own.start : own.rows.stop]), rate / events_per_day
-            followed = follow_alarm(alarm, past, fit.threshold(rate), AlarmState(ZERO), per_event)
+            followed = follow_alarm(alarm, past, fit.threshold(rate), AlarmState(), per_event)
             codes.append(followed[own.rows.start - own.start :])
         opened = [np.flatnonzero(each == OPENED) for each in codes]
         counts, alarmed = counts_of(tested, opened), np.concatenate(codes) > 0

@@ -19,15 +19,16 @@ adaptive conformal inference does (Gibbs & Candes, 2021), but only makes the thr
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import ctypes
 from collections.abc import Sequence
-from math import exp
-from typing import Any, Final, NamedTuple
+from functools import cache
+from math import log
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.recurrences import MAX_COUNT
+from models.detection.library import address_of, load_library
 from models.spec.detection import AlarmSpec
 from models.spec.layout import detection_of, detection_state, state_spec
 from models.spec.model import ModelSpec
@@ -40,44 +41,43 @@ MUTED_EVENTS: Final = 64
 _MUTED: Final = 1 << 20
 
 
-class AlarmState:
-    """The state of one stream's alarm.
+class Rule(ctypes.Structure):
+    """`rule_t` of `alarms.h`."""
 
-    Stored as one number, the first of `values`: the consecutive unusual events if there is no
-    alarm; -1 - the consecutive usual ones if there is one; or `_MUTED` + the muted ones.
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("min_events", "hold_events", "has_record")),
+        *((name, ctypes.c_double) for name in ("usual_nats", "hysteresis_nats", "backoff_nats")),
+    )
 
-    Args:
-        values: as stored.
-        since, excess: as stored.
+    @classmethod
+    def of(cls, spec: AlarmSpec) -> Rule:
+        """The rule of a specification."""
+        return cls(
+            min_events=spec.min_events,
+            hold_events=spec.hold_events,
+            has_record=spec.close_above is not None,
+            usual_nats=-log(spec.close_above or 1.0),
+            hysteresis_nats=log(spec.hysteresis),
+            backoff_nats=spec.backoff_nats or 0.0,
+        )
+
+
+class AlarmState(ctypes.Structure):
+    """The state of one stream's alarm, `alarm_t` of `alarms.h`; zero for a new stream.
 
     Attributes:
-        is_open: whether there is an alarm.
-        muted: next events that open none.
-        unusual: consecutive events beyond the threshold, up to the latest.
-        usual: consecutive usual events of an open alarm, up to the latest.
+        number: the consecutive unusual events if there is no alarm; -1 - the consecutive usual ones
+            if there is one; or `_MUTED` + the next events that open none.
         since: events since the latest alarm opened.
         excess: excess alarms right after it opened, see above.
+        events: since an alarm opened, up to its last one.
+        peak: the most nats of them.
+        latest: nats of the last of them.
     """
 
-    __slots__ = ("excess", "is_open", "muted", "since", "unusual", "usual")
-
-    def __init__(self, values: NDArray[Any], since: float = 0.0, excess: float = 0.0):
-        stored = int(values[0])
-        self.is_open = stored < 0
-        # a restored state may have any number
-        self.muted = stored - _MUTED if 0 < stored - _MUTED <= MUTED_EVENTS else 0
-        self.unusual, self.usual = 0 if self.muted else max(stored, 0), max(-1 - stored, 0)
-        self.since, self.excess = max(since, 0.0), max(excess, 0.0)
-
-    def values(self) -> tuple[float]:
-        """The state as one number."""
-        if self.is_open:
-            return (float(-1 - self.usual),)
-        return (float(_MUTED + self.muted if self.muted else self.unusual),)
-
-    def excess_at(self, at: int, per_event: float) -> float:
-        """The excess alarms before one opens at the event `at` of the next ones."""
-        return max(self.excess - per_event * (self.since + at + 1), 0.0)
+    _fields_ = tuple(
+        (name, ctypes.c_float) for name in ("number", "since", "excess", "events", "peak", "latest")
+    )
 
 
 def acknowledge_alarm(spec: ModelSpec, floats: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -105,90 +105,15 @@ def follow_alarm(
         threshold: of these events; an alarm that earlier ones opened also follows it.
         per_event: the specified alarms per event; None: no upper bound of alarms.
     """
-    backoff = None if per_event is None else spec.backoff_nats
-    codes = np.zeros(len(probability), np.int64)
-    # a restored state may have any number
-    state.usual = min(state.usual, spec.hold_events - 1)
-    end, at = len(probability), min(state.muted, len(probability))
-    state.muted -= at
-    beyond = np.flatnonzero(probability <= threshold).tolist()
-    unusual = np.flatnonzero(probability <= spec.usual_above(threshold)).tolist()
-    while at < end:
-        if state.is_open:
-            following = _first_from(unusual, at, end)
-            closing = at + spec.hold_events - state.usual - 1
-            codes[at : min(closing, following)] = CONTINUING
-            if closing < min(following, end):
-                codes[closing] = CLOSED
-                state.is_open, state.usual, at = False, 0, closing + 1
-                continue
-            state.usual += following - at
-            if following < end:
-                codes[following], state.usual = CONTINUING, 0
-            at = following + 1
-            continue
-        following = _first_from(beyond, at, end)
-        if following > at:
-            state.unusual, at = 0, following
-            continue
-        excess = 0.0
-        if backoff is not None and per_event is not None:
-            excess = state.excess_at(at, per_event)
-            if probability[at] > threshold * exp(-backoff * max(excess - 1.0, 0.0)):
-                state.unusual, at = 0, at + 1
-                continue
-        state.unusual += 1
-        if state.unusual >= spec.min_events:
-            state.is_open, state.unusual, codes[at] = True, 0, OPENED
-            state.excess, state.since = excess + 1.0, -at - 1.0
-        at += 1
-    state.since += end
+    nats, rule = -np.log(np.maximum(probability, np.finfo(np.float64).tiny)), Rule.of(spec)
+    if per_event is None:
+        rule.backoff_nats = 0.0
+    codes = np.empty(len(nats), np.int64)
+    _function()(
+        *(ctypes.byref(rule), -log(threshold), per_event or 0.0, len(nats), address_of(nats)),
+        *(ctypes.byref(state), address_of(codes)),
+    )
     return codes
-
-
-class AlarmRecord(NamedTuple):
-    """The events of an alarm.
-
-    Attributes:
-        events: int [n], their places in the chunk.
-        since: int [n], events from the one that opened it to each.
-        peaks: float32 [n], the most nats of it up to each.
-        opened_at: the place of the event that opened the alarm, None if it is of an earlier chunk.
-    """
-
-    events: NDArray[np.int64]
-    since: NDArray[np.int64]
-    peaks: NDArray[np.float32]
-    opened_at: int | None
-
-
-def record_alarm(codes: NDArray[np.int64], nats: Floats, since: float, peak: float) -> AlarmRecord:
-    """What T events add to the record of an alarm.
-
-    Args:
-        codes: [T], as `follow_alarm` gives them, some of them not `NONE`.
-        nats: [T].
-        since, peak: of the alarm that earlier events opened.
-    """
-    events = np.flatnonzero(codes)
-    # as it is stored, wherever a chunk ends
-    own = nats[events].astype(np.float32)
-    counts, peaks = np.empty(len(events), np.int64), np.empty(len(events), np.float32)
-    opened_at: int | None = None
-    count, largest = int(min(max(since, 0), MAX_COUNT)), np.float32(peak)
-    for at, event in enumerate(events.tolist()):
-        count = min(count + 1, MAX_COUNT)
-        if codes[event] == OPENED:
-            count, largest, opened_at = 0, np.float32(-1.0), event
-        largest = max(largest, own[at])
-        counts[at], peaks[at] = count, largest
-    return AlarmRecord(events, counts, peaks, opened_at)
-
-
-def _first_from(indexes: list[int], at: int, end: int) -> int:
-    """The first of ascending indexes from `at` on; `end` if there is none."""
-    place = bisect_left(indexes, at)
-    return indexes[place] if place < len(indexes) else end
 
 
 def count_alarms(
@@ -204,7 +129,19 @@ def count_alarms(
     """
     opened = events = 0
     for probability in streams:
-        codes = follow_alarm(spec, probability, threshold, AlarmState(np.zeros(1)), per_event)
+        codes = follow_alarm(spec, probability, threshold, AlarmState(), per_event)
         opened += int((codes == OPENED).sum())
         events += int((codes != NONE).sum())
     return opened, events
+
+
+@cache
+def _function() -> Any:
+    """`follow_alarms` of the library."""
+    function, real, size = load_library().follow_alarms, ctypes.c_double, ctypes.c_int64
+    function.restype = size
+    function.argtypes = [
+        *(ctypes.POINTER(Rule), real, real, size, ctypes.c_void_p),
+        *(ctypes.POINTER(AlarmState), ctypes.c_void_p),
+    ]
+    return function

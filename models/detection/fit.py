@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.alarms import count_alarms
-from models.detection.deviations import Channels
-from models.detection.probability import Scorer
-from models.detection.recurrences import FloatRows, Floats, StateParts
+from models.detection.kernel import FloatRows, Floats, Followed, Kernel
 from models.detection.tails import EXCEEDED, Tails, fit_tail
 from models.errors import DataError
 from models.spec.detection import AlarmSpec, DetectionFit, DetectionSpec, Tail
@@ -20,8 +18,6 @@ from models.spec.model import ModelSpec
 
 RUN_NATS: Final = 4.0
 """Most nats of a run of equal values, for each length of the longest one before."""
-BATCH: Final = 64
-"""Streams that are computed in one call."""
 MIN_EVENTS: Final = 200
 FEW_ALARMS: Final = 10
 """Fewer alarms than this are assumed to be proportional in number to the threshold."""
@@ -89,17 +85,20 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     detection = detection_of(spec)[0]
     check_size([stream.counted for stream in streams], [stream.days for stream in streams])
     streams = [_until_last_counted(stream) for stream in streams if stream.counted.any()]
-    channels = Channels(spec)
-    quantities, _ = _follow(spec, streams, channels, None)
-    *tails, of_runs = (fit_tail(column, EXCEEDED) for column in quantities)
+    new = np.tile(detection_state(spec).zero().floats, (len(streams), 1))
+    quantities = _follow(Kernel(spec), streams, new.copy(), lambda found: found.quantities)
+    *tails, of_runs = (fit_tail(column, EXCEEDED) for column in quantities.T)
     # a model without a numeric target has one tail, and no runs
     tails.append(_tail_of_runs(of_runs) if tails else of_runs)
-    scorer = Scorer(spec, tuple(tails), None)
+    kernel, states = Kernel(spec, tails), new.copy()
+    _follow(kernel, streams, states, lambda found: found.nats)
     # by tails as they are when the model is served, rather than those of new streams
-    _, states = _follow(spec, streams, channels, scorer)
-    nats, _ = _follow(spec, streams, channels, scorer, _only_tails(spec, states))
-    combined = fit_tail(nats[0], EXCEEDED)
-    probability = np.exp(-Tails([combined]).nats(nats)[0])
+    columns = detection_columns(spec)
+    for name in ("tail_counts", "tail_pending", "tail_filled"):
+        new[:, columns[name]] = states[:, columns[name]]
+    nats = _follow(kernel, streams, new, lambda found: found.nats)
+    combined = fit_tail(nats, EXCEEDED)
+    probability = np.exp(-Tails([combined]).nats(nats[np.newaxis])[0])
     rates, thresholds = _thresholds(detection, streams, probability)
     return DetectionFit(
         tails=tuple(tails),
@@ -136,58 +135,24 @@ def _thresholds(
     return alarm_thresholds(detection.alarm, by_stream, days)
 
 
-def _only_tails(spec: ModelSpec, states: FloatRows) -> FloatRows:
-    """States of new streams with the tails of states."""
-    initial = np.tile(detection_state(spec).zero().floats, (len(states), 1))
-    columns = detection_columns(spec)
-    for name in ("tail_counts", "tail_pending", "tail_filled"):
-        initial[:, columns[name]] = states[:, columns[name]]
-    return initial
-
-
 def _follow(
-    spec: ModelSpec,
+    kernel: Kernel,
     streams: Sequence[Stream],
-    channels: Channels,
-    scorer: Scorer | None,
-    initial: FloatRows | None = None,
-) -> tuple[Floats, FloatRows]:
-    """The numbers [K, n] of the counted events, stream by stream, and the last states.
+    states: FloatRows,
+    numbers: Callable[[Followed], Floats],
+) -> Floats:
+    """Some numbers [n, ...] of the counted events, stream by stream.
 
     Args:
-        scorer: gives the nats of events, K = 1; None: their quantities.
-        initial: the states to start from; those of new streams by default.
+        states: of each stream; updated.
+        numbers: [1, T, ...], of what is known of T events.
     """
-    by_stream: list[list[Floats]] = [[] for _ in streams]
-    new = np.tile(detection_state(spec).zero().floats, (len(streams), 1))
-    states = new if initial is None else initial
-    longest = sorted(range(len(streams)), key=lambda i: -len(streams[i].rows))
-    size, columns = channels.max_steps, detection_columns(spec)
-    for first in range(0, len(streams), BATCH):
-        group = longest[first : first + BATCH]
-        for at in range(0, len(streams[group[0]].rows), size):
-            active = [i for i in group if len(streams[i].rows) > at]
-            parts = [streams[i].part(slice(at, at + size)) for i in active]
-            rows = _pad([part.rows for part in parts])
-            parameters = _pad([part.parameters for part in parts])
-            lengths = np.array([len(part.rows) for part in parts])
-            after = StateParts(states[active], lengths, rows.shape[1], columns)
-            deviations = channels.follow(rows, parameters, after)
-            numbers = deviations.quantities
-            if scorer is not None:
-                numbers = scorer.score(deviations, after).nats[np.newaxis]
-            states[active] = after.after
-            for place, (i, part) in enumerate(zip(active, parts, strict=True)):
-                by_stream[i].append(numbers[:, place, np.flatnonzero(part.counted)])
-    return np.concatenate([each for parts in by_stream for each in parts], axis=1), states
-
-
-def _pad(rows: Sequence[FloatRows]) -> FloatRows:
-    """Rows of different lengths as one array, with zeros beyond each."""
-    padded = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
-    return padded
+    found = []
+    for at, (rows, parameters, counted, _) in enumerate(streams):
+        of_one = np.ascontiguousarray(parameters)[np.newaxis]
+        followed = kernel.follow(rows[np.newaxis], [len(rows)], of_one, states[at : at + 1])
+        found.append(numbers(followed)[0, counted])
+    return np.concatenate(found)
 
 
 def alarm_thresholds(

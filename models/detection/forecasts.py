@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.detection.targets import targets_of
 from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, EventField, NumericField
 from models.events.values import unstandardise
-from models.spec.detection import OutputName, ordered_targets
+from models.spec.detection import OutputName
 from models.spec.heads import DEVIATION_LIMIT, LOG_DEVIATION_LIMIT
-from models.spec.layout import anomaly_width, detection_of
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -34,106 +34,57 @@ LARGEST_OUTPUT: Final = float(np.finfo(np.float32).max)
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
 
-class _Target(NamedTuple):
-    """One target: its place among the targets, and its parameters among those of the forecast."""
-
-    place: int
-    field: EventField
-    parameters: slice
-
-
 class Forecasts:
     """The forecasts of one model with `detection`."""
 
     def __init__(self, spec: ModelSpec):
-        _, head, events = detection_of(spec)
-        self._targets, start = [], 0
-        for index, name in enumerate(head.targets):
-            field = events.field(name)
-            width = anomaly_width(field)
-            self._targets.append(_Target(index, field, slice(start, start + width)))
-            start += width
-        names = ordered_targets(head.targets, events)
-        self._ordered = [each for each in self._targets if each.field.name in names]
-        self._is_numeric = all(isinstance(each.field, NumericField) for each in self._targets)
-
-    def mean(self, target: int, parameters: Floats) -> Floats:
-        """The encoded mean [B, T] of a numeric target, by its place, of parameters [P, B, T]."""
-        return np.asarray(parameters[self._targets[target].parameters.start])
-
-    def deviations(self, values: Floats, parameters: Floats) -> Floats:
-        """How far each event is from its forecast, in predicted deviations; of categorical and
-        boolean targets the square root of twice the nats.
-
-        Args:
-            values: [D, B, T], encoded.
-            parameters: [P, B, T].
-
-        Returns:
-            [D, B, T].
-        """
-        if self._is_numeric:
-            deviations = values - parameters[::2]
-            deviations *= _inverse_deviation(parameters[1::2])
-            return np.asarray(deviations)
-        deviations = np.empty_like(values)
-        for index, field, part in self._targets:
-            value, own = values[index], parameters[part]
-            if isinstance(field, NumericField):
-                deviations[index] = (value - own[0]) * _inverse_deviation(own[1])
-            else:
-                deviations[index] = np.sqrt(2.0 * np.maximum(_code_nats(field, value, own), 0.0))
-        return deviations
-
-    def nats(self, values: Floats, present: NDArray[np.bool_], parameters: Floats) -> Floats:
-        """-log p of each target [D, B, T], 0 where the event has none."""
-        nats = np.zeros_like(values)
-        for index, field, part in self._targets:
-            np.copyto(
-                nats[index],
-                _nats(field, values[index], parameters[part]),
-                where=present[index],
-            )
-        return nats
+        self._targets = targets_of(spec)
 
     def describe(
         self,
         names: Collection[OutputName],
-        values: Floats,
-        present: NDArray[np.bool_],
-        parameters: Floats,
+        rows: NDArray[np.float32],
+        lengths: NDArray[Any],
+        parameters: NDArray[np.float32],
     ) -> dict[OutputName, Floats]:
         """Outputs by name, of `DESCRIBED`.
 
-        mean      [D', B, T], mu in the field's unit (its median, if the field has a transform; as
+        mean      [B, T, D'], mu in the field's unit (its median, if the field has a transform; as
                   encoded, if the field has `normalisation`), or p
-        spread    [D', B, T], sigma in the field's unit: half the distance between the values one
+        spread    [B, T, D'], sigma in the field's unit: half the distance between the values one
                   sigma above and below mu
-        residual  [D', B, T], the value minus the mean
-        z         [D', B, T], (value - mu) / sigma, before the unit
-        pit       [D', B, T], the probability of a smaller value, and half that of an equal one
-        nats      [D, B, T], -log p(value)
+        residual  [B, T, D'], the value minus the mean
+        z         [B, T, D'], (value - mu) / sigma, before the unit
+        pit       [B, T, D'], the probability of a smaller value, and half that of an equal one
+        nats      [B, T, D], -log p(value)
 
         D' are the targets that are not categorical. An event without a target has its mean and
         spread, and residual 0, z 0, pit 0.5 and nats 0.
 
         Args:
             names: those to compute.
-            present: bool [D, B, T], whether the event has the targets.
+            rows: [B, T, F], encoded.
+            lengths: int [B], 0..T; outputs beyond them mean nothing.
+            parameters: [B, T, P].
         """
         if not names:
             return {}
+        beyond = np.arange(rows.shape[1]) >= lengths[:, np.newaxis]
         described: dict[OutputName, list[Floats]] = {name: [] for name in names}
-        for index, field, part in self._ordered:
-            is_present, value = present[index], values[index]
-            columns = _describe(names, field, value, is_present, parameters[part])
-            for name, column in columns.items():
-                described[name].append(column)
-        if "nats" in described:
-            described["nats"] = list(self.nats(values, present, parameters))
+        for target in self._targets:
+            is_present = ~beyond
+            if target.missing is not None:
+                is_present &= rows[..., target.missing] == 0
+            value = np.where(is_present, rows[..., target.encoded], 0.0).astype(np.float64)
+            own = np.where(beyond[..., np.newaxis], 0.0, parameters[..., target.parameters])
+            # [width, B, T]
+            own = np.moveaxis(own.astype(np.float64), -1, 0)
+            columns = _describe(names, target.field, value, is_present, own)
+            for name, found in columns.items():
+                described[name].append(found)
         # as float32, none may become infinite
         return {
-            name: np.clip(np.stack(columns), -LARGEST_OUTPUT, LARGEST_OUTPUT)
+            name: np.clip(np.stack(columns, axis=-1), -LARGEST_OUTPUT, LARGEST_OUTPUT)
             for name, columns in described.items()
         }
 
@@ -145,8 +96,12 @@ def _describe(
     is_present: NDArray[np.bool_],
     parameters: Floats,
 ) -> dict[OutputName, Floats]:
-    """The columns [B, T] of one target with an order, except its nats."""
+    """The columns [B, T] of one target."""
     columns: dict[OutputName, Floats] = {}
+    if "nats" in names:
+        columns["nats"] = np.where(is_present, _nats(field, value, parameters), 0.0)
+    if isinstance(field, CategoricalField):
+        return columns
     z: Floats
     if isinstance(field, NumericField):
         mu, inverse = parameters[0], _inverse_deviation(parameters[1])
@@ -190,16 +145,11 @@ def _clip(z: Floats) -> Floats:
 
 def _nats(field: EventField, value: Floats, parameters: Floats) -> Floats:
     """-log p of the values [B, T] of one target."""
-    if isinstance(field, NumericField):
-        inverse = _inverse_deviation(parameters[1])
-        z = _clip((value - parameters[0]) * inverse)
-        return np.asarray(_HALF_LOG_TAU - np.log(inverse) + 0.5 * np.square(z))
-    return _code_nats(field, value, parameters)
-
-
-def _code_nats(field: EventField, value: Floats, parameters: Floats) -> Floats:
-    """-log p of the codes [B, T] of a categorical or boolean target."""
     match field:
+        case NumericField():
+            inverse = _inverse_deviation(parameters[1])
+            z = _clip((value - parameters[0]) * inverse)
+            return np.asarray(_HALF_LOG_TAU - np.log(inverse) + 0.5 * np.square(z))
         case CategoricalField():
             code = np.rint(value).astype(np.int64)[np.newaxis]
             chosen = np.take_along_axis(parameters, code, axis=0)
@@ -211,8 +161,3 @@ def _code_nats(field: EventField, value: Floats, parameters: Floats) -> Floats:
             return np.asarray(np.logaddexp(0.0, logit) - value * logit)
         case _:
             raise SpecError(f"field {field.name!r}: {field.kind} cannot be a target")
-
-
-def steps_last(columns: NDArray[Any]) -> Floats:
-    """[B, T, K] as float64 [K, B, T]."""
-    return columns.transpose(2, 0, 1).astype(np.float64, order="C")

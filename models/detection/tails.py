@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 
 EXCEEDED: Final = 0.05
 """Share of the events beyond the threshold of a tail."""
+MIN_SHAPE: Final = 1e-6
+"""In place of 0, an exponential tail."""
 MAX_SHAPE: Final = 0.6
 MIN_EXCESSES: Final = 20
 MAX_NATS: Final = 60.0
@@ -36,7 +38,7 @@ class Tails:
         threshold = np.array([tail.threshold for tail in tails])
         base = -np.log([tail.exceeded for tail in tails])
         scale = np.array([tail.scale for tail in tails])
-        shape = np.maximum([tail.shape for tail in tails], 1e-6)
+        shape = np.maximum([tail.shape for tail in tails], MIN_SHAPE)
         self._parameters = np.stack([threshold, shape / scale, shape, base])
         self._base, self._slope = base[:, np.newaxis], (base / threshold)[:, np.newaxis]
 

@@ -197,7 +197,7 @@ class DetectionSpec(Frozen):
     """
 
     head: str
-    memory_events: Annotated[int, Field(ge=10, le=10_000_000)] = 10_000
+    memory_events: Annotated[int, Field(ge=10, le=1_000_000)] = 10_000
     prior_events: Annotated[float, Field(gt=0)] = 50.0
     tail_levels: Annotated[tuple[TailLevel, ...], Field(min_length=3, max_length=32)] = (
         0.0,

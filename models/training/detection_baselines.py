@@ -127,7 +127,7 @@ def detection_baselines(
         per_event = expected / float(parts.validate.sum())
         threshold = alarm_threshold(alarm, counted, expected)
         codes = [
-            follow_alarm(alarm, probability[a:b], threshold, AlarmState(np.zeros(1)), per_event)
+            follow_alarm(alarm, probability[a:b], threshold, AlarmState(), per_event)
             for a, b in streams.spans
         ]
         yield name, Scored(score, np.concatenate(codes).astype(np.float64), windows)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.detection.causes import Causes
-from models.detection.detector import BACKOFF, MANY_EVENTS, Detector, FloatRows
+from models.detection.detector import Detector, FloatRows
 from models.detection.fit import Stream
 from models.errors import SpecError
 from models.spec.detection import AlarmSpec
@@ -28,6 +28,8 @@ TARGETS = ["flow", "mode", "heat", "open"]
 ALARM = {"close_above": 0.1, "hold_events": 1}
 OUTPUTS = ["share", "severity", "since"]
 OPTIONS: dict[str, Any] = {"memory_events": 30, "prior_events": 5}
+BACKOFF = ("alarm_since", "alarm_excess")
+MANY_EVENTS = 1 << 20
 BOUNDED = ALARM | {"backoff_nats": 0.3, "false_alarms_per_day": 5.0}
 
 

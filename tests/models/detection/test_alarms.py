@@ -145,17 +145,16 @@ def test_long_anomalies_do_not_make_the_threshold_stricter() -> None:
 def test_alarms_open_hold_and_close(probability: list[float], codes: list[int]) -> None:
     alarm = AlarmSpec(hold_events=2, hysteresis=3.0)
     for cut in range(len(codes) + 1):
-        state, found = AlarmState(np.zeros(3)), []
+        state, found = AlarmState(), []
         for part in (probability[:cut], probability[cut:]):
             found += follow_alarm(alarm, np.array(part), 0.01, state).tolist()
-            state = AlarmState(np.array(state.values()))
         assert found == codes
 
 
 def test_an_alarm_needs_its_minimum_of_events() -> None:
     alarm = AlarmSpec(min_events=2, hold_events=1, hysteresis=1.0)
     probability = np.array([0.001, 0.5, 0.001, 0.001, 0.5])
-    found = follow_alarm(alarm, probability, 0.01, AlarmState(np.zeros(3)))
+    found = follow_alarm(alarm, probability, 0.01, AlarmState())
     assert found.tolist() == [0, 0, 0, 1, 3]
 
 
@@ -171,17 +170,16 @@ def test_no_alarm_opens_while_an_acknowledged_stream_is_muted(cut: int) -> None:
             np.testing.assert_array_equal(acknowledged[columns], floats[columns])
         elif name != "odd.alarm":
             assert not acknowledged[columns].any()
-    state, found = AlarmState(acknowledged[alarm_at]), []
+    state, found = AlarmState(number=float(acknowledged[alarm_at][0])), []
     probability = np.full(MUTED_EVENTS + 3, 0.001)
     for part in (probability[:cut], probability[cut:]):
         found += follow_alarm(AlarmSpec(), part, 0.01, state).tolist()
-        state = AlarmState(np.array(state.values(), np.float32))
     assert found == [0] * MUTED_EVENTS + [1, 2, 2]
 
 
 @pytest.mark.parametrize("stored", [-3e38, -30.0, 3e38])
 def test_an_alarm_follows_any_restored_state(stored: float) -> None:
-    state = AlarmState(np.array([stored]))
+    state = AlarmState(number=stored)
     found = follow_alarm(AlarmSpec(), np.array([0.5, 0.001, 0.5]), 0.01, state)
     assert found.tolist() == ([3, 1, 2] if stored < 0 else [0, 1, 2])
 
@@ -191,20 +189,18 @@ def test_each_excess_alarm_but_the_first_makes_the_threshold_stricter() -> None:
     unusual, usual = [0.01 * np.exp(-0.9)], [0.5]
     # after two alarms the third needs a probability exp(-1) times smaller, and less so later
     probability = np.array([*unusual, *usual] * 3 + usual * 100 + [*unusual, *usual] * 2)
-    state, found = AlarmState(np.zeros(1)), []
+    state, found = AlarmState(), []
     for part in (probability[:5], probability[5:90], probability[90:]):
         found += follow_alarm(alarm, part, 0.01, state, per_event=0.002).tolist()
-        stored = np.array(state.values(), np.float32)
-        state = AlarmState(stored, state.since, state.excess)
     assert np.flatnonzero(np.array(found) == OPENED).tolist() == [0, 2, 4 + 102]
-    assert follow_alarm(alarm, probability, 0.01, AlarmState(np.zeros(1))).tolist().count(1) == 5
+    assert follow_alarm(alarm, probability, 0.01, AlarmState()).tolist().count(1) == 5
 
 
 @pytest.mark.parametrize("per_event", [0.0, 0.003])
 def test_alarms_have_an_upper_bound_for_any_probabilities(per_event: float) -> None:
     alarm, random = AlarmSpec(hold_events=1, backoff_nats=2.0), np.random.default_rng(4)
     nats = np.minimum(random.exponential(40.0, 20_000), MAX_NATS) * (np.arange(20_000) % 3 == 0)
-    codes = follow_alarm(alarm, np.exp(-nats), 0.01, AlarmState(np.zeros(1)), per_event)
+    codes = follow_alarm(alarm, np.exp(-nats), 0.01, AlarmState(), per_event)
     opened = np.cumsum(codes == OPENED)
     for span in (10, 1000, 20_000):
         most = (opened[span - 1 :] - np.append(0, opened[:-span])).max()

@@ -1,0 +1,270 @@
+"""Follows streams in the compiled `kernel.c`, which has the equations of detection.
+
+States are float32, and all else is computed in float64, event after event.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from models.detection.alarms import Rule
+from models.detection.library import address_of, load_library
+from models.detection.tails import MIN_SHAPE
+from models.detection.targets import Target, targets_of
+from models.events.schema import BooleanField, CategoricalField, NumericField
+from models.spec.detection import SCALES, Tail
+from models.spec.layout import detection_columns, detection_of
+from models.spec.model import ModelSpec
+
+FloatRows = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+BLOCK: Final = 32
+"""Events of a stream after which the counts of its own tails change."""
+KNOWN_NATS: Final = 3.0
+KNOWN_WEIGHT: Final = 200.0
+"""Weight of the pooled tail at levels up to `KNOWN_NATS`, where it is known best."""
+WEIGHT: Final = 20.0
+"""Weight of the pooled tail at each other level."""
+LEAST: Final = 1e-9
+"""Of a weight, so that there are shares where all are 0."""
+_PARTS: Final = (
+    *("events", "weight", "last", "mean", "rest", "distance", "spread", "peak", "average", "run"),
+    *("longest", "season", "season_weight", "tail_counts", "tail_pending", "tail_filled"),
+    *("alarm", "alarm_since", "alarm_excess", "alarm_events", "alarm_nats"),
+)
+
+
+class _Parts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in _PARTS]
+
+
+class Model(ctypes.Structure):
+    """`model_t` of `kernel.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("targets", "numeric", "kinds", "quantities")),
+        *((name, ctypes.c_int32) for name in ("levels", "season_events", "row_size")),
+        ("state_size", ctypes.c_int32),
+        ("at", _Parts),
+        *((name, ctypes.c_double) for name in ("decay", "fourth_root_decay", "block_decay")),
+        ("prior_events", ctypes.c_double),
+        ("slow", ctypes.c_double * len(SCALES)),
+        *((name, ctypes.c_void_p) for name in ("target", "level", "tail", "combined")),
+        ("alarm", Rule),
+    ]
+
+
+class _Events(ctypes.Structure):
+    """`events_t` of `kernel.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "steps", "stride")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "rows", "parameters", "thresholds")),
+        *((name, ctypes.c_void_p) for name in ("per_event", "states", "errors", "squares")),
+        *((name, ctypes.c_void_p) for name in ("quantities", "cubes", "nats", "alarms", "opened")),
+    ]
+
+
+class Thresholds(NamedTuple):
+    """Of the alarms of B streams.
+
+    Attributes:
+        nats: [B], -log of the tail probability from which an event is unusual enough.
+        per_event: [B], the specified alarms per event.
+    """
+
+    nats: Floats
+    per_event: Floats
+
+
+class Followed(NamedTuple):
+    """What is known of T events of B streams; 0 beyond a stream's length.
+
+    Rows are the forecasts of the D targets, the levels of the N numeric ones, their changes, with a
+    season their seasons, and their runs.
+
+    Attributes:
+        errors: [B, T, R], how far each is off; of runs the events.
+        squares: [B, T, R], those of the deviations (a e / p_before)^2; of runs the square of what
+            their quantity is the largest of.
+        quantities: [B, T, Q].
+        cubes: [B, T, Q], those of the nats of the quantities; 0 without tails.
+        nats: [B, T], -log of the tail probabilities; 0 without tails.
+        alarms: float32 [B, T, 3], the alarm at each event, of `ALARM_STATES`; the most nats of it
+            so far, and the events since it opened, 0 of alarms without a record.
+        opened: int [B], the last event that opened an alarm, -1 if none did.
+    """
+
+    errors: Floats
+    squares: Floats
+    quantities: Floats
+    cubes: Floats
+    nats: Floats
+    alarms: FloatRows
+    opened: NDArray[np.int64]
+
+    @property
+    def deviations(self) -> Floats:
+        """a e / p_before, and what the quantity of runs is the largest of, [B, T, R]."""
+        return np.copysign(np.sqrt(self.squares), self.errors)
+
+
+class Kernel:
+    """Follows the streams of one model.
+
+    Args:
+        spec: with `detection`.
+        tails: pooled, of the quantities; none: nothing but quantities is computed.
+        combined: pooled, of the norm of the nats of all quantities; None: nats are this norm.
+
+    Attributes:
+        order: int [C], the row of each channel.
+    """
+
+    def __init__(self, spec: ModelSpec, tails: Sequence[Tail] = (), combined: Tail | None = None):
+        detection, head, events = detection_of(spec)
+        targets = targets_of(spec)
+        names = [t.field.name for t in targets if isinstance(t.field, NumericField)]
+        self._targets, self._numeric = len(targets), len(names)
+        # with averages
+        self._kinds = len(detection.kinds) - 2 if names else 0
+        self._rows = self._targets + (self._kinds + 1) * self._numeric
+        self._quantities = self._kinds * (1 + len(SCALES)) + bool(names) + 1
+        rows = [("forecast", name) for name in head.targets]
+        rows += [(kind, name) for kind in detection.kinds[1:] for name in names]
+        channels = detection.channels_of(head.targets, events)
+        self.order = np.array([rows.index((each.kind, each.target)) for each in channels])
+        columns = detection_columns(spec)
+        levels = np.array(detection.tail_levels)
+        weights = np.where(levels <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)[1:]
+        priors = weights * np.exp(-np.diff(levels))
+        # the model points to these
+        self._arrays = (
+            _target_rows(targets),
+            np.stack([levels, np.append(weights, 0), np.append(priors, 0)], axis=1),
+            _tail_rows(tails),
+            _tail_rows([] if combined is None else [combined]),
+        )
+        target, level, tail, of_norm = (address_of(array) for array in self._arrays)
+        decay = float(np.exp(-1.0 / detection.memory_events))
+        self._model = Model(
+            targets=self._targets,
+            numeric=self._numeric,
+            kinds=self._kinds,
+            quantities=self._quantities,
+            levels=len(levels),
+            season_events=detection.season_events or 0,
+            row_size=spec.input_features,
+            state_size=max(columns.values(), key=lambda part: part.stop).stop,
+            at=_Parts(*(columns[name].start if name in columns else -1 for name in _PARTS)),
+            decay=decay,
+            fourth_root_decay=decay**0.25,
+            block_decay=decay**BLOCK,
+            prior_events=detection.prior_events,
+            slow=tuple(np.exp(-1.0 / np.array(SCALES))),
+            target=target,
+            level=level,
+            tail=tail if tails else None,
+            combined=None if combined is None else of_norm,
+            alarm=Rule.of(detection.alarm),
+        )
+        self._call = _function()
+        self._reference = ctypes.byref(self._model)
+
+    def follow(
+        self,
+        rows: FloatRows,
+        lengths: ArrayLike,
+        parameters: FloatRows,
+        states: FloatRows,
+        thresholds: Thresholds | None = None,
+    ) -> Followed:
+        """Follow the next events of each stream.
+
+        Args:
+            rows: [B, T, F], encoded; anything beyond a length.
+            lengths: int [B], 0..T.
+            parameters: [B, T, P], the forecast of each event, made before it; all or some of the
+                columns of a contiguous array.
+            states: [B, S], as `models.spec.layout.detection_state` says; contiguous, updated.
+            thresholds: of alarms; None: alarms are not followed.
+        """
+        batch, steps = rows.shape[:2]
+        deviations, quantities = (batch, steps, self._rows), (batch, steps, self._quantities)
+        followed = Followed(
+            errors=np.zeros(deviations),
+            squares=np.zeros(deviations),
+            quantities=np.zeros(quantities),
+            cubes=np.zeros(quantities),
+            nats=np.zeros((batch, steps)),
+            alarms=np.zeros((batch, steps, 3), np.float32),
+            opened=np.empty(batch, np.int64),
+        )
+        lengths, rows = np.ascontiguousarray(lengths, np.int64), np.ascontiguousarray(rows)
+        arrays: tuple[NDArray[Any], ...] = followed
+        nats, per_event = thresholds or (None, None)
+        events = _Events(
+            *(batch, steps, parameters.strides[1] // parameters.itemsize, address_of(lengths)),
+            *(address_of(rows), address_of(parameters)),
+            *(None if each is None else address_of(each) for each in (nats, per_event)),
+            *(address_of(states), *map(address_of, arrays)),
+        )
+        self._call(self._reference, ctypes.byref(events))
+        return followed
+
+    def shares(self, squares: Floats, cubes: Floats) -> Floats:
+        """How much each channel counts in the nats of events, [..., C], 1 in sum: the cubes of each
+        kind of channels, by how far each target is off.
+
+        Args:
+            squares: [..., R], those of `Followed`, of all or some events.
+            cubes: [..., Q], those of the same ones.
+        """
+        weights, lead = squares + LEAST, cubes.shape[:-1]
+        averaged = self._kinds * (1 + len(SCALES))
+        forecasts, others = weights[..., : self._targets], weights[..., self._targets :]
+        by_forecast = cubes[..., averaged, np.newaxis] + LEAST
+        forecasts *= by_forecast / forecasts.sum(axis=-1, keepdims=True)
+        if self._kinds:
+            by_kind = cubes[..., :averaged].reshape(*lead, self._kinds, -1).sum(axis=-1)
+            by_kind = np.concatenate([by_kind, cubes[..., -1:]], axis=-1) + LEAST
+            others = others.reshape(*lead, self._kinds + 1, -1)
+            others *= (by_kind / others.sum(axis=-1))[..., np.newaxis]
+        return np.asarray((weights / weights.sum(axis=-1, keepdims=True))[..., self.order])
+
+
+def _target_rows(targets: Sequence[Target]) -> NDArray[np.int32]:
+    """`target_t` of each target, [D, 6]."""
+    kinds, rows = (NumericField, BooleanField, CategoricalField), []
+    for each in targets:
+        missing = -1 if each.missing is None else each.missing
+        start, stop = each.parameters.start, each.parameters.stop
+        columns = (each.encoded, each.raw, missing, start, stop - start)
+        rows.append((kinds.index(type(each.field)), *columns))
+    return np.array(rows, np.int32)
+
+
+def _tail_rows(tails: Sequence[Tail]) -> Floats:
+    """`tail_t` of each tail, [Q + 1, 5]."""
+    rows = []
+    for tail in tails:
+        base, shape = -math.log(tail.exceeded), max(tail.shape, MIN_SHAPE)
+        rows.append((tail.threshold, base / tail.threshold, base, shape / tail.scale, shape))
+    return np.array(rows, np.float64)
+
+
+@cache
+def _function() -> Any:
+    """`follow_streams` of the library."""
+    function = load_library().follow_streams
+    function.restype = None
+    function.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(_Events)]
+    return function
