@@ -334,7 +334,8 @@ static double score_event(const model_t *model, const double *quantities, int ha
     if (*filled >= BLOCK) {
         *filled = 0.0f;
         for (int i = 0; i < model->levels * size; i++) {
-            counts[i] = (float)(model->block_decay * larger(counts[i], 0.0) + larger(pending[i], 0.0));
+            double count = model->block_decay * larger(counts[i], 0.0) + larger(pending[i], 0.0);
+            counts[i] = (float)smaller(count, MAX_COUNT);
             pending[i] = 0.0f;
         }
         for (int q = 0; q < size; q++) lines[q].known = 0;

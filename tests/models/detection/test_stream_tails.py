@@ -323,7 +323,7 @@ def test_any_restored_state_gives_probabilities(every_target: ModelSpec) -> None
     size = detection_state(every_target).float_size
     # each chunk has a rate of its own
     names = [name for name in columns if name != ALARM_RATE]
-    for number, parts in product((-200.0, -20.0, 0.5, 1e30), (*([name] for name in names), names)):
+    for number, parts in product((-3.4e38, -200.0, -20.0, 0.5, 1e30, 3.4e38), (*([name] for name in names), names)):
         state = np.zeros((1, size), np.float32)
         for name in parts:
             state[:, columns[name]] = number
