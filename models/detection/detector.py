@@ -97,7 +97,8 @@ class Detector:
             Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the state after each
             row's last event.
         """
-        outputs, after = np.ascontiguousarray(outputs), np.array(state, order="C")
+        outputs = np.ascontiguousarray(outputs, np.float32)
+        after = np.array(state, np.float32, order="C")
         parameters = outputs[..., self._parameters]
         thresholds = self._thresholds(after[:, self._rate_at])
         followed = self._kernel.follow(rows, lengths, parameters, after, thresholds)

@@ -149,7 +149,7 @@ def _follow(
     """
     found = []
     for at, (rows, parameters, counted, _) in enumerate(streams):
-        of_one = np.ascontiguousarray(parameters)[np.newaxis]
+        of_one = np.ascontiguousarray(parameters, np.float32)[np.newaxis]
         followed = kernel.follow(rows[np.newaxis], [len(rows)], of_one, states[at : at + 1])
         found.append(numbers(followed)[0, counted])
     return np.concatenate(found)

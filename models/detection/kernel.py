@@ -208,7 +208,8 @@ class Kernel:
             alarms=np.zeros((batch, steps, 3), np.float32),
             opened=np.empty(batch, np.int64),
         )
-        lengths, rows = np.ascontiguousarray(lengths, np.int64), np.ascontiguousarray(rows)
+        lengths = np.ascontiguousarray(lengths, np.int64)
+        rows = np.ascontiguousarray(rows, np.float32)
         arrays: tuple[NDArray[Any], ...] = followed
         nats, per_event = thresholds or (None, None)
         events = _Events(
