@@ -1,9 +1,9 @@
-"""Compiles the C files of `models/detection` into the library of a wheel, by ziglang's compiler.
+"""Compiles the C files of `models/detection` into the library of a wheel, with ziglang's compiler.
 
 The library uses no header and no symbol of Python, so that one wheel fits every Python of its
 platform. An editable install has the library beside its source. Target and CPU are fixed, so that
 no byte depends on the machine that builds. `WHEEL_TARGET` builds the wheel of another key of
-`TARGETS`. Zig keeps what it compiles only in the folder that `ZIG_GLOBAL_CACHE_DIR` names, if any.
+`TARGETS`. Zig's cache is temporary unless `ZIG_GLOBAL_CACHE_DIR` names a folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class LibraryBuildHook(BuildHookInterface[Any]):
     """Adds the library to a wheel, or writes it into the checkout of an editable install."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile the library; RuntimeError without a compiler or for an unknown platform."""
+        """Compile the library.
+
+        Raises:
+            RuntimeError: no compiler is installed, or the platform is unknown.
+            CalledProcessError: the compilation failed.
+        """
         target = f"{sys.platform}-{platform.machine()}"
         if version == "standard":
             target = os.environ.get("WHEEL_TARGET") or target

@@ -2,14 +2,15 @@
 
 #include <math.h>
 
-enum { MUTED = 1 << 20, MUTED_EVENTS = 64 };
-enum { MANY_EVENTS = 1 << 20 }; /* `since` counts up to as many, far below those that a float counts */
-enum { MAX_COUNT = 1 << 24 };   /* largest number of events that a float counts */
+enum { MUTED = 1 << 20, MUTED_EVENTS = 64 }; /* as in `models.detection.alarms` */
+enum { MANY_EVENTS = 1 << 20 };              /* at this count `since` is subtracted from `excess` */
 
-static int next_code(const rule_t *rule, double threshold, double per_event, double nats, alarm_t *alarm) {
+static int next_code(const rule_t *rule, double threshold, double per_event, double nats,
+                     alarm_t *alarm) {
     double number = trunc(alarm->number);
     if (number < 0.0) {
-        double usual_nats = rule->has_record ? fmin(threshold, rule->usual_nats) : threshold - rule->hysteresis_nats;
+        double usual_nats = rule->has_record ? fmin(threshold, rule->usual_nats)
+                                             : threshold - rule->hysteresis_nats;
         /* a restored state may have any number */
         double usual = nats < usual_nats ? fmin(-1.0 - number, rule->hold_events - 1) + 1.0 : 0.0;
         alarm->number = usual < rule->hold_events ? (float)(-1.0 - usual) : 0.0f;
@@ -32,7 +33,8 @@ static int next_code(const rule_t *rule, double threshold, double per_event, dou
     return OPENED;
 }
 
-int follow_alarm(const rule_t *rule, double threshold, double per_event, double nats, alarm_t *alarm) {
+int follow_alarm(const rule_t *rule, double threshold, double per_event, double nats,
+                 alarm_t *alarm) {
     alarm->since = fmaxf(alarm->since, 0.0f) + 1.0f;
     if (alarm->since >= MANY_EVENTS) {
         /* excess alarms fall by as many at once, so that the count stays exact */
@@ -48,12 +50,8 @@ int follow_alarm(const rule_t *rule, double threshold, double per_event, double 
     return code;
 }
 
-int64_t follow_alarms(const rule_t *rule, double threshold, double per_event, int64_t events, const double *nats,
-                      alarm_t *alarm, int64_t *codes) {
-    int64_t opened = -1;
-    for (int64_t t = 0; t < events; t++) {
+void follow_alarms(const rule_t *rule, double threshold, double per_event, int64_t events,
+                   const double *nats, alarm_t *alarm, int64_t *codes) {
+    for (int64_t t = 0; t < events; t++)
         codes[t] = follow_alarm(rule, threshold, per_event, nats[t], alarm);
-        if (codes[t] == OPENED) opened = t;
-    }
-    return opened;
 }

@@ -6,20 +6,21 @@
 #include <stdint.h>
 
 enum { NONE, OPENED, CONTINUING, CLOSED };
+enum { MAX_COUNT = 1 << 24 }; /* floats have every whole number up to it */
 
 /* `models.detection.alarms.Rule` has the same fields; nats are -log of tail probabilities. */
 typedef struct {
     int32_t min_events, hold_events;
-    int32_t has_record;      /* whether alarms close at `usual_nats`, and are recorded */
-    double usual_nats;       /* fewer are usual again */
-    double hysteresis_nats;  /* without a record: so many below the threshold are usual again */
-    double backoff_nats;     /* by which each excess alarm but the first raises the threshold; or 0 */
+    int32_t has_record;     /* whether alarms close at `usual_nats`, and are recorded */
+    double usual_nats;      /* fewer are usual again */
+    double hysteresis_nats; /* without a record: so many below the threshold are usual again */
+    double backoff_nats;    /* each excess alarm but the first raises the threshold by it */
 } rule_t;
 
-/* A stream's alarm as its state has it; `models.detection.alarms.AlarmState` has the same fields. */
+/* A stream's alarm as its state has it, with the fields of `models.detection.alarms.AlarmState`. */
 typedef struct {
-    float number;        /* consecutive unusual events; -1 - usual ones of an open alarm; MUTED + muted ones */
-    float since, excess; /* events since the latest alarm opened, excess alarms right after it did */
+    float number;        /* unusual events in a row; -1 - usual ones if open; MUTED + muted ones */
+    float since, excess; /* events since the latest alarm, excess alarms right after it */
     float events, peak;  /* since an alarm opened, and the most nats of them */
     float latest;        /* nats of its last event */
 } alarm_t;
@@ -28,10 +29,11 @@ typedef struct {
 
    threshold: nats from which an event is unusual enough.
    per_event: the specified alarms per event. */
-int follow_alarm(const rule_t *rule, double threshold, double per_event, double nats, alarm_t *alarm);
+int follow_alarm(const rule_t *rule, double threshold, double per_event, double nats,
+                 alarm_t *alarm);
 
-/* Of several events: `codes` are written; returns the last one that opened an alarm, -1 if none did. */
-int64_t follow_alarms(const rule_t *rule, double threshold, double per_event, int64_t events, const double *nats,
-                      alarm_t *alarm, int64_t *codes);
+/* Writes the alarm at each of `events` events to `codes`. */
+void follow_alarms(const rule_t *rule, double threshold, double per_event, int64_t events,
+                   const double *nats, alarm_t *alarm, int64_t *codes);
 
 #endif

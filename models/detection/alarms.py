@@ -139,7 +139,7 @@ def count_alarms(
 def _function() -> Any:
     """`follow_alarms` of the library."""
     function, real, size = load_library().follow_alarms, ctypes.c_double, ctypes.c_int64
-    function.restype = size
+    function.restype = None
     function.argtypes = [
         *(ctypes.POINTER(Rule), real, real, size, ctypes.c_void_p),
         *(ctypes.POINTER(AlarmState), ctypes.c_void_p),

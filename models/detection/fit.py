@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.alarms import count_alarms
-from models.detection.kernel import FloatRows, Floats, Followed, Kernel
+from models.detection.kernel import FloatRows, Floats, Kernel, KernelOutputs
 from models.detection.tails import EXCEEDED, Tails, fit_tail
 from models.errors import DataError
 from models.spec.detection import AlarmSpec, DetectionFit, DetectionSpec, Tail
@@ -139,7 +139,7 @@ def _follow(
     kernel: Kernel,
     streams: Sequence[Stream],
     states: FloatRows,
-    numbers: Callable[[Followed], Floats],
+    numbers: Callable[[KernelOutputs], Floats],
 ) -> Floats:
     """Some numbers [n, ...] of the counted events, stream by stream.
 
@@ -150,8 +150,8 @@ def _follow(
     found = []
     for at, (rows, parameters, counted, _) in enumerate(streams):
         of_one = np.ascontiguousarray(parameters, np.float32)[np.newaxis]
-        followed = kernel.follow(rows[np.newaxis], [len(rows)], of_one, states[at : at + 1])
-        found.append(numbers(followed)[0, counted])
+        outputs = kernel.follow(rows[np.newaxis], [len(rows)], of_one, states[at : at + 1])
+        found.append(numbers(outputs)[0, counted])
     return np.concatenate(found)
 
 

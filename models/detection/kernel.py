@@ -27,14 +27,14 @@ FloatRows = NDArray[np.float32]
 Floats = NDArray[np.float64]
 
 BLOCK: Final = 32
-"""Events of a stream after which the counts of its own tails change."""
+"""Events of a stream after which the counts of its own tails change, as in `kernel.c`."""
 KNOWN_NATS: Final = 3.0
 KNOWN_WEIGHT: Final = 200.0
 """Weight of the pooled tail at levels up to `KNOWN_NATS`, where it is known best."""
 WEIGHT: Final = 20.0
 """Weight of the pooled tail at each other level."""
-LEAST: Final = 1e-9
-"""Of a weight, so that there are shares where all are 0."""
+MIN_CHANNEL_WEIGHT: Final = 1e-9
+"""Added to each weight, so that shares are defined where all are 0."""
 _PARTS: Final = (
     *("events", "weight", "last", "mean", "rest", "distance", "spread", "peak", "average", "run"),
     *("longest", "season", "season_weight", "tail_counts", "tail_pending", "tail_filled"),
@@ -74,7 +74,7 @@ class _Events(ctypes.Structure):
 
 
 class Thresholds(NamedTuple):
-    """Of the alarms of B streams.
+    """Thresholds of the alarms of B streams.
 
     Attributes:
         nats: [B], -log of the tail probability from which an event is unusual enough.
@@ -85,18 +85,18 @@ class Thresholds(NamedTuple):
     per_event: Floats
 
 
-class Followed(NamedTuple):
-    """What is known of T events of B streams; 0 beyond a stream's length.
+class KernelOutputs(NamedTuple):
+    """Of T events of B streams; 0 beyond a stream's length.
 
-    Rows are the forecasts of the D targets, the levels of the N numeric ones, their changes, with a
-    season their seasons, and their runs.
+    The R entries of an event are the forecasts of the D targets, the levels of the N numeric ones,
+    their changes, with a season their seasons, and their runs.
 
     Attributes:
-        errors: [B, T, R], how far each is off; of runs the events.
-        squares: [B, T, R], those of the deviations (a e / p_before)^2; of runs the square of what
-            their quantity is the largest of.
+        errors: [B, T, R], e: of forecasts in predicted deviations, of codes the square root of
+            twice their nats, of levels, changes and seasons as the values come, of runs events.
+        squares: [B, T, R], (a e / p_before)^2; of runs the square of the quantity of one target.
         quantities: [B, T, Q].
-        cubes: [B, T, Q], those of the nats of the quantities; 0 without tails.
+        cubes: [B, T, Q], of the own nats of the quantities; 0 without tails.
         nats: [B, T], -log of the tail probabilities; 0 without tails.
         alarms: float32 [B, T, 3], the alarm at each event, of `ALARM_STATES`; the most nats of it
             so far, and the events since it opened, 0 of alarms without a record.
@@ -113,7 +113,7 @@ class Followed(NamedTuple):
 
     @property
     def deviations(self) -> Floats:
-        """a e / p_before, and what the quantity of runs is the largest of, [B, T, R]."""
+        """a e / p_before, and the quantity of runs of one target, [B, T, R]."""
         return np.copysign(np.sqrt(self.squares), self.errors)
 
 
@@ -122,11 +122,11 @@ class Kernel:
 
     Args:
         spec: with `detection`.
-        tails: pooled, of the quantities; none: nothing but quantities is computed.
+        tails: pooled, one for each quantity; empty: no nats and no alarms.
         combined: pooled, of the norm of the nats of all quantities; None: nats are this norm.
 
     Attributes:
-        order: int [C], the row of each channel.
+        order: int [C], the entry of each channel.
     """
 
     def __init__(self, spec: ModelSpec, tails: Sequence[Tail] = (), combined: Tail | None = None):
@@ -136,12 +136,12 @@ class Kernel:
         self._targets, self._numeric = len(targets), len(names)
         # with averages
         self._kinds = len(detection.kinds) - 2 if names else 0
-        self._rows = self._targets + (self._kinds + 1) * self._numeric
+        self._entries = self._targets + (self._kinds + 1) * self._numeric
         self._quantities = self._kinds * (1 + len(SCALES)) + bool(names) + 1
-        rows = [("forecast", name) for name in head.targets]
-        rows += [(kind, name) for kind in detection.kinds[1:] for name in names]
+        entries = [("forecast", name) for name in head.targets]
+        entries += [(kind, name) for kind in detection.kinds[1:] for name in names]
         channels = detection.channels_of(head.targets, events)
-        self.order = np.array([rows.index((each.kind, each.target)) for each in channels])
+        self.order = np.array([entries.index((each.kind, each.target)) for each in channels])
         columns = detection_columns(spec)
         levels = np.array(detection.tail_levels)
         weights = np.where(levels <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)[1:]
@@ -186,7 +186,7 @@ class Kernel:
         parameters: FloatRows,
         states: FloatRows,
         thresholds: Thresholds | None = None,
-    ) -> Followed:
+    ) -> KernelOutputs:
         """Follow the next events of each stream.
 
         Args:
@@ -194,12 +194,13 @@ class Kernel:
             lengths: int [B], 0..T.
             parameters: [B, T, P], the forecast of each event, made before it; all or some of the
                 columns of a contiguous array.
-            states: [B, S], as `models.spec.layout.detection_state` says; contiguous, updated.
-            thresholds: of alarms; None: alarms are not followed.
+            states: float32 [B, S], as `models.spec.layout.detection_state` says; contiguous, and
+                updated.
+            thresholds: None: alarms are not followed.
         """
         batch, steps = rows.shape[:2]
-        deviations, quantities = (batch, steps, self._rows), (batch, steps, self._quantities)
-        followed = Followed(
+        deviations, quantities = (batch, steps, self._entries), (batch, steps, self._quantities)
+        outputs = KernelOutputs(
             errors=np.zeros(deviations),
             squares=np.zeros(deviations),
             quantities=np.zeros(quantities),
@@ -210,7 +211,7 @@ class Kernel:
         )
         lengths = np.ascontiguousarray(lengths, np.int64)
         rows = np.ascontiguousarray(rows, np.float32)
-        arrays: tuple[NDArray[Any], ...] = followed
+        arrays: tuple[NDArray[Any], ...] = outputs
         nats, per_event = thresholds or (None, None)
         events = _Events(
             *(batch, steps, parameters.strides[1] // parameters.itemsize, address_of(lengths)),
@@ -219,24 +220,24 @@ class Kernel:
             *(address_of(states), *map(address_of, arrays)),
         )
         self._call(self._reference, ctypes.byref(events))
-        return followed
+        return outputs
 
     def shares(self, squares: Floats, cubes: Floats) -> Floats:
         """How much each channel counts in the nats of events, [..., C], 1 in sum: the cubes of each
         kind of channels, by how far each target is off.
 
         Args:
-            squares: [..., R], those of `Followed`, of all or some events.
+            squares: [..., R], those of `KernelOutputs`, of all or some events.
             cubes: [..., Q], those of the same ones.
         """
-        weights, lead = squares + LEAST, cubes.shape[:-1]
+        weights, lead = squares + MIN_CHANNEL_WEIGHT, cubes.shape[:-1]
         averaged = self._kinds * (1 + len(SCALES))
         forecasts, others = weights[..., : self._targets], weights[..., self._targets :]
-        by_forecast = cubes[..., averaged, np.newaxis] + LEAST
+        by_forecast = cubes[..., averaged, np.newaxis] + MIN_CHANNEL_WEIGHT
         forecasts *= by_forecast / forecasts.sum(axis=-1, keepdims=True)
         if self._kinds:
             by_kind = cubes[..., :averaged].reshape(*lead, self._kinds, -1).sum(axis=-1)
-            by_kind = np.concatenate([by_kind, cubes[..., -1:]], axis=-1) + LEAST
+            by_kind = np.concatenate([by_kind, cubes[..., -1:]], axis=-1) + MIN_CHANNEL_WEIGHT
             others = others.reshape(*lead, self._kinds + 1, -1)
             others *= (by_kind / others.sum(axis=-1))[..., np.newaxis]
         return np.asarray((weights / weights.sum(axis=-1, keepdims=True))[..., self.order])
@@ -254,7 +255,7 @@ def _target_rows(targets: Sequence[Target]) -> NDArray[np.int32]:
 
 
 def _tail_rows(tails: Sequence[Tail]) -> Floats:
-    """`tail_t` of each tail, [Q + 1, 5]."""
+    """`tail_t` of each tail, [number, 5]."""
     rows = []
     for tail in tails:
         base, shape = -math.log(tail.exceeded), max(tail.shape, MIN_SHAPE)

@@ -1,6 +1,6 @@
 """The compiled library of detection, of the C files in this folder.
 
-It is built when Carry is installed (`hatch_build.py`), and needs no more of Python than arrays.
+It is built when Carry is installed (`hatch_build.py`), and depends on the C library only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ def load_library() -> ctypes.CDLL:
     """The library.
 
     Raises:
-        ImportError: it was not built.
+        ImportError: it is missing, or built for another platform.
     """
     path = Path(__file__).with_name("libdetection.so")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(
-            f"expected the compiled detection of Carry at {path}: install Carry again ({error})"
+            f"expected the compiled library of detection at {path}: run scripts/setup in a "
+            f"checkout, or install Carry again ({error})"
         ) from error
 
 

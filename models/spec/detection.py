@@ -12,7 +12,7 @@ several channels of each target:
     run        for how many events the value has been the same
 
 Level, change and season are compared at several time scales: the event alone, and means over some
-events. `models.detection` has the equations. The fitted parameters
+events. `models/detection/kernel.c` has the equations. The fitted parameters
 (`DetectionFit`) are in the artifact's specification, like the means of an event schema.
 """
 
@@ -36,14 +36,12 @@ ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
-LEVEL_STEP: Final = 0.5
-"""Levels of tails are multiples of it."""
 SCALES: Final = (12, 36)
 """Events over which errors are averaged, beside the single event."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
 
-TailLevel = Annotated[float, Field(ge=0, le=50, multiple_of=LEVEL_STEP)]
+TailLevel = Annotated[float, Field(ge=0, le=50)]
 OutputName = Literal[
     "deviation",
     "share",
@@ -131,7 +129,7 @@ class DetectionFit(Frozen):
     """Parameters that are fitted to streams without known anomalies.
 
     Attributes:
-        tails: of the quantities of `models.detection.deviations`, which a new stream's own tails
+        tails: of the quantities of `models/detection/kernel.c`, which a new stream's own tails
             start from.
         combined: the tail of the norm of their nats.
         rates: ascending, false alarms of one stream in a day.
@@ -189,8 +187,7 @@ class DetectionSpec(Frozen):
         memory_events: time constant of what a stream is compared with, and of its own tails: after
             this many events the past weighs 1/e.
         prior_events: deviations count by half after as many events of a new stream.
-        tail_levels: ascending nats, multiples of `LEVEL_STEP` from 0 on, above which a stream's own
-            tails count its events.
+        tail_levels: ascending nats, from 0 on, above which a stream's own tails count its events.
         season_events: events per season; adds the channel `season`.
         outputs: which outputs each event has behind `probability` and `alarm`; no other one is
             computed.

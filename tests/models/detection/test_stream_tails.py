@@ -21,6 +21,7 @@ from tests.support.detection import sensor_model
 from tests.support.oracle_detection import DetectionOracle
 
 MEMORY = 100
+NUMBERS = (-3.4e38, -200.0, -20.0, 0.5, 1e30, 3.4e38)
 EVERY_TARGET = spec_of(
     ["flow", "mode", "heat", "open"],
     memory_events=MEMORY,
@@ -323,7 +324,7 @@ def test_any_restored_state_gives_probabilities(every_target: ModelSpec) -> None
     size = detection_state(every_target).float_size
     # each chunk has a rate of its own
     names = [name for name in columns if name != ALARM_RATE]
-    for number, parts in product((-3.4e38, -200.0, -20.0, 0.5, 1e30, 3.4e38), (*([name] for name in names), names)):
+    for number, parts in product(NUMBERS, (*([name] for name in names), names)):
         state = np.zeros((1, size), np.float32)
         for name in parts:
             state[:, columns[name]] = number
