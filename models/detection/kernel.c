@@ -12,21 +12,22 @@
                  target e = sqrt(2 nats) of its forecast; 0 without the target, or without a past
        distance  d = the mean of |e|, with this event
        peak      p = the fourth root of the mean of e^4 of the errors with the sign of this one, and
-                 of those with the other sign with weight 1 - a; of all errors of a forecast
-       spread    q = the square root of the mean of min(|e|, MAX_SPREAD_ERROR d)^2
+                 of those with the other sign with weight 1 - a; of forecasts of min(|e|, LIMIT d)^4
+       spread    q = the square root of the mean of min(|e|, LIMIT d)^2
        trust     a = W_before / (W_before + prior_events)
-       season    of L events: h_t = v_t if a |e| / q_before of its channel is at most MAX_USUAL,
-                 else h_(t-L); in the first season the value, or the last one if it is missing, and
-                 e is 0
+       season    of L events: h_t = h_(t-L) + e, with e of its channel within q_before; v_t while
+                 the channel has no past; h_(t-L), or in the first season the last value, if v_t is
+                 missing
 
    Means have the weights of the stream, those of the channel `season` start one season later. An
    event without a target changes neither its mean, last value nor run. Where a stream is often far
    from its mean, the peak is large: so a |e| / p_before has a light tail, which separates events
    beyond all of the past from others. Each direction has its own, since a value may often fall far
    and never rise; a new stream has one for both. One outlier makes the peak large for several
-   times the memory, but not the spread, so that a |e| / q_before orders what follows it. |e| / p
-   and |e| / q are at most MAX_DEVIATION. The season remembers the last usual value at each phase,
-   so that an anomaly is not unusual again one season later.
+   times the memory, but not the spread, so that a |e| / q_before orders what follows it. Outliers
+   of forecasts are common, and so limited. |e| / p and |e| / q are at most MAX_DEVIATION. The
+   season follows a value at each phase by at most the spread, so that an anomaly is not unusual
+   again one season later.
 
    Quantities, larger for what is more unusual, are over all targets together, so that they are not
    diluted by many. Of levels, of changes and of seasons:
@@ -36,11 +37,13 @@
                  E_t = g E_(t-1) + (1 - g) mean over the numeric targets of (a e / q_before)^2
 
    then the single one of the forecasts of all targets, and that of runs of equal values (a stuck
-   sensor): a run n is 0 where the value changes, else one more than before; M_t = max(r M_(t-1),
-   n_(t-1) if a run ends at t) is the longest one before, and k the number of the stream's events
-   before the run. It is the largest over the targets of
+   sensor): a run n is 0 where the value changes, else one more than before. M and M' are the
+   longest and the second longest run that has ended, and decay by r with each event; k is the
+   number of the stream's events before the run. It is the largest over the targets of
 
-       run       k / (k + prior_events) n / max(M, SHORT_RUN), at most MAX_DEVIATION
+       run       k / (k + prior_events) n / max(M', M / 4, SHORT_RUN), at most MAX_DEVIATION
+
+   so that one stuck period hides later ones up to a quarter of its length only.
 
    A target that an event lacks counts as 0.
 
@@ -57,7 +60,8 @@
    as before it, at most MAX_NATS. So a new stream has the pooled tail, its own past replaces it as
    there is evidence at each level, and y does not decrease with u. Counts change after every BLOCK
    of a stream's events, so that the logarithms are computed once for a block; newer events are
-   pending.
+   pending. Of a block at most MAX_RARE events count at levels from RARE_NATS on, except of
+   averages: the events of one anomaly are one occurrence, and do not make the next one usual.
 
    The norm of order 3 of all y has a pooled tail again: several large ones count more than one,
    the largest ones most. There is one quantity for all targets rather than one for each, since a
@@ -78,18 +82,20 @@ enum { SCALES = 2, MAX_KINDS = 3, MAX_QUANTITIES = MAX_KINDS * (1 + SCALES) + 2 
 enum { MAX_LEVELS = 32 }; /* of `tail_levels` */
 enum { BLOCK = 32 };      /* as in `models.detection.kernel` */
 
-static const double MAX_SPREAD_ERROR = 5.0; /* in distances */
+static const double LIMIT = 5.0; /* of errors in spreads and forecasts, in distances */
 static const double MAX_DEVIATION = 20.0;
 static const double RESOLUTION = 1e-7; /* smallest peak and spread, as a share of the value */
 static const double MIN_SCALE = 1e-12; /* added to it, for values of 0 */
 static const double MIN_FORECAST_PEAK = 1e-6;
 static const double MIN_WEIGHT = 1e-9; /* a past with no more has no event */
-static const double MAX_USUAL = 4.0;
 static const double SHORT_RUN = 8.0;         /* a run up to this length is usual in any stream */
+static const double KNOWN_RUN = 0.25;        /* as one up to this share of the longest one */
 static const double MAX_ERROR = 1e18;        /* DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_NATS = 60.0;         /* as in `models.detection.tails` */
 static const double MIN_SHARE = 1e-12;
+static const double RARE_NATS = 4.5;
+static const double MAX_RARE = 2.0;
 
 /* What is predicted: its columns in a row, `missing` -1 if every event has it, the first of its
    parameters in a forecast, and their number; a categorical target has one for each code. */
@@ -109,8 +115,8 @@ typedef struct {
 
 /* Offset of each part of a stream's state (`detection_parts` of `models.spec.detection`), -1 of
    those that the model lacks. `distance`, `spread` and `peak` are the weighted sum of |e|, the root
-   of that of min(|e|, MAX_SPREAD_ERROR d)^2, and the fourth root of that of e^4, since floats have
-   no fourth power of small values. `mean` + `rest` is the mean, with the digits of an offset. */
+   of that of min(|e|, LIMIT d)^2, and the fourth root of that of the fourth powers, since floats
+   have none of small values. `mean` + `rest` is the mean, with the digits of an offset. */
 typedef struct {
     int32_t events, weight, last, mean, rest, distance, spread, peak, average, run, longest, season,
         season_weight, tail_counts, tail_pending, tail_filled, alarm, alarm_since, alarm_excess,
@@ -170,66 +176,75 @@ static double forecast_error(const target_t *target, double value, const float *
     return sqrt(2.0 * larger(nats, 0.0));
 }
 
-/* The past of a channel: one over its weight before an event and after it, and its trust. */
+/* The past of a channel: whether it has an event, one over its weight before this event and after
+   it, and its trust. */
 typedef struct {
+    int has_event;
     double inverse, inverse_after, trust;
 } past_t;
 
 static past_t past_of(const model_t *model, double weight, double after) {
+    int has_event = weight > MIN_WEIGHT;
     weight = larger(weight, MIN_WEIGHT), after = larger(after, MIN_WEIGHT);
-    return (past_t){1.0 / weight, 1.0 / after, weight / (weight + model->prior_events)};
+    return (past_t){has_event, 1.0 / weight, 1.0 / after, weight / (weight + model->prior_events)};
 }
 
-/* Updates the channel `forecast` of a target; returns (a e / p_before)^2. */
-static double follow_forecast(double decay, float *peak, double e, past_t past) {
-    double fourths = square(square(*peak));
-    double scale = larger(sqrt(fourths * past.inverse), square(MIN_FORECAST_PEAK));
-    *peak = (float)sqrt(sqrt(decay * fourths + square(square(e))));
-    return square(past.trust) * smaller(square(e) / scale, square(MAX_DEVIATION));
-}
-
-/* One channel of a numeric target: its parts of the state, and its error at an event. */
+/* One channel of a target: its parts of the state, and its error at an event. */
 typedef struct {
-    float *distance, *spread, *above, *below;
+    float *distance, *above, *below;
     double error;
     past_t past;
 } channel_t;
 
-/* Updates a channel; writes (a e / p_before)^2 and (a e / q_before)^2. `smallest`: the square of
-   the smallest p and q. */
-static void follow_channel(const model_t *model, const channel_t *channel, double smallest,
-                           double *by_peak, double *by_spread) {
-    double e = channel->error, size = fabs(e), squared = square(e), largest = square(MAX_DEVIATION);
-    double trust = square(channel->past.trust);
-    float *own = e > 0.0 ? channel->above : channel->below;
-    float *other = e > 0.0 ? channel->below : channel->above;
-    double fourths = square(square(*own)), spread = square(*channel->spread);
-    double both = fourths + (1.0 - channel->past.trust) * square(square(*other));
-    *by_peak =
-        trust * smaller(squared / larger(sqrt(both * channel->past.inverse), smallest), largest);
-    *by_spread =
-        trust * smaller(squared / larger(spread * channel->past.inverse, smallest), largest);
+/* Updates the distance of a channel; returns min(|e|, LIMIT d). */
+static double follow_distance(const model_t *model, const channel_t *channel) {
+    double size = fabs(channel->error);
     double distance = model->decay * larger(*channel->distance, 0.0) + size;
     *channel->distance = (float)distance;
-    double counted = smaller(size, MAX_SPREAD_ERROR * distance * channel->past.inverse_after);
-    *channel->spread = (float)sqrt(model->decay * spread + square(counted));
-    *own = (float)sqrt(sqrt(model->decay * fourths + square(squared)));
+    return smaller(size, LIMIT * distance * channel->past.inverse_after);
+}
+
+/* Updates the peaks of a channel by |e|, or what counts of it; returns (a e / p_before)^2.
+   `smallest`: the square of the smallest p. */
+static double follow_peaks(const model_t *model, const channel_t *channel, double counted,
+                           double smallest) {
+    double e = channel->error, trust = channel->past.trust;
+    float *own = e > 0.0 ? channel->above : channel->below;
+    float *other = e > 0.0 ? channel->below : channel->above;
+    double fourths = square(square(*own));
+    double both = fourths + (1.0 - trust) * square(square(*other));
+    double scale = larger(sqrt(both * channel->past.inverse), smallest);
+    *own = (float)sqrt(sqrt(model->decay * fourths + square(square(counted))));
     *other = (float)(*other * model->fourth_root_decay);
+    return square(trust) * smaller(square(e) / scale, square(MAX_DEVIATION));
+}
+
+/* Updates the spread of a channel; writes q_before^2, and returns (a e / q_before)^2. `smallest`:
+   the square of the smallest q. */
+static double follow_spread(const model_t *model, const channel_t *channel, float *spread,
+                            double counted, double smallest, double *before) {
+    double sum = square(*spread);
+    *before = larger(sum * channel->past.inverse, smallest);
+    *spread = (float)sqrt(model->decay * sum + square(counted));
+    return square(channel->past.trust) *
+           smaller(square(channel->error) / *before, square(MAX_DEVIATION));
 }
 
 /* Updates the run of a target, and writes its length n; returns what the quantity of runs is the
    largest of. */
-static double follow_run(const model_t *model, float *run, float *longest, int present, int is_same,
-                         double events_before, double *length) {
-    double before = larger(*run, 0.0);
-    int is_end = present && !is_same;
-    *longest = (float)larger(model->decay * *longest, is_end ? before : 0.0);
+static double follow_run(const model_t *model, float *run, float *longest, float *second,
+                         int present, int is_same, double events_before, double *length) {
+    double before = larger(*run, 0.0), ended = present && !is_same ? before : 0.0;
+    double first = model->decay * larger(*longest, 0.0);
+    *second = (float)larger(model->decay * *second, smaller(first, ended));
+    *longest = (float)larger(first, ended);
     *length = smaller(present ? (is_same ? before + 1.0 : 0.0) : before, MAX_COUNT);
     *run = (float)*length;
     if (!present) return 0.0;
     double past = larger(events_before - *length, 0.0);
     double trust = past / (past + model->prior_events);
-    return smaller(trust * *length / larger(*longest, SHORT_RUN), MAX_DEVIATION);
+    double known = larger(larger(*second, KNOWN_RUN * *longest), SHORT_RUN);
+    return smaller(trust * *length / known, MAX_DEVIATION);
 }
 
 /* Updates the state by one event; writes its deviations and quantities, returns which targets it
@@ -238,6 +253,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
                         float *state, int phase, deviations_t deviations, double *quantities) {
     const parts_t *at = &model->at;
     int targets = model->targets, numeric = model->numeric, kinds = model->kinds, n = 0, has = 0;
+    int entries = targets + kinds * numeric; /* but runs */
     double decay = model->decay, events_before = state[at->events];
     double forecasts = 0.0, longest_run = 0.0;
     double by_peak[MAX_KINDS] = {0.0}, by_spread[MAX_KINDS] = {0.0};
@@ -247,12 +263,16 @@ static int follow_event(const model_t *model, const float *row, const float *par
         if (present) has |= target->kind == NUMERIC ? TARGET | NUMERIC_TARGET : TARGET;
         double before = larger(state[at->weight + d], 0.0), after = decay * before + present;
         state[at->weight + d] = (float)after;
-        int has_past = before > MIN_WEIGHT;
         past_t past = past_of(model, before, after);
         double error = 0.0;
-        if (present && has_past) error = forecast_error(target, row[target->encoded], parameters);
+        if (present && past.has_event)
+            error = forecast_error(target, row[target->encoded], parameters);
+        channel_t forecast = {state + at->distance + d, state + at->peak + d,
+                              state + at->peak + entries + d, error, past};
+        double counted = follow_distance(model, &forecast);
         deviations.errors[d] = error;
-        deviations.squares[d] = follow_forecast(decay, state + at->peak + d, error, past);
+        deviations.squares[d] =
+            follow_peaks(model, &forecast, counted, square(MIN_FORECAST_PEAK));
         forecasts += deviations.squares[d];
         if (target->kind != NUMERIC) continue;
 
@@ -262,7 +282,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
         double latest = clamp(*last, MAX_ERROR), level = clamp((double)*mean + *rest, MAX_ERROR);
         double errors[MAX_KINDS] = {0.0};
         past_t pasts[MAX_KINDS] = {past, past, past};
-        if (present && has_past) errors[0] = value - level, errors[1] = value - latest;
+        if (present && past.has_event) errors[0] = value - level, errors[1] = value - latest;
         double usual = latest;
         if (model->season_events) {
             float *own = state + at->season_weight + n;
@@ -274,28 +294,29 @@ static int follow_event(const model_t *model, const float *row, const float *par
             *own = (float)next;
             pasts[2] = past_of(model, weight, next);
         }
-        double smallest = square(RESOLUTION * fabs(value) + MIN_SCALE), of_peak, of_spread = 0.0;
+        double smallest = square(RESOLUTION * fabs(value) + MIN_SCALE), spread = 0.0;
         for (int k = 0; k < kinds; k++) {
-            int place = k * numeric + n, peak = at->peak + targets + place;
-            channel_t channel = {
-                .distance = state + at->distance + place,
-                .spread = state + at->spread + place,
-                .above = state + peak,
-                .below = state + peak + kinds * numeric,
-                .error = errors[k],
-                .past = pasts[k],
-            };
-            follow_channel(model, &channel, smallest, &of_peak, &of_spread);
-            by_peak[k] += of_peak, by_spread[k] += of_spread;
-            deviations.errors[targets + place] = errors[k];
-            deviations.squares[targets + place] = of_peak;
+            int place = targets + k * numeric + n;
+            channel_t channel = {state + at->distance + place, state + at->peak + place,
+                                 state + at->peak + entries + place, errors[k], pasts[k]};
+            counted = follow_distance(model, &channel);
+            double of_peak = follow_peaks(model, &channel, fabs(errors[k]), smallest);
+            by_peak[k] += of_peak;
+            by_spread[k] += follow_spread(model, &channel, state + at->spread + place - targets,
+                                          counted, smallest, &spread);
+            deviations.errors[place] = errors[k];
+            deviations.squares[place] = of_peak;
         }
-        if (phase_value)
-            *phase_value = (float)(present && of_spread <= square(MAX_USUAL) ? value : usual);
+        if (phase_value) {
+            int has_season = present && pasts[2].has_event;
+            double next = has_season ? usual + clamp(errors[2], sqrt(spread)) : value;
+            *phase_value = (float)(present ? next : usual);
+        }
 
         double length;
-        int place = targets + kinds * numeric + n, is_same = has_past && value == latest;
-        double run = follow_run(model, state + at->run + n, state + at->longest + n, present,
+        int place = entries + n, is_same = past.has_event && value == latest;
+        float *longest = state + at->longest + n;
+        double run = follow_run(model, state + at->run + n, longest, longest + numeric, present,
                                 is_same, events_before, &length);
         deviations.errors[place] = length, deviations.squares[place] = square(run);
         longest_run = larger(longest_run, run);
@@ -363,7 +384,10 @@ static double score_event(const model_t *model, const double *quantities, int ha
     if (*block_events >= BLOCK) {
         *block_events = 0.0f;
         for (int i = 0; i < model->levels * size; i++) {
-            double count = model->block_decay * larger(counts[i], 0.0) + larger(pending[i], 0.0);
+            int q = i % size, is_average = q < of_forecasts && q % (1 + SCALES) > 0;
+            int is_rare = !is_average && model->level[i / size].nats >= RARE_NATS;
+            double new = smaller(larger(pending[i], 0.0), is_rare ? MAX_RARE : BLOCK);
+            double count = model->block_decay * larger(counts[i], 0.0) + new;
             counts[i] = (float)smaller(count, MAX_COUNT);
             pending[i] = 0.0f;
         }

@@ -36,7 +36,7 @@ ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
-SCALES: Final = (12, 36)
+SCALES: Final = (12, 72)
 """Events over which errors are averaged, beside the single event."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
@@ -296,12 +296,12 @@ def detection_parts(
         "last": (numeric,),
         "mean": (numeric,),
         "rest": (numeric,),
-        "distance": (kinds, numeric),
+        "distance": (targets + kinds * numeric,),
         "spread": (kinds, numeric),
-        "peak": (targets + 2 * kinds * numeric,),
+        "peak": (2, targets + kinds * numeric),
         "average": (len(SCALES), kinds),
         "run": (numeric,),
-        "longest": (numeric,),
+        "longest": (2, numeric),
         "tail_counts": (len(spec.tail_levels), tails),
         "tail_pending": (len(spec.tail_levels), tails),
         "tail_filled": (1,),

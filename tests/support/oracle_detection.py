@@ -14,7 +14,7 @@ from models.spec.model import ModelSpec
 from tests.support.oracle_layers import Floats, softmax, softplus
 from tests.support.oracle_stream_tails import StreamTailsOracle
 
-SCALES = (12, 36)
+SCALES = (12, 72)
 
 
 class DetectionOracle:
@@ -38,7 +38,7 @@ class DetectionOracle:
         self.errors = {channel.label: _Errors() for channel in self.channels}
         self.averages = {(kind, scale): 0.0 for kind in self.kinds for scale in SCALES}
         self.run = dict.fromkeys(self.numeric, 0)
-        self.longest = dict.fromkeys(self.numeric, 0.0)
+        self.longest = dict.fromkeys(self.numeric, (0.0, 0.0))
         self.tails = StreamTailsOracle(self.detection, self.fit, self._tail)
         self.is_open, self.unusual, self.usual, self.excess = False, 0, 0, 0.0
         self.since, self.peak, self.latest, self.cause = 0, 0.0, 0.0, (0.0, 0.0)
@@ -62,8 +62,10 @@ class DetectionOracle:
                 zs[channel.label], squares[channel.label] = ratio, ratio**2
                 errors[channel.label] = float(self.run[name])
                 continue
-            error = self._error(name, kind, raw, forecasts[name]) if present[name] else None
             own = self.errors[channel.label]
+            before = own.weight
+            spread = (own.squares / before) ** 0.5 if before and kind == "season" else 0.0
+            error = self._error(name, kind, raw, forecasts[name]) if present[name] else None
             weight = own.weight if kind == "season" else self.weight[name]
             trust = weight / (weight + self.detection.prior_events)
             by_peak, by_spread = own.follow(
@@ -72,7 +74,7 @@ class DetectionOracle:
                 trust,
                 self.detection.memory_events,
                 1e-6 if kind == "forecast" else 1e-7 * abs(raw[name]) + 1e-12,
-                is_signed=kind != "forecast",
+                is_limited=kind == "forecast",
                 is_seen=present[name],
             )
             errors[channel.label] = error or 0.0
@@ -82,10 +84,14 @@ class DetectionOracle:
                 limited[kind] += (trust * by_spread) ** 2 / len(self.numeric)
             if kind == "season":
                 known = self.past[name]
-                is_usual = present[name] and trust * by_spread <= 4.0
-                first = len(known) < (known.maxlen or 0)
-                usual = (raw[name] if present[name] else self.last[name]) if first else known[0]
-                known.append(raw[name] if is_usual else usual)
+                if present[name] and before:
+                    bound = max(spread, 1e-7 * abs(raw[name]) + 1e-12)
+                    value = known[0] + min(max(error or 0.0, -bound), bound)
+                elif present[name]:
+                    value = raw[name]
+                else:
+                    value = known[0] if len(known) == known.maxlen else self.last[name]
+                known.append(value)
         quantities = self._quantities(squares, limited, present)
         decay = math.exp(-1 / self.detection.memory_events)
         for name in self.fields:
@@ -128,17 +134,20 @@ class DetectionOracle:
 
     def _run(self, name: str, value: float | None) -> float:
         """How long the value has been the same, beside the longest run before."""
-        self.longest[name] *= math.exp(-1 / self.detection.memory_events)
+        decay = math.exp(-1 / self.detection.memory_events)
+        longest, second = (decay * each for each in self.longest[name])
+        self.longest[name] = longest, second
         if value is None:
             return 0.0
         if self.weight[name] > 0 and value == self.last[name]:
             self.run[name] += 1
         else:
-            self.longest[name] = max(self.longest[name], self.run[name])
+            _, second, longest = sorted((longest, second, self.run[name]))
+            self.longest[name] = longest, second
             self.run[name] = 0
         past = max(self.count - self.run[name], 0)
         trust = past / (past + self.detection.prior_events)
-        return min(trust * self.run[name] / max(self.longest[name], 8.0), 20.0)
+        return min(trust * self.run[name] / max(second, longest / 4, 8.0), 20.0)
 
     def _quantities(
         self,
@@ -328,7 +337,7 @@ class _Errors:
         memory: int,
         least: float,
         *,
-        is_signed: bool,
+        is_limited: bool,
         is_seen: bool,
     ) -> tuple[float, float]:
         """|e| / p and |e| / q, each at most 20, by the errors before.
@@ -338,8 +347,8 @@ class _Errors:
             is_seen: whether the event counts in it.
         """
         decay, size = math.exp(-1 / memory), abs(error or 0.0)
-        side = int(is_signed and (error or 0.0) > 0)
-        fourths = self.fourths[side] + (1 - trust) * self.fourths[1 - side] * is_signed
+        side = int((error or 0.0) > 0)
+        fourths = self.fourths[side] + (1 - trust) * self.fourths[1 - side]
         peak = (fourths / weight) ** 0.25 if weight else 0.0
         spread = (self.squares / weight) ** 0.5 if weight else 0.0
         found = tuple(min(size / max(scale, least), 20.0) for scale in (peak, spread))
@@ -349,5 +358,5 @@ class _Errors:
         limit = 5 * self.distance / after if after else 0.0
         self.squares = decay * self.squares + min(size, limit) ** 2
         self.fourths = [decay * each for each in self.fourths]
-        self.fourths[side] += size**4
+        self.fourths[side] += (min(size, limit) if is_limited else size) ** 4
         return found[0], found[1]

@@ -58,6 +58,8 @@ class StreamTailsOracle:
         self.events += 1
         if self.events % BLOCK == 0:
             decay = math.exp(-BLOCK / self.memory)
-            for counts, pending in zip(self.counts, self.pending, strict=True):
+            for at, (counts, pending) in enumerate(zip(self.counts, self.pending, strict=True)):
+                is_average = at < len(self.counts) - 2 and at % 3 > 0
                 for i, new in enumerate(pending):
-                    counts[i], pending[i] = decay * counts[i] + new, 0
+                    most = 2 if self.levels[i] >= 4.5 and not is_average else BLOCK
+                    counts[i], pending[i] = decay * counts[i] + min(new, most), 0
