@@ -100,8 +100,14 @@ def as_they_come() -> ModelSpec:
     return fitted_to_events(normalised(["mode", "flow", "heat"], MEMORY))
 
 
-def check_against_oracle(spec: ModelSpec, cuts: list[int]) -> None:
+def check_against_oracle(
+    spec: ModelSpec, cuts: list[int], runs: tuple[tuple[int, int], ...] = ()
+) -> None:
+    """Of random events, in some of which `flow` stays the same: the first and the last one."""
     rows, outputs = events_with_values(np.random.default_rng(11), spec, 150)
+    assert spec.events is not None
+    for start, stop in runs:
+        rows[start:stop, spec.events.column_index["flow"]] = start
     scored, _ = run(spec, rows, outputs, cuts, more=len(cuts) % 3)
     oracle, parameters = DetectionOracle(spec), parameters_of(spec)
     expected = [
@@ -215,6 +221,13 @@ def test_a_constant_stream_has_no_level(as_they_come: ModelSpec) -> None:
         assert peak[3] < 1e-3, peak
         shares.append(scored["odd.share"])
     np.testing.assert_array_equal(shares[0], shares[1])
+
+
+@pytest.mark.parametrize("cuts", [[150], [1] * 150, [30, 35, 32, 53]])
+def test_runs_of_equal_values_are_the_oracles_for_any_chunks(
+    every_target: ModelSpec, cuts: list[int]
+) -> None:
+    check_against_oracle(every_target, cuts, runs=((10, 30), (40, 58), (70, 90), (100, 140)))
 
 
 def test_a_model_without_a_numeric_target_has_one_tail() -> None:
