@@ -44,7 +44,7 @@ VALIDATED: Final = 0.3
 """Share of the events before the test part that detection and thresholds are fitted to."""
 RATES: Final = (0.05, 0.2, 1.0)
 LEVELS: Final = (0.01, 0.001)
-THRESHOLDS: Final = 80
+THRESHOLDS: Final = 400
 DETECTION: Final = "detection"
 
 
