@@ -52,8 +52,10 @@ class LibraryBuildHook(BuildHookInterface[Any]):
             raise RuntimeError("the package ziglang, which has the C compiler, is not installed")
         triple, tag = TARGETS[target]
         library = Path(self.root, LIBRARY)
-        # on the file system of the checkout: several environments may install it at the same time
-        (parent := Path(self.root, "build")).mkdir(exist_ok=True)
+        parent = None
+        if version == "editable":
+            # on the file system of the checkout: several environments may install it at once
+            (parent := Path(self.root, "build")).mkdir(exist_ok=True)
         self.folder = TemporaryDirectory(dir=parent)
         folder = self.folder.name
         # a relative output: a library of macOS contains its path

@@ -97,11 +97,11 @@ class Detector:
             Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the state after each
             row's last event.
         """
-        outputs = np.ascontiguousarray(outputs, np.float32)
         after = np.array(state, np.float32, order="C")
         parameters = outputs[..., self._parameters]
         thresholds = self._thresholds(after[:, self._rate_at])
-        followed = self._kernel.follow(rows, lengths, parameters, after, thresholds)
+        first = self._parameters.start
+        followed = self._kernel.follow(rows, lengths, outputs, first, after, thresholds)
         if self._cause_at is not None:
             for row in (followed.opened >= 0).nonzero()[0].tolist():
                 at = int(followed.opened[row])

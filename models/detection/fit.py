@@ -149,8 +149,8 @@ def _follow(
     """
     found = []
     for at, (rows, parameters, counted, _) in enumerate(streams):
-        of_one = np.ascontiguousarray(parameters, np.float32)[np.newaxis]
-        outputs = kernel.follow(rows[np.newaxis], [len(rows)], of_one, states[at : at + 1])
+        of_one = rows[np.newaxis], [len(rows)], parameters[np.newaxis], 0
+        outputs = kernel.follow(*of_one, states[at : at + 1])
         found.append(numbers(outputs)[0, counted])
     return np.concatenate(found)
 

@@ -152,9 +152,9 @@ typedef struct {
     double nats[MAX_LEVELS], slope[MAX_LEVELS];
 } line_t;
 
-/* b if a is no number; unlike `fmax` and `fmin` one instruction each */
-static double larger(double a, double b) { return a > b ? a : b; }
-static double smaller(double a, double b) { return a < b ? a : b; }
+/* a if it is no number, so that what a forecast without numbers gives is none either */
+static double larger(double a, double b) { return b > a ? b : a; }
+static double smaller(double a, double b) { return b < a ? b : a; }
 static double clamp(double x, double limit) { return larger(smaller(x, limit), -limit); }
 static double square(double x) { return x * x; }
 
@@ -410,7 +410,8 @@ static alarm_t load_alarm(const parts_t *at, const float *state) {
         alarm.since = state[at->alarm_since], alarm.excess = state[at->alarm_excess];
     if (at->alarm_nats >= 0) {
         alarm.events = state[at->alarm_events];
-        alarm.peak = state[at->alarm_nats], alarm.latest = state[at->alarm_nats + 1];
+        alarm.peak = (float)smaller(state[at->alarm_nats], MAX_NATS);
+        alarm.latest = state[at->alarm_nats + 1];
     }
     return alarm;
 }
@@ -428,7 +429,7 @@ static void store_alarm(const parts_t *at, float *state, alarm_t alarm) {
 /* Arguments of `follow_streams`; arrays are [batch, steps, ...]. Entries beyond a length, and
    `alarms` of events without one, are not written. `_Events` of `kernel.py` has the same fields. */
 typedef struct {
-    int64_t batch, steps, stride; /* stride: floats from the parameters of an event to the next's */
+    int64_t batch, steps, stride; /* stride: floats from the forecast of an event to the next's */
     const int64_t *lengths;       /* [batch] */
     const float *rows, *parameters;
     const double *thresholds, *per_event; /* [batch], see `follow_alarm`; NULL without alarms */

@@ -183,7 +183,8 @@ class Kernel:
         self,
         rows: FloatRows,
         lengths: ArrayLike,
-        parameters: FloatRows,
+        outputs: FloatRows,
+        first: int,
         states: FloatRows,
         thresholds: Thresholds | None = None,
     ) -> KernelOutputs:
@@ -192,15 +193,15 @@ class Kernel:
         Args:
             rows: [B, T, F], encoded; anything beyond a length.
             lengths: int [B], 0..T.
-            parameters: [B, T, P], the forecast of each event, made before it; all or some of the
-                columns of a contiguous array.
+            outputs: [B, T, O'], of which the columns from `first` on are the parameters of each
+                event's forecast, made before it.
             states: float32 [B, S], as `models.spec.layout.detection_state` says; contiguous, and
                 updated.
             thresholds: None: alarms are not followed.
         """
         batch, steps = rows.shape[:2]
         deviations, quantities = (batch, steps, self._entries), (batch, steps, self._quantities)
-        outputs = KernelOutputs(
+        found = KernelOutputs(
             errors=np.zeros(deviations),
             squares=np.zeros(deviations),
             quantities=np.zeros(quantities),
@@ -210,17 +211,17 @@ class Kernel:
             opened=np.empty(batch, np.int64),
         )
         lengths = np.ascontiguousarray(lengths, np.int64)
-        rows = np.ascontiguousarray(rows, np.float32)
-        arrays: tuple[NDArray[Any], ...] = outputs
+        rows, outputs = (np.ascontiguousarray(each, np.float32) for each in (rows, outputs))
+        arrays: tuple[NDArray[Any], ...] = found
         nats, per_event = thresholds or (None, None)
         events = _Events(
-            *(batch, steps, parameters.strides[1] // parameters.itemsize, address_of(lengths)),
-            *(address_of(rows), address_of(parameters)),
+            *(batch, steps, outputs.shape[-1], address_of(lengths)),
+            *(address_of(rows), address_of(outputs) + first * outputs.itemsize),
             *(None if each is None else address_of(each) for each in (nats, per_event)),
             *(address_of(states), *map(address_of, arrays)),
         )
         self._call(self._reference, ctypes.byref(events))
-        return outputs
+        return found
 
     def shares(self, squares: Floats, cubes: Floats) -> Floats:
         """How much each channel counts in the nats of events, [..., C], 1 in sum: the cubes of each
@@ -236,9 +237,11 @@ class Kernel:
         by_forecast = cubes[..., averaged, np.newaxis] + MIN_CHANNEL_WEIGHT
         forecasts *= by_forecast / forecasts.sum(axis=-1, keepdims=True)
         if self._kinds:
-            by_kind = cubes[..., :averaged].reshape(*lead, self._kinds, -1).sum(axis=-1)
+            by_kind = (
+                cubes[..., :averaged].reshape(*lead, self._kinds, 1 + len(SCALES)).sum(axis=-1)
+            )
             by_kind = np.concatenate([by_kind, cubes[..., -1:]], axis=-1) + MIN_CHANNEL_WEIGHT
-            others = others.reshape(*lead, self._kinds + 1, -1)
+            others = others.reshape(*lead, self._kinds + 1, self._numeric)
             others *= (by_kind / others.sum(axis=-1))[..., np.newaxis]
         return np.asarray((weights / weights.sum(axis=-1, keepdims=True))[..., self.order])
 

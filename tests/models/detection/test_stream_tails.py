@@ -276,7 +276,7 @@ def test_probabilities_become_the_streams_own(scale: float) -> None:
     share = (probability[late] <= 0.01).mean()
     assert (0.002 if scale < 1 else 0.006) < share < 0.016
     state = detection_state(spec).zero().floats[np.newaxis]
-    found = Kernel(spec).follow(rows[np.newaxis], [20_000], outputs[np.newaxis], state)
+    found = Kernel(spec).follow(rows[np.newaxis], [20_000], outputs[np.newaxis], 0, state)
     nats = Tails([tail]).nats(found.quantities[..., 0])[0]
     pooled = (nats[late] >= -np.log(0.01)).mean()
     assert scale == 1.0 or not 0.006 < pooled < 0.016
@@ -346,6 +346,40 @@ def test_any_restored_state_gives_probabilities(every_target: ModelSpec) -> None
             scored, state = detector.step(rows[part], np.array([8]), outputs[part], state)
             assert np.isfinite(scored).all(), (number, parts)
             assert np.isfinite(state).all(), (number, parts)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_forecast_that_is_no_number_leaves_no_finite_state(
+    every_target: ModelSpec, number: float
+) -> None:
+    """So that the service refuses the chunk, however the stream is cut into chunks. A mean that is
+    infinite has the largest error."""
+    assert every_target.detection is not None
+    detection = every_target.detection.model_copy(update={"outputs": ()})
+    spec = every_target.model_copy(update={"detection": detection})
+    rows, outputs = events(np.random.default_rng(12), spec, 40)
+    for parameter in range(parameters_of(spec).start, parameters_of(spec).stop):
+        changed = outputs.copy()
+        changed[20, parameter] = number
+        states = [run(spec, rows, changed, cuts)[1] for cuts in ([40], [21, 19])]
+        np.testing.assert_array_equal(states[0], states[1])
+        assert not np.isnan(number) or not np.isfinite(states[0]).all(), parameter
+
+
+def test_arrays_may_have_any_layout(every_target: ModelSpec) -> None:
+    rows, outputs = events(np.random.default_rng(12), every_target, 30)
+    state = np.tile(detection_state(every_target).zero().floats, (30, 1))
+    detector, lengths = Detector(every_target), np.ones(30, np.int32)
+    expected, after = detector.step(rows[:, np.newaxis], lengths, outputs[:, np.newaxis], state)
+    for change in (
+        lambda array: np.ascontiguousarray(array.transpose(1, 0, 2)).transpose(1, 0, 2),
+        lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
+        lambda array: array.astype(np.float64),
+    ):
+        given = change(rows[:, np.newaxis]), lengths, change(outputs[:, np.newaxis])
+        found, states = detector.step(*given, np.asfortranarray(state))
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(states, after)
 
 
 def test_the_fit_is_in_the_artifact(tmp_path: Path) -> None:
