@@ -43,7 +43,7 @@
 
        run       k / (k + prior_events) n / max(M', M / 4, SHORT_RUN), at most MAX_DEVIATION
 
-   so that one stuck period hides later ones up to a quarter of its length only.
+   so that one stuck period hides the next one less.
 
    A target that an event lacks counts as 0.
 

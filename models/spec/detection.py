@@ -36,7 +36,7 @@ ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
-SCALES: Final = (12, 72)
+SCALES: Final = (12, 36)
 """Events over which errors are averaged, beside the single event."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""

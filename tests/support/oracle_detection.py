@@ -14,7 +14,7 @@ from models.spec.model import ModelSpec
 from tests.support.oracle_layers import Floats, softmax, softplus
 from tests.support.oracle_stream_tails import StreamTailsOracle
 
-SCALES = (12, 72)
+SCALES = (12, 36)
 
 
 class DetectionOracle:
