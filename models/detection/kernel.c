@@ -37,13 +37,11 @@
                  E_t = g E_(t-1) + (1 - g) mean over the numeric targets of (a e / q_before)^2
 
    then the single one of the forecasts of all targets, and that of runs of equal values (a stuck
-   sensor): a run n is 0 where the value changes, else one more than before. M and M' are the
-   longest and the second longest run that has ended, and decay by r with each event; k is the
-   number of the stream's events before the run. It is the largest over the targets of
+   sensor): a run n is 0 where the value changes, else one more than before; M_t = max(r M_(t-1),
+   n_(t-1) if a run ends at t) is the longest one before, and k the number of the stream's events
+   before the run. It is the largest over the targets of
 
-       run       k / (k + prior_events) n / max(M', M / 4, SHORT_RUN), at most MAX_DEVIATION
-
-   so that one stuck period hides the next one less.
+       run       k / (k + prior_events) n / max(M, SHORT_RUN), at most MAX_DEVIATION
 
    A target that an event lacks counts as 0.
 
@@ -89,7 +87,6 @@ static const double MIN_SCALE = 1e-12; /* added to it, for values of 0 */
 static const double MIN_FORECAST_PEAK = 1e-6;
 static const double MIN_WEIGHT = 1e-9; /* a past with no more has no event */
 static const double SHORT_RUN = 8.0;         /* a run up to this length is usual in any stream */
-static const double KNOWN_RUN = 0.25;        /* as one up to this share of the longest one */
 static const double MAX_ERROR = 1e18;        /* DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_NATS = 60.0;         /* as in `models.detection.tails` */
@@ -232,19 +229,16 @@ static double follow_spread(const model_t *model, const channel_t *channel, floa
 
 /* Updates the run of a target, and writes its length n; returns what the quantity of runs is the
    largest of. */
-static double follow_run(const model_t *model, float *run, float *longest, float *second,
-                         int present, int is_same, double events_before, double *length) {
+static double follow_run(const model_t *model, float *run, float *longest, int present, int is_same,
+                         double events_before, double *length) {
     double before = larger(*run, 0.0), ended = present && !is_same ? before : 0.0;
-    double first = model->decay * larger(*longest, 0.0);
-    *second = (float)larger(model->decay * *second, smaller(first, ended));
-    *longest = (float)larger(first, ended);
+    *longest = (float)larger(model->decay * *longest, ended);
     *length = smaller(present ? (is_same ? before + 1.0 : 0.0) : before, MAX_COUNT);
     *run = (float)*length;
     if (!present) return 0.0;
     double past = larger(events_before - *length, 0.0);
     double trust = past / (past + model->prior_events);
-    double known = larger(larger(*second, KNOWN_RUN * *longest), SHORT_RUN);
-    return smaller(trust * *length / known, MAX_DEVIATION);
+    return smaller(trust * *length / larger(*longest, SHORT_RUN), MAX_DEVIATION);
 }
 
 /* Updates the state by one event; writes its deviations and quantities, returns which targets it
@@ -315,8 +309,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
 
         double length;
         int place = entries + n, is_same = past.has_event && value == latest;
-        float *longest = state + at->longest + n;
-        double run = follow_run(model, state + at->run + n, longest, longest + numeric, present,
+        double run = follow_run(model, state + at->run + n, state + at->longest + n, present,
                                 is_same, events_before, &length);
         deviations.errors[place] = length, deviations.squares[place] = square(run);
         longest_run = larger(longest_run, run);

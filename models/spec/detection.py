@@ -301,7 +301,7 @@ def detection_parts(
         "peak": (2, targets + kinds * numeric),
         "average": (len(SCALES), kinds),
         "run": (numeric,),
-        "longest": (2, numeric),
+        "longest": (numeric,),
         "tail_counts": (len(spec.tail_levels), tails),
         "tail_pending": (len(spec.tail_levels), tails),
         "tail_filled": (1,),

@@ -38,7 +38,7 @@ class DetectionOracle:
         self.errors = {channel.label: _Errors() for channel in self.channels}
         self.averages = {(kind, scale): 0.0 for kind in self.kinds for scale in SCALES}
         self.run = dict.fromkeys(self.numeric, 0)
-        self.longest = dict.fromkeys(self.numeric, (0.0, 0.0))
+        self.longest = dict.fromkeys(self.numeric, 0.0)
         self.tails = StreamTailsOracle(self.detection, self.fit, self._tail)
         self.is_open, self.unusual, self.usual, self.excess = False, 0, 0, 0.0
         self.since, self.peak, self.latest, self.cause = 0, 0.0, 0.0, (0.0, 0.0)
@@ -134,20 +134,17 @@ class DetectionOracle:
 
     def _run(self, name: str, value: float | None) -> float:
         """How long the value has been the same, beside the longest run before."""
-        decay = math.exp(-1 / self.detection.memory_events)
-        longest, second = (decay * each for each in self.longest[name])
-        self.longest[name] = longest, second
+        self.longest[name] *= math.exp(-1 / self.detection.memory_events)
         if value is None:
             return 0.0
         if self.weight[name] > 0 and value == self.last[name]:
             self.run[name] += 1
         else:
-            _, second, longest = sorted((longest, second, self.run[name]))
-            self.longest[name] = longest, second
+            self.longest[name] = max(self.longest[name], self.run[name])
             self.run[name] = 0
         past = max(self.count - self.run[name], 0)
         trust = past / (past + self.detection.prior_events)
-        return min(trust * self.run[name] / max(second, longest / 4, 8.0), 20.0)
+        return min(trust * self.run[name] / max(self.longest[name], 8.0), 20.0)
 
     def _quantities(
         self,

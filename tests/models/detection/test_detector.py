@@ -317,17 +317,6 @@ def test_an_anomaly_is_not_unusual_again_one_season_later(seasonal: ModelSpec, k
     assert sum(1246 <= at < 1294 for at in found) <= 2
 
 
-def test_a_stuck_period_does_not_hide_the_next_one() -> None:
-    spec = spec_of(["flow"], alarm={"close_above": 0.01, "hold_events": 6})
-    spec = fitted(spec, streams_of(spec, 10, 1000, seed=17))
-    assert spec.events is not None
-    for stream in streams_of(spec, 5, 2000, seed=18):
-        rows, flow = stream.rows.copy(), spec.events.column_index["flow"]
-        for start in (1000, 1900):
-            rows[start : start + 60, flow] = rows[start, flow]
-            assert is_alarmed(spec, rows[: start + 60], start)
-
-
 def test_a_lasting_level_becomes_usual() -> None:
     """One alarm, which closes within a few times the memory."""
     spec = spec_of(["flow"], memory_events=150, alarm={"hold_events": 20})
