@@ -8,7 +8,7 @@ several channels of each target:
                or boolean target the square root of twice its nats
     level      the value as it comes, minus its long mean
     change     the value minus the value before it
-    season     the value minus the usual one `season_events` before it
+    season     the value minus the usual one at this phase of the season
     run        for how many events the value has been the same
 
 Level, change and season are compared at several time scales: the event alone, and means over some
