@@ -80,6 +80,7 @@ class Detector:
             name: public.slices[f"{head.name}.{name}"]
             for name in ("probability", "alarm", *detection.outputs)
         }
+        self._is_kept = not {"deviation", "share"}.isdisjoint(detection.outputs)
         self._described = frozenset(detection.outputs) & DESCRIBED
 
     def step(
@@ -101,13 +102,14 @@ class Detector:
         parameters = outputs[..., self._parameters]
         thresholds = self._thresholds(after[:, self._rate_at])
         first = self._parameters.start
-        followed = self._kernel.follow(rows, lengths, outputs, first, after, thresholds)
+        given = rows, lengths, outputs, first, after, thresholds
+        followed = self._kernel.follow(*given, is_kept=self._is_kept)
         if self._cause_at is not None:
             for row in (followed.opened >= 0).nonzero()[0].tolist():
-                at = int(followed.opened[row])
-                event = rows[row, at], parameters[row, at], followed.errors[row, at]
-                parts = followed.squares[row, at], followed.cubes[row, at]
-                after[row, self._cause_at] = self._cause(*event, *parts)
+                at, kept = int(followed.opened[row]), (row, followed.opened_at[row])
+                parts = followed.errors[kept], followed.squares[kept], followed.cubes[kept]
+                cause = self._cause(rows[row, at], parameters[row, at], *parts)
+                after[row, self._cause_at] = cause
         scored = np.empty((*outputs.shape[:2], self._size), np.float32)
         for source, place in self._copied:
             scored[..., place] = outputs[..., source]

@@ -419,19 +419,23 @@ static void store_alarm(const parts_t *at, float *state, alarm_t alarm) {
     }
 }
 
-/* Arguments of `follow_streams`; arrays are [batch, steps, ...]. Entries beyond a length, and
-   `alarms` of events without one, are not written. `_Events` of `kernel.py` has the same fields. */
+/* Arguments of `follow_streams`; arrays are [batch, steps, ...], those of entries and quantities
+   [batch, kept, ...]. Entries beyond a length, and `alarms` of events without one, are not written.
+   `_Events` of `kernel.py` has the same fields. */
 typedef struct {
     int64_t batch, steps, stride; /* stride: floats from the forecast of an event to the next's */
+    int64_t kept;                 /* events of which entries are kept: all steps, or 2 of which one
+                                     is that of `opened_at` */
     const int64_t *lengths;       /* [batch] */
     const float *rows, *parameters;
     const double *thresholds, *per_event; /* [batch], see `follow_alarm`; NULL without alarms */
     float *states;                        /* [batch, state_size], updated */
     double *errors, *squares;             /* see `deviations_t` */
-    double *quantities, *cubes;           /* [batch, steps, quantities]; cubes: of their own nats */
+    double *quantities, *cubes;           /* [batch, kept, quantities]; cubes: of their own nats */
     double *nats;                         /* [batch, steps]; without tails not written, as cubes */
     float *alarms;   /* [batch, steps, 3]: code, peak, events since it opened */
     int64_t *opened; /* [batch], the last event that opened an alarm, or -1 */
+    int64_t *opened_at; /* [batch], its place among the kept ones */
 } events_t;
 
 static void follow_stream(const model_t *model, const events_t *events, int64_t b) {
@@ -444,10 +448,12 @@ static void follow_stream(const model_t *model, const events_t *events, int64_t 
     for (int q = 0; q < model->quantities; q++) lines[q].computed = 0, lines[q].nats[0] = 0.0;
     alarm_t alarm = load_alarm(&model->at, state);
     events->opened[b] = -1;
+    int64_t spare = 0;
     for (int64_t t = 0; t < length; t++) {
-        int64_t event = b * events->steps + t, at = event * model->quantities;
-        deviations_t deviations = {events->errors + event * entries,
-                                   events->squares + event * entries};
+        int64_t event = b * events->steps + t, place = events->kept == events->steps ? t : spare;
+        int64_t kept = b * events->kept + place, at = kept * model->quantities;
+        deviations_t deviations = {events->errors + kept * entries,
+                                   events->squares + kept * entries};
         double *quantities = events->quantities + at;
         int has = follow_event(model, events->rows + event * model->row_size,
                                events->parameters + event * events->stride, state,
@@ -458,7 +464,10 @@ static void follow_stream(const model_t *model, const events_t *events, int64_t 
         if (!events->thresholds) continue;
         int code =
             follow_alarm(&model->alarm, events->thresholds[b], events->per_event[b], nats, &alarm);
-        if (code == OPENED) events->opened[b] = t;
+        if (code == OPENED) {
+            events->opened[b] = t, events->opened_at[b] = place;
+            spare = 1 - spare;
+        }
         float *of_alarm = events->alarms + 3 * event;
         if (code != NONE)
             of_alarm[0] = (float)code, of_alarm[1] = alarm.peak, of_alarm[2] = alarm.events;

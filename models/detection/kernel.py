@@ -66,10 +66,11 @@ class _Events(ctypes.Structure):
     """`events_t` of `kernel.c`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "steps", "stride")),
+        *((name, ctypes.c_int64) for name in ("batch", "steps", "stride", "kept")),
         *((name, ctypes.c_void_p) for name in ("lengths", "rows", "parameters", "thresholds")),
         *((name, ctypes.c_void_p) for name in ("per_event", "states", "errors", "squares")),
         *((name, ctypes.c_void_p) for name in ("quantities", "cubes", "nats", "alarms", "opened")),
+        ("opened_at", ctypes.c_void_p),
     ]
 
 
@@ -88,19 +89,22 @@ class Thresholds(NamedTuple):
 class KernelOutputs(NamedTuple):
     """Of T events of B streams; 0 beyond a stream's length.
 
+    Entries and quantities are kept of all events, K = T, or of the one of `opened_at`, K = 2.
+
     The R entries of an event are the forecasts of the D targets, the levels of the N numeric ones,
     their changes, with a season their seasons, and their runs.
 
     Attributes:
-        errors: [B, T, R], e: of forecasts in predicted deviations, of codes the square root of
+        errors: [B, K, R], e: of forecasts in predicted deviations, of codes the square root of
             twice their nats, of levels, changes and seasons as the values come, of runs events.
-        squares: [B, T, R], (a e / p_before)^2; of runs the square of the quantity of one target.
-        quantities: [B, T, Q].
-        cubes: [B, T, Q], of the own nats of the quantities; 0 without tails.
+        squares: [B, K, R], (a e / p_before)^2; of runs the square of the quantity of one target.
+        quantities: [B, K, Q].
+        cubes: [B, K, Q], of the own nats of the quantities; 0 without tails.
         nats: [B, T], -log of the tail probabilities; 0 without tails.
         alarms: float32 [B, T, 3], the alarm at each event, of `ALARM_STATES`; the most nats of it
             so far, and the events since it opened, 0 of alarms without a record.
         opened: int [B], the last event that opened an alarm, -1 if none did.
+        opened_at: int [B], its place among the K events.
     """
 
     errors: Floats
@@ -110,10 +114,11 @@ class KernelOutputs(NamedTuple):
     nats: Floats
     alarms: FloatRows
     opened: NDArray[np.int64]
+    opened_at: NDArray[np.int64]
 
     @property
     def deviations(self) -> Floats:
-        """a e / p_before, and the quantity of runs of one target, [B, T, R]."""
+        """a e / p_before, and the quantity of runs of one target, [B, K, R]."""
         return np.copysign(np.sqrt(self.squares), self.errors)
 
 
@@ -187,6 +192,7 @@ class Kernel:
         first: int,
         states: FloatRows,
         thresholds: Thresholds | None = None,
+        is_kept: bool = True,
     ) -> KernelOutputs:
         """Follow the next events of each stream.
 
@@ -198,24 +204,28 @@ class Kernel:
             states: float32 [B, S], as `models.spec.layout.detection_state` says; contiguous, and
                 updated.
             thresholds: None: alarms are not followed.
+            is_kept: whether the entries and quantities of all events are kept, rather than those
+                of the last event that opens an alarm.
         """
         batch, steps = rows.shape[:2]
-        deviations, quantities = (batch, steps, self._entries), (batch, steps, self._quantities)
+        kept, make = (steps, np.zeros) if is_kept or steps == 2 else (2, np.empty)
+        deviations, quantities = (batch, kept, self._entries), (batch, kept, self._quantities)
         found = KernelOutputs(
-            errors=np.zeros(deviations),
-            squares=np.zeros(deviations),
-            quantities=np.zeros(quantities),
-            cubes=np.zeros(quantities),
+            errors=make(deviations),
+            squares=make(deviations),
+            quantities=make(quantities),
+            cubes=make(quantities),
             nats=np.zeros((batch, steps)),
             alarms=np.zeros((batch, steps, 3), np.float32),
             opened=np.empty(batch, np.int64),
+            opened_at=np.zeros(batch, np.int64),
         )
         lengths = np.ascontiguousarray(lengths, np.int64)
         rows, outputs = (np.ascontiguousarray(each, np.float32) for each in (rows, outputs))
         arrays: tuple[NDArray[Any], ...] = found
         nats, per_event = thresholds or (None, None)
         events = _Events(
-            *(batch, steps, outputs.shape[-1], address_of(lengths)),
+            *(batch, steps, outputs.shape[-1], kept, address_of(lengths)),
             *(address_of(rows), address_of(outputs) + first * outputs.itemsize),
             *(None if each is None else address_of(each) for each in (nats, per_event)),
             *(address_of(states), *map(address_of, arrays)),
