@@ -11,8 +11,8 @@
                  the channels `forecast`, `level`, `change`, `season`; of a categorical or boolean
                  target e = sqrt(2 nats) of its forecast; 0 without the target, or without a past
        distance  d = the mean of |e|, with this event
-       peak      p = the fourth root of the mean of e^4 of the errors with the sign of this one, and
-                 of those with the other sign with weight 1 - a; of forecasts of min(|e|, LIMIT d)^4
+       peak      p = the fourth root of the mean over all events of e^4, of forecasts of
+                 min(|e|, LIMIT d)^4, where an error with the other sign than this one counts 1 - a
        spread    q = the square root of the mean of min(|e|, LIMIT d)^2
        trust     a = W_before / (W_before + prior_events)
        season    of L events: h_t = h_(t-L) + e, with e of its channel within q_before; v_t while
@@ -43,7 +43,8 @@
 
        run       k / (k + prior_events) n / max(M, SHORT_RUN), at most MAX_DEVIATION
 
-   A target that an event lacks counts as 0.
+   A target that an event lacks counts as 0; quantities of an event without any are 0, and not
+   counted in tails.
 
    Tails. Each quantity has a tail, pooled over streams (`models.detection.tails`), which says how
    unusual it is among all fitted streams: u = -log P. A stream's own tail maps u to its own nats

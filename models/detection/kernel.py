@@ -18,6 +18,7 @@ from models.detection.alarms import Rule
 from models.detection.library import address_of, load_library
 from models.detection.tails import MIN_SHAPE
 from models.detection.targets import Target, targets_of
+from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
 from models.spec.detection import SCALES, Tail
 from models.spec.layout import detection_columns, detection_of
@@ -87,16 +88,18 @@ class Thresholds(NamedTuple):
 
 
 class KernelOutputs(NamedTuple):
-    """Of T events of B streams; 0 beyond a stream's length.
+    """Of T events of B streams.
 
-    Entries and quantities are kept of all events, K = T, or of the one of `opened_at`, K = 2.
+    Entries and quantities are kept of all events, K = T, and 0 beyond a stream's length; or K = 2,
+    and only those of `opened_at` mean something, in streams that have `opened`.
 
     The R entries of an event are the forecasts of the D targets, the levels of the N numeric ones,
     their changes, with a season their seasons, and their runs.
 
     Attributes:
-        errors: [B, K, R], e: of forecasts in predicted deviations, of codes the square root of
-            twice their nats, of levels, changes and seasons as the values come, of runs events.
+        errors: [B, K, R], e: of forecasts in predicted deviations, of categorical and
+            boolean targets the square root of twice the nats, of levels, changes and seasons as
+            the values come, of runs events.
         squares: [B, K, R], (a e / p_before)^2; of runs the square of the quantity of one target.
         quantities: [B, K, Q].
         cubes: [B, K, Q], of the own nats of the quantities; 0 without tails.
@@ -130,6 +133,9 @@ class Kernel:
         tails: pooled, one for each quantity; empty: no nats and no alarms.
         combined: pooled, of the norm of the nats of all quantities; None: nats are this norm.
 
+    Raises:
+        SpecError: there are fewer or more tails than quantities.
+
     Attributes:
         order: int [C], the entry of each channel.
     """
@@ -143,6 +149,11 @@ class Kernel:
         self._kinds = len(detection.kinds) - 2 if names else 0
         self._entries = self._targets + (self._kinds + 1) * self._numeric
         self._quantities = self._kinds * (1 + len(SCALES)) + bool(names) + 1
+        if tails and len(tails) != self._quantities:
+            raise SpecError(
+                f"model {spec.name!r}: expected a fit with {self._quantities} tails of "
+                f"`detection`, got {len(tails)}: train the model again"
+            )
         entries = [("forecast", name) for name in head.targets]
         entries += [(kind, name) for kind in detection.kinds[1:] for name in names]
         channels = detection.channels_of(head.targets, events)
