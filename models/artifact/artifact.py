@@ -203,7 +203,8 @@ def load_artifact(path: Path) -> Artifact:
         if given != expected:
             raise ArtifactError(
                 f"{where}: `{key}` differs from that of spec and weights: "
-                f"expected {_short(expected)}, got {_short(given)}"
+                f"expected {_short(expected)}, got {_short(given)}; if the artifact is one "
+                "of another version of Carry: train or import it again"
             )
     for key in ("graph", "decoder_graph"):
         given = manifest.get(key)

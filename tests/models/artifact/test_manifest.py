@@ -113,7 +113,10 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
     ),
     "unlisted weights": (lambda m: m.update(weights="w"), ["`weights`", "'w'"]),
     "name": (lambda m: m.update(name="other"), ["`name`", "small", "other"]),
-    "state": (lambda m: m["state"].pop("gru_1.hidden"), ["`state`"]),
+    "state": (
+        lambda m: m["state"].pop("gru_1.hidden"),
+        ["`state`", "of another version of Carry: train or import it again"],
+    ),
     "state shape": (lambda m: m["state"]["lstm_1.carry"].update(shape=[4]), ["`state`"]),
     "outputs": (lambda m: m["outputs"]["next"].update(shape=[2]), ["`outputs`"]),
     "features": (lambda m: m.update(input_features=14), ["`input_features`", "13", "14"]),
