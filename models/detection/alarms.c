@@ -3,7 +3,7 @@
 #include <math.h>
 
 enum { MUTED = 1 << 20, MUTED_EVENTS = 64 }; /* as in `models.detection.alarms` */
-enum { MANY_EVENTS = 1 << 20 };              /* at this count `since` is subtracted from `excess` */
+enum { MANY_EVENTS = 1 << 20 };              /* at this count `since` restarts from 0 */
 
 static int next_code(const rule_t *rule, double threshold, double per_event, double nats,
                      alarm_t *alarm) {
@@ -37,7 +37,7 @@ int follow_alarm(const rule_t *rule, double threshold, double per_event, double 
                  alarm_t *alarm) {
     alarm->since = fmaxf(alarm->since, 0.0f) + 1.0f;
     if (alarm->since >= MANY_EVENTS) {
-        /* excess alarms fall by as many at once, so that the count stays exact */
+        /* so that it stays exact; excess alarms fall by what as many events lower them */
         alarm->since -= MANY_EVENTS;
         alarm->excess = (float)fmax(alarm->excess - per_event * MANY_EVENTS, 0.0);
     }

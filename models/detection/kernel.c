@@ -86,7 +86,7 @@ static const double MAX_DEVIATION = 20.0;
 static const double RESOLUTION = 1e-7; /* smallest peak and spread, as a share of the value */
 static const double MIN_SCALE = 1e-12; /* added to it, for values of 0 */
 static const double MIN_FORECAST_PEAK = 1e-6;
-static const double MIN_WEIGHT = 1e-9; /* a past with no more has no event */
+static const double MIN_WEIGHT = 1e-9;       /* a past with no more has no event */
 static const double SHORT_RUN = 8.0;         /* a run up to this length is usual in any stream */
 static const double MAX_ERROR = 1e18;        /* DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.spec.heads` */
@@ -434,8 +434,8 @@ typedef struct {
     double *errors, *squares;             /* see `deviations_t` */
     double *quantities, *cubes;           /* [batch, kept, quantities]; cubes: of their own nats */
     double *nats;                         /* [batch, steps]; without tails not written, as cubes */
-    float *alarms;   /* [batch, steps, 3]: code, peak, events since it opened */
-    int64_t *opened; /* [batch], the last event that opened an alarm, or -1 */
+    float *alarms;      /* [batch, steps, 3]: code, peak, events since it opened */
+    int64_t *opened;    /* [batch], the last event that opened an alarm, or -1 */
     int64_t *opened_at; /* [batch], its place among the kept ones */
 } events_t;
 
