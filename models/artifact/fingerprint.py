@@ -19,6 +19,7 @@ from models.spec.decoder import DistributionHead
 from models.spec.detection import AlarmSpec
 from models.spec.heads import Head
 from models.spec.layers import Layer
+from models.spec.layout import detection_state
 from models.spec.model import ModelSpec
 
 FINGERPRINT_BYTES = 16
@@ -102,6 +103,8 @@ def _relevant_spec(spec: ModelSpec) -> dict[str, Any]:
         # A deployment may change the rate of alarms, and streams continue.
         own_detection = spec.detection.with_alarm_rate(AlarmSpec().false_alarms_per_day)
         sections["detection"] = own_detection.model_dump(mode="json", exclude_defaults=True)
+        parts = detection_state(spec).parts
+        sections["detection"]["state"] = {part.name: part.shape for part in parts}
     if spec.embeddings:
         sections["embeddings"] = [embedded.model_dump() for embedded in spec.embeddings]
     if spec.blocks is not None:

@@ -80,6 +80,7 @@ enum { NUMERIC, BOOLEAN, CATEGORICAL };
 enum { SCALES = 2, MAX_KINDS = 3, MAX_QUANTITIES = MAX_KINDS * (1 + SCALES) + 2 };
 enum { MAX_LEVELS = 32 }; /* of `tail_levels` */
 enum { BLOCK = 32 };      /* as in `models.detection.kernel` */
+enum { PACKED = 4, PACKED_BITS = 6 }; /* counts in a float: PACKED_COUNTS of the specification */
 
 static const double LIMIT = 5.0; /* of errors in spreads and forecasts, in distances */
 static const double MAX_DEVIATION = 20.0;
@@ -360,9 +361,9 @@ static double own_nats(const model_t *model, const float *counts, line_t *line, 
 
 /* Updates the counts by one event; returns its nats, writes the cubes of its quantities' nats. */
 static double score_event(const model_t *model, const double *quantities, int has, float *state,
-                          line_t *lines, double *cubes) {
+                          int *pending, line_t *lines, double *cubes) {
     int size = model->quantities, of_forecasts = model->kinds * (1 + SCALES);
-    float *counts = state + model->at.tail_counts, *pending = state + model->at.tail_pending;
+    float *counts = state + model->at.tail_counts;
     double sum = 0.0;
     for (int q = 0; q < size; q++) {
         double nats = pooled_nats(model->tail + q, quantities[q]);
@@ -371,7 +372,7 @@ static double score_event(const model_t *model, const double *quantities, int ha
         double own = own_nats(model, counts + q, lines + q, level, nats);
         sum += cubes[q] = own * own * own;
         if (has & (q == of_forecasts ? TARGET : NUMERIC_TARGET))
-            for (int i = 0; i <= level; i++) pending[i * size + q] += 1.0f;
+            for (int i = 0; i <= level; i++) pending[i * size + q]++;
     }
     float *block_events = state + model->at.tail_filled;
     *block_events += 1.0f;
@@ -380,15 +381,36 @@ static double score_event(const model_t *model, const double *quantities, int ha
         for (int i = 0; i < model->levels * size; i++) {
             int q = i % size, is_average = q < of_forecasts && q % (1 + SCALES) > 0;
             int is_rare = !is_average && model->level[i / size].nats >= RARE_NATS;
-            double new = smaller(larger(pending[i], 0.0), is_rare ? MAX_RARE : BLOCK);
+            double new = is_rare ? smaller(pending[i], MAX_RARE) : pending[i];
             double count = model->block_decay * larger(counts[i], 0.0) + new;
             counts[i] = (float)smaller(count, MAX_COUNT);
-            pending[i] = 0.0f;
+            pending[i] = 0;
         }
         for (int q = 0; q < size; q++) lines[q].computed = 0;
     }
     double norm = cbrt(sum);
     return model->combined ? pooled_nats(model->combined, norm) : norm;
+}
+
+/* Pending counts, at most BLOCK, from whole numbers of which floats have each; a restored state may
+   have any, but no count is more than `most`. */
+static void unpack_counts(const float *packed, int size, int most, int *counts) {
+    for (int i = 0; i < size; i++) {
+        int is_packed = packed[i] >= 0.0f && packed[i] < 1 << PACKED * PACKED_BITS;
+        int number = is_packed ? (int)packed[i] : 0;
+        for (int k = 0; k < PACKED; k++, number >>= PACKED_BITS) {
+            int count = number & ((1 << PACKED_BITS) - 1);
+            *counts++ = count < most ? count : most;
+        }
+    }
+}
+
+static void pack_counts(const int *counts, int size, float *packed) {
+    for (int i = 0; i < size; i++, counts += PACKED) {
+        int number = 0;
+        for (int k = PACKED; k-- > 0;) number = number << PACKED_BITS | counts[k];
+        packed[i] = (float)number;
+    }
 }
 
 static void reverse(float *values, int64_t size) {
@@ -445,6 +467,10 @@ static void follow_stream(const model_t *model, const events_t *events, int64_t 
     float *state = events->states + b * model->state_size;
     float *block_events = state + model->at.tail_filled;
     if (!(*block_events >= 0.0f && *block_events < BLOCK)) *block_events = 0.0f; /* as restored */
+    float *packed = state + model->at.tail_pending;
+    int pending[MAX_LEVELS * MAX_QUANTITIES];
+    int packed_size = (model->levels * model->quantities + PACKED - 1) / PACKED;
+    unpack_counts(packed, packed_size, (int)*block_events, pending);
     line_t lines[MAX_QUANTITIES];
     for (int q = 0; q < model->quantities; q++) lines[q].computed = 0, lines[q].nats[0] = 0.0;
     alarm_t alarm = load_alarm(&model->at, state);
@@ -460,7 +486,7 @@ static void follow_stream(const model_t *model, const events_t *events, int64_t 
                                events->parameters + event * events->stride, state,
                                (int)(t % season), deviations, quantities);
         if (!model->tail) continue;
-        double nats = score_event(model, quantities, has, state, lines, events->cubes + at);
+        double nats = score_event(model, quantities, has, state, pending, lines, events->cubes + at);
         events->nats[event] = nats;
         if (!events->thresholds) continue;
         int code =
@@ -474,6 +500,7 @@ static void follow_stream(const model_t *model, const events_t *events, int64_t 
             of_alarm[0] = (float)code, of_alarm[1] = alarm.peak, of_alarm[2] = alarm.events;
     }
     store_alarm(&model->at, state, alarm);
+    pack_counts(pending, packed_size, packed);
     /* the oldest value comes first again */
     int64_t passed = length % season;
     for (int n = 0; model->season_events && n < model->numeric; n++) {

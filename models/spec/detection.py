@@ -19,7 +19,7 @@ events. `models/detection/kernel.c` has the equations. The fitted parameters
 from __future__ import annotations
 
 from bisect import bisect_right
-from math import exp, log
+from math import ceil, exp, log
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -38,6 +38,8 @@ MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
 SCALES: Final = (12, 36)
 """Events over which errors are averaged, beside the single event."""
+PACKED_COUNTS: Final = 4
+"""Pending counts of tails in one float of the state, as digits of base 64."""
 ALARM_RATE: Final = "alarm_rate"
 """The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
 
@@ -303,7 +305,7 @@ def detection_parts(
         "run": (numeric,),
         "longest": (numeric,),
         "tail_counts": (len(spec.tail_levels), tails),
-        "tail_pending": (len(spec.tail_levels), tails),
+        "tail_pending": (ceil(len(spec.tail_levels) * tails / PACKED_COUNTS),),
         "tail_filled": (1,),
         "alarm": (1,),
         ALARM_RATE: (1,),

@@ -348,6 +348,19 @@ def test_any_restored_state_gives_probabilities(every_target: ModelSpec) -> None
             assert np.isfinite(state).all(), (number, parts)
 
 
+def test_a_restored_count_is_no_more_than_the_events_of_its_block(every_target: ModelSpec) -> None:
+    rows, outputs = events(np.random.default_rng(12), every_target, 1)
+    columns = detection_columns(every_target)
+    state = detection_state(every_target).zero().floats[np.newaxis]
+    # four counts of 63 in each number
+    state[:, columns["tail_pending"]], state[:, columns["tail_filled"]] = 2**24 - 1, 5
+    _, after = Detector(every_target).step(
+        rows[np.newaxis], np.array([1]), outputs[np.newaxis], state
+    )
+    packed = after[0, columns["tail_pending"], np.newaxis].astype(np.int64)
+    assert set((packed >> [0, 6, 12, 18] & 63).ravel().tolist()) == {5, 6}
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_a_forecast_that_is_no_number_leaves_no_finite_state(
     every_target: ModelSpec, number: float
