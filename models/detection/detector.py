@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from models.detection.causes import SMALL_Z
 from models.detection.forecasts import DESCRIBED, LARGEST_OUTPUT, Forecasts
-from models.detection.kernel import FloatRows, Floats, Kernel, Thresholds
+from models.detection.kernel import Columns, FloatRows, Floats, Kernel
+from models.detection.library import address_of
 from models.detection.targets import targets_of
 from models.errors import SpecError
 from models.events.schema import NumericField
@@ -53,33 +54,31 @@ class Detector:
         fit = detection.fit
         if fit is None:
             raise SpecError(f"model {spec.name!r}: expected a fitted `detection`")
-        self._kernel, self._forecasts = Kernel(spec, fit.tails, fit.combined), Forecasts(spec)
         rate, columns = detection.alarm.false_alarms_per_day, detection_columns(spec)
-        self._fit, self._nats = fit, -math.log(fit.threshold(rate))
-        self._per_event = rate / fit.events_per_day
+        self._fit, self._own = fit, (-math.log(fit.threshold(rate)), rate / fit.events_per_day)
         self._rate_at, self._cause_at = columns[ALARM_RATE].start, columns.get("alarm_cause")
         self._channels = detection.channels_of(head.targets, events)
         self._targets = {each.field.name: each for each in targets_of(spec)}
         network, public = network_outputs(spec), output_spec(spec)
         start, size = network.slices[head.name].stop, anomaly_size(spec, head)
-        attention = len(network.attention)
         self._parameters = slice(start, start + size)
-        self._size = public.size
-        # what stays the same: before the forecast, behind it, and the weights of attention
-        copied = (
-            (slice(0, start), 0),
-            (slice(start + size, network.size - attention), start),
-            (slice(network.size - attention, network.size), public.size - attention),
-        )
-        self._copied = [
-            (source, slice(at, at + source.stop - source.start))
-            for source, at in copied
-            if source.stop > source.start
-        ]
         self._places = {
             name: public.slices[f"{head.name}.{name}"]
             for name in ("probability", "alarm", *detection.outputs)
         }
+        # the network's outputs but the forecast; the weights of attention are the last ones
+        attention, kept = len(network.attention), network.size - size
+        source = np.full(public.size, -1, np.int32)
+        own = np.delete(np.arange(network.size), self._parameters)
+        source[: kept - attention] = own[: kept - attention]
+        source[public.size - attention :] = own[kept - attention :]
+        names = "probability", "alarm", "severity", "since"
+        at = [self._places[name].start if name in self._places else -1 for name in names]
+        # the columns point to it
+        self._source, self._size = source, public.size
+        columns_of_outputs = Columns(public.size, *at, address_of(source), *self._own)
+        self._kernel = Kernel(spec, fit.tails, fit.combined, columns_of_outputs)
+        self._forecasts = Forecasts(spec)
         self._is_kept = not {"deviation", "share"}.isdisjoint(detection.outputs)
         self._described = frozenset(detection.outputs) & DESCRIBED
 
@@ -99,46 +98,53 @@ class Detector:
             row's last event.
         """
         after = np.array(state, np.float32, order="C")
+        return self.score(rows, lengths, outputs, after, 0), after
+
+    def score(
+        self,
+        rows: FloatRows,
+        lengths: NDArray[Any],
+        outputs: FloatRows,
+        states: FloatRows,
+        part: int,
+    ) -> FloatRows:
+        """As `step`, of states float32 [B, W], contiguous, that are updated from column `part` on;
+        returns the outputs, 0 of events beyond a length."""
+        scored = np.zeros((*rows.shape[:2], self._size), np.float32)
+        rates = states[:, part + self._rate_at]
+        thresholds = self._thresholds(rates) if np.count_nonzero(rates) else None
+        given = rows, lengths, outputs, self._parameters.start, states, part
+        opened, details = self._kernel.follow(*given, scored, thresholds, self._is_kept)
         parameters = outputs[..., self._parameters]
-        thresholds = self._thresholds(after[:, self._rate_at])
-        first = self._parameters.start
-        given = rows, lengths, outputs, first, after, thresholds
-        followed = self._kernel.follow(*given, is_kept=self._is_kept)
-        if self._cause_at is not None:
-            for row in (followed.opened >= 0).nonzero()[0].tolist():
-                at, kept = int(followed.opened[row]), (row, followed.opened_at[row])
+        if opened and self._cause_at is not None:
+            followed = self._kernel.split(details)
+            columns = slice(part + self._cause_at.start, part + self._cause_at.stop)
+            for row in followed.opened.any(axis=1).nonzero()[0].tolist():
+                # the last one
+                kept = row, int(followed.opened[row].argmax())
+                at = int(followed.opened[kept]) - 1
                 parts = followed.errors[kept], followed.squares[kept], followed.cubes[kept]
-                cause = self._cause(rows[row, at], parameters[row, at], *parts)
-                after[row, self._cause_at] = cause
-        scored = np.empty((*outputs.shape[:2], self._size), np.float32)
-        for source, place in self._copied:
-            scored[..., place] = outputs[..., source]
-        scored[..., self._places["probability"].start] = np.exp(-followed.nats)
-        for number, name in enumerate(("alarm", "severity", "since")):
-            if name in self._places:
-                scored[..., self._places[name].start] = followed.alarms[..., number]
-        if "severity" in self._places:
-            scored[..., self._places["severity"].start] /= thresholds.nats[:, np.newaxis]
-        if "deviation" in self._places:
-            scored[..., self._places["deviation"]] = followed.deviations[..., self._kernel.order]
-        if "share" in self._places:
-            shares = self._kernel.shares(followed.squares, followed.cubes)
-            scored[..., self._places["share"]] = shares
+                states[row, columns] = self._cause(rows[row, at], parameters[row, at], *parts)
+        if self._is_kept:
+            followed = self._kernel.split(details)
+            if "deviation" in self._places:
+                deviations = followed.deviations[..., self._kernel.order]
+                scored[..., self._places["deviation"]] = deviations
+            if "share" in self._places:
+                shares = self._kernel.shares(followed.squares, followed.cubes)
+                scored[..., self._places["share"]] = shares
         described = self._forecasts.describe(self._described, rows, lengths, parameters)
         for name, values in described.items():
             scored[..., self._places[name]] = values
-        return scored, after
+        return scored
 
-    def _thresholds(self, rates: NDArray[np.float32]) -> Thresholds:
-        """Of alarms at the rates [B] in states, where 0 is the model's."""
-        nats, per_event = np.full(len(rates), self._nats), np.full(len(rates), self._per_event)
+    def _thresholds(self, rates: NDArray[np.float32]) -> Floats:
+        """For `Kernel.follow`, of alarms at the rates [B] in states, where 0 is the model's."""
+        found = np.tile(self._own, (len(rates), 1))
         for row in (rates > 0).nonzero()[0].tolist():
             rate = float(rates[row])
-            nats[row], per_event[row] = (
-                -math.log(self._fit.threshold(rate)),
-                rate / self._fit.events_per_day,
-            )
-        return Thresholds(nats, per_event)
+            found[row] = -math.log(self._fit.threshold(rate)), rate / self._fit.events_per_day
+        return found
 
     def _cause(
         self,
@@ -197,5 +203,5 @@ class DetectingStep:
         """
         own, detection = states[:, : self._size], states[:, self._size :]
         outputs, stepped = self._network(rows, lengths, np.ascontiguousarray(own))
-        detected, after = self._detector.step(rows, lengths, outputs, detection)
-        return detected, np.concatenate([stepped, after], axis=1)
+        after = np.concatenate([stepped, detection], axis=1, dtype=np.float32)
+        return self._detector.score(rows, lengths, outputs, after, self._size), after

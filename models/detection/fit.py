@@ -150,8 +150,8 @@ def _follow(
     found = []
     for at, (rows, parameters, counted, _) in enumerate(streams):
         of_one = rows[np.newaxis], [len(rows)], parameters[np.newaxis], 0
-        outputs = kernel.follow(*of_one, states[at : at + 1])
-        found.append(numbers(outputs)[0, counted])
+        _, details = kernel.follow(*of_one, states[at : at + 1])
+        found.append(numbers(kernel.split(details))[0, counted])
     return np.concatenate(found)
 
 

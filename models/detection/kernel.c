@@ -122,19 +122,28 @@ typedef struct {
         alarm_events, alarm_nats;
 } parts_t;
 
+/* The outputs of an event: the network's but the forecast, and those of detection.
+   `models.detection.kernel.Columns` has the same fields. */
+typedef struct {
+    int32_t size, probability, alarm, severity, since; /* columns, -1 of those that it lacks */
+    const int32_t *source;  /* [size], columns of the network's outputs, -1 of detection's */
+    double nats, per_event; /* see `follow_alarm`, of streams without a rate of their own */
+} columns_t;
+
 /* `models.detection.kernel.Model` has the same fields. */
 typedef struct {
     int32_t targets, numeric; /* their numbers */
     int32_t kinds;            /* of channels with averages */
     int32_t quantities, levels;
     int32_t season_events; /* 0 without a season */
-    int32_t row_size, state_size;
+    int32_t row_size;
     parts_t at;
     double decay, fourth_root_decay, block_decay, prior_events, slow[SCALES];
     const target_t *target;
     const level_t *level;
     const tail_t *tail, *combined; /* of each quantity, and of the norm of their nats; or NULL */
     rule_t alarm;
+    columns_t columns;
 } model_t;
 
 /* Of the forecasts of all targets, and levels, changes, seasons and runs of the numeric ones. */
@@ -442,29 +451,44 @@ static void store_alarm(const parts_t *at, float *state, alarm_t alarm) {
     }
 }
 
-/* Arguments of `follow_streams`; arrays are [batch, steps, ...], those of entries and quantities
-   [batch, kept, ...]. Entries beyond a length, and `alarms` of events without one, are not written.
-   `_Events` of `kernel.py` has the same fields. */
+/* Arguments of `follow_streams`; arrays are [batch, steps, ...]. Events beyond a length are not
+   written. `_Events` of `kernel.py` has the same fields. */
 typedef struct {
-    int64_t batch, steps, stride; /* stride: floats from the forecast of an event to the next's */
-    int64_t kept;                 /* events of which entries are kept: all steps, or 2 of which one
-                                     is that of `opened_at` */
-    const int64_t *lengths;       /* [batch] */
-    const float *rows, *parameters;
-    const double *thresholds, *per_event; /* [batch], see `follow_alarm`; NULL without alarms */
-    float *states;                        /* [batch, state_size], updated */
-    double *errors, *squares;             /* see `deviations_t` */
-    double *quantities, *cubes;           /* [batch, kept, quantities]; cubes: of their own nats */
-    double *nats;                         /* [batch, steps]; without tails not written, as cubes */
-    float *alarms;      /* [batch, steps, 3]: code, peak, events since it opened */
-    int64_t *opened;    /* [batch], the last event that opened an alarm, or -1 */
-    int64_t *opened_at; /* [batch], its place among the kept ones */
+    int64_t batch, steps;
+    int64_t kept; /* events of which details are kept: all, or 2, of which one is the last event that
+                     opened an alarm */
+    int64_t output_size, first; /* columns of the network's outputs, the first of the forecast */
+    int64_t state_size, part;   /* columns of `states`, the first of the detection */
+    const int32_t *lengths;     /* [batch] */
+    const float *rows, *outputs;
+    float *states;               /* [batch, state_size], updated */
+    double *details;             /* [batch, kept, ...]: nats, 1 + the event if it opened an alarm or
+                                    else 0, `deviations_t`, quantities, cubes of their own nats */
+    float *scored;               /* [batch, steps, columns.size]; NULL: without alarms */
+    const double *thresholds;    /* [batch, 2], nats and per_event; NULL: those of `columns` */
 } events_t;
 
-static void follow_stream(const model_t *model, const events_t *events, int64_t b) {
+static void write_outputs(const columns_t *columns, const float *network, double nats, int code,
+                          const alarm_t *alarm, double threshold, float *outputs) {
+    for (int i = 0; i < columns->size; i++)
+        if (columns->source[i] >= 0) outputs[i] = network[columns->source[i]];
+    outputs[columns->probability] = (float)exp(-nats);
+    outputs[columns->alarm] = (float)code;
+    if (code == NONE) return;
+    if (columns->severity >= 0) outputs[columns->severity] = (float)(alarm->peak / threshold);
+    if (columns->since >= 0) outputs[columns->since] = alarm->events;
+}
+
+/* Follows one stream; returns how many alarms opened. */
+static int follow_stream(const model_t *model, const events_t *events, int64_t b) {
     int64_t entries = model->targets + (int64_t)(model->kinds + 1) * model->numeric;
+    int64_t details_size = 2 + 2 * (entries + model->quantities);
     int64_t season = model->season_events ? model->season_events : 1, length = events->lengths[b];
-    float *state = events->states + b * model->state_size;
+    const columns_t *columns = &model->columns;
+    double threshold = columns->nats, per_event = columns->per_event;
+    if (events->thresholds)
+        threshold = events->thresholds[2 * b], per_event = events->thresholds[2 * b + 1];
+    float *state = events->states + b * events->state_size + events->part;
     float *block_events = state + model->at.tail_filled;
     if (!(*block_events >= 0.0f && *block_events < BLOCK)) *block_events = 0.0f; /* as restored */
     float *packed = state + model->at.tail_pending;
@@ -474,30 +498,26 @@ static void follow_stream(const model_t *model, const events_t *events, int64_t 
     line_t lines[MAX_QUANTITIES];
     for (int q = 0; q < model->quantities; q++) lines[q].computed = 0, lines[q].nats[0] = 0.0;
     alarm_t alarm = load_alarm(&model->at, state);
-    events->opened[b] = -1;
-    int64_t spare = 0;
+    int opened = 0, spare = 0;
     for (int64_t t = 0; t < length; t++) {
         int64_t event = b * events->steps + t, place = events->kept == events->steps ? t : spare;
-        int64_t kept = b * events->kept + place, at = kept * model->quantities;
-        deviations_t deviations = {events->errors + kept * entries,
-                                   events->squares + kept * entries};
-        double *quantities = events->quantities + at;
+        double *details = events->details + (b * events->kept + place) * details_size;
+        deviations_t deviations = {details + 2, details + 2 + entries};
+        double *quantities = details + 2 + 2 * entries;
+        const float *outputs = events->outputs + event * events->output_size;
         int has = follow_event(model, events->rows + event * model->row_size,
-                               events->parameters + event * events->stride, state,
-                               (int)(t % season), deviations, quantities);
+                               outputs + events->first, state, (int)(t % season), deviations,
+                               quantities);
         if (!model->tail) continue;
-        double nats = score_event(model, quantities, has, state, pending, lines, events->cubes + at);
-        events->nats[event] = nats;
-        if (!events->thresholds) continue;
-        int code =
-            follow_alarm(&model->alarm, events->thresholds[b], events->per_event[b], nats, &alarm);
-        if (code == OPENED) {
-            events->opened[b] = t, events->opened_at[b] = place;
-            spare = 1 - spare;
-        }
-        float *of_alarm = events->alarms + 3 * event;
-        if (code != NONE)
-            of_alarm[0] = (float)code, of_alarm[1] = alarm.peak, of_alarm[2] = alarm.events;
+        double nats = score_event(model, quantities, has, state, pending, lines,
+                                  quantities + model->quantities);
+        details[0] = nats;
+        if (!events->scored) continue;
+        int code = follow_alarm(&model->alarm, threshold, per_event, nats, &alarm);
+        details[1] = code == OPENED ? (double)(t + 1) : 0.0;
+        if (code == OPENED) opened++, spare = 1 - spare;
+        write_outputs(columns, outputs, nats, code, &alarm, threshold,
+                      events->scored + event * columns->size);
     }
     store_alarm(&model->at, state, alarm);
     pack_counts(pending, packed_size, packed);
@@ -507,8 +527,12 @@ static void follow_stream(const model_t *model, const events_t *events, int64_t 
         float *window = state + model->at.season + n * season;
         reverse(window, passed), reverse(window + passed, season - passed), reverse(window, season);
     }
+    return opened;
 }
 
-void follow_streams(const model_t *model, const events_t *events) {
-    for (int64_t b = 0; b < events->batch; b++) follow_stream(model, events, b);
+/* Follows the next events of streams; returns how many alarms opened. */
+int follow_streams(const model_t *model, const events_t *events) {
+    int opened = 0;
+    for (int64_t b = 0; b < events->batch; b++) opened += follow_stream(model, events, b);
+    return opened;
 }

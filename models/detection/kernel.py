@@ -9,6 +9,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -47,19 +48,28 @@ class _Parts(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in _PARTS]
 
 
+class Columns(ctypes.Structure):
+    """`columns_t` of `kernel.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("size", "probability", "alarm", "severity", "since")),
+        *(("source", ctypes.c_void_p), ("nats", ctypes.c_double), ("per_event", ctypes.c_double)),
+    ]
+
+
 class Model(ctypes.Structure):
     """`model_t` of `kernel.c`."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("targets", "numeric", "kinds", "quantities")),
         *((name, ctypes.c_int32) for name in ("levels", "season_events", "row_size")),
-        ("state_size", ctypes.c_int32),
         ("at", _Parts),
         *((name, ctypes.c_double) for name in ("decay", "fourth_root_decay", "block_decay")),
         ("prior_events", ctypes.c_double),
         ("slow", ctypes.c_double * len(SCALES)),
         *((name, ctypes.c_void_p) for name in ("target", "level", "tail", "combined")),
         ("alarm", Rule),
+        ("columns", Columns),
     ]
 
 
@@ -67,57 +77,36 @@ class _Events(ctypes.Structure):
     """`events_t` of `kernel.c`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "steps", "stride", "kept")),
-        *((name, ctypes.c_void_p) for name in ("lengths", "rows", "parameters", "thresholds")),
-        *((name, ctypes.c_void_p) for name in ("per_event", "states", "errors", "squares")),
-        *((name, ctypes.c_void_p) for name in ("quantities", "cubes", "nats", "alarms", "opened")),
-        ("opened_at", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "steps", "kept", "output_size", "first")),
+        *((name, ctypes.c_int64) for name in ("state_size", "part")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "rows", "outputs", "states", "details")),
+        *((name, ctypes.c_void_p) for name in ("scored", "thresholds")),
     ]
 
 
-class Thresholds(NamedTuple):
-    """Thresholds of the alarms of B streams.
-
-    Attributes:
-        nats: [B], -log of the tail probability from which an event is unusual enough.
-        per_event: [B], the specified alarms per event.
-    """
-
-    nats: Floats
-    per_event: Floats
-
-
 class KernelOutputs(NamedTuple):
-    """Of T events of B streams.
-
-    Entries and quantities are kept of all events, K = T, and 0 beyond a stream's length; or K = 2,
-    and only those of `opened_at` mean something, in streams that have `opened`.
+    """Of the last events of B streams, as `Kernel.follow` keeps them.
 
     The R entries of an event are the forecasts of the D targets, the levels of the N numeric ones,
     their changes, with a season their seasons, and their runs.
 
     Attributes:
+        nats: [B, K], -log of the tail probabilities; 0 without tails.
+        opened: [B, K], 1 + the event, if it opened an alarm; else 0.
         errors: [B, K, R], e: of forecasts in predicted deviations, of categorical and
             boolean targets the square root of twice the nats, of levels, changes and seasons as
             the values come, of runs events.
         squares: [B, K, R], (a e / p_before)^2; of runs the square of the quantity of one target.
         quantities: [B, K, Q].
         cubes: [B, K, Q], of the own nats of the quantities; 0 without tails.
-        nats: [B, T], -log of the tail probabilities; 0 without tails.
-        alarms: float32 [B, T, 3], the alarm at each event, of `ALARM_STATES`; the most nats of it
-            so far, and the events since it opened, 0 of alarms without a record.
-        opened: int [B], the last event that opened an alarm, -1 if none did.
-        opened_at: int [B], its place among the K events.
     """
 
+    nats: Floats
+    opened: Floats
     errors: Floats
     squares: Floats
     quantities: Floats
     cubes: Floats
-    nats: Floats
-    alarms: FloatRows
-    opened: NDArray[np.int64]
-    opened_at: NDArray[np.int64]
 
     @property
     def deviations(self) -> Floats:
@@ -132,6 +121,7 @@ class Kernel:
         spec: with `detection`.
         tails: pooled, one for each quantity; empty: no nats and no alarms.
         combined: pooled, of the norm of the nats of all quantities; None: nats are this norm.
+        columns: of outputs; None: none are written.
 
     Raises:
         SpecError: there are fewer or more tails than quantities.
@@ -140,7 +130,13 @@ class Kernel:
         order: int [C], the entry of each channel.
     """
 
-    def __init__(self, spec: ModelSpec, tails: Sequence[Tail] = (), combined: Tail | None = None):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tails: Sequence[Tail] = (),
+        combined: Tail | None = None,
+        columns: Columns | None = None,
+    ):
         detection, head, events = detection_of(spec)
         targets = targets_of(spec)
         names = [t.field.name for t in targets if isinstance(t.field, NumericField)]
@@ -158,7 +154,11 @@ class Kernel:
         entries += [(kind, name) for kind in detection.kinds[1:] for name in names]
         channels = detection.channels_of(head.targets, events)
         self.order = np.array([entries.index((each.kind, each.target)) for each in channels])
-        columns = detection_columns(spec)
+        sizes = 1, 1, self._entries, self._entries, self._quantities, self._quantities
+        self._sections = [
+            slice(at - size, at) for at, size in zip(accumulate(sizes), sizes, strict=True)
+        ]
+        parts = detection_columns(spec)
         levels = np.array(detection.tail_levels)
         weights = np.where(levels <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)[1:]
         priors = weights * np.exp(-np.diff(levels))
@@ -179,8 +179,7 @@ class Kernel:
             levels=len(levels),
             season_events=detection.season_events or 0,
             row_size=spec.input_features,
-            state_size=max(columns.values(), key=lambda part: part.stop).stop,
-            at=_Parts(*(columns[name].start if name in columns else -1 for name in _PARTS)),
+            at=_Parts(*(parts[name].start if name in parts else -1 for name in _PARTS)),
             decay=decay,
             fourth_root_decay=decay**0.25,
             block_decay=decay**BLOCK,
@@ -191,6 +190,7 @@ class Kernel:
             tail=tail if tails else None,
             combined=None if combined is None else of_norm,
             alarm=Rule.of(detection.alarm),
+            columns=columns or Columns(),
         )
         self._call = _function()
         self._reference = ctypes.byref(self._model)
@@ -202,9 +202,11 @@ class Kernel:
         outputs: FloatRows,
         first: int,
         states: FloatRows,
-        thresholds: Thresholds | None = None,
+        part: int = 0,
+        scored: FloatRows | None = None,
+        thresholds: Floats | None = None,
         is_kept: bool = True,
-    ) -> KernelOutputs:
+    ) -> tuple[int, Floats]:
         """Follow the next events of each stream.
 
         Args:
@@ -212,37 +214,34 @@ class Kernel:
             lengths: int [B], 0..T.
             outputs: [B, T, O'], of which the columns from `first` on are the parameters of each
                 event's forecast, made before it.
-            states: float32 [B, S], as `models.spec.layout.detection_state` says; contiguous, and
-                updated.
-            thresholds: None: alarms are not followed.
-            is_kept: whether the entries and quantities of all events are kept, rather than those
-                of the last event that opens an alarm.
+            states: float32 [B, W], contiguous, of which the columns from `part` on are as
+                `models.spec.layout.detection_state` says, and updated.
+            scored: float32 [B, T, O], contiguous, written as `columns` say; None: alarms are not
+                followed.
+            thresholds: [B, 2], contiguous, -log of the tail probability from which an event is
+                unusual enough, and the specified alarms per event; None: those of `columns`.
+            is_kept: whether details of all events are kept.
+
+        Returns:
+            How many alarms opened, and details of all events, K = T, and 0 beyond a length; or of
+            up to K = 2, one of them the last event that opened an alarm; for `split`.
         """
         batch, steps = rows.shape[:2]
-        kept, make = (steps, np.zeros) if is_kept or steps == 2 else (2, np.empty)
-        deviations, quantities = (batch, kept, self._entries), (batch, kept, self._quantities)
-        found = KernelOutputs(
-            errors=make(deviations),
-            squares=make(deviations),
-            quantities=make(quantities),
-            cubes=make(quantities),
-            nats=np.zeros((batch, steps)),
-            alarms=np.zeros((batch, steps, 3), np.float32),
-            opened=np.empty(batch, np.int64),
-            opened_at=np.zeros(batch, np.int64),
-        )
-        lengths = np.ascontiguousarray(lengths, np.int64)
+        kept = steps if is_kept else min(steps, 2)
+        details = np.zeros((batch, kept, self._sections[-1].stop))
+        lengths = np.ascontiguousarray(lengths, np.int32)
         rows, outputs = (np.ascontiguousarray(each, np.float32) for each in (rows, outputs))
-        arrays: tuple[NDArray[Any], ...] = found
-        nats, per_event = thresholds or (None, None)
         events = _Events(
-            *(batch, steps, outputs.shape[-1], kept, address_of(lengths)),
-            *(address_of(rows), address_of(outputs) + first * outputs.itemsize),
-            *(None if each is None else address_of(each) for each in (nats, per_event)),
-            *(address_of(states), *map(address_of, arrays)),
+            *(batch, steps, kept, outputs.shape[2], first, states.shape[1], part),
+            *map(address_of, (lengths, rows, outputs, states, details)),
+            *(None if each is None else address_of(each) for each in (scored, thresholds)),
         )
-        self._call(self._reference, ctypes.byref(events))
-        return found
+        return self._call(self._reference, ctypes.byref(events)), details
+
+    def split(self, details: Floats) -> KernelOutputs:
+        """The details of `follow` by name."""
+        nats, opened, *others = (details[..., section] for section in self._sections)
+        return KernelOutputs(nats[..., 0], opened[..., 0], *others)
 
     def shares(self, squares: Floats, cubes: Floats) -> Floats:
         """How much each channel counts in the nats of events, [..., C], 1 in sum: the cubes of each
@@ -291,6 +290,6 @@ def _tail_rows(tails: Sequence[Tail]) -> Floats:
 def _function() -> Any:
     """`follow_streams` of the library."""
     function = load_library().follow_streams
-    function.restype = None
+    function.restype = ctypes.c_int
     function.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(_Events)]
     return function
