@@ -380,29 +380,32 @@ static double score_event(const model_t *model, const double *quantities, int ha
         while (level + 1 < model->levels && model->level[level + 1].nats <= nats) level++;
         double own = own_nats(model, counts + q, lines + q, level, nats);
         sum += cubes[q] = own * own * own;
-        if (has & (q == of_forecasts ? TARGET : NUMERIC_TARGET))
-            for (int i = 0; i <= level; i++) pending[i * size + q]++;
+        if (has & (q == of_forecasts ? TARGET : NUMERIC_TARGET)) pending[level * size + q]++;
     }
     float *block_events = state + model->at.tail_filled;
     *block_events += 1.0f;
     if (*block_events >= BLOCK) {
         *block_events = 0.0f;
-        for (int i = 0; i < model->levels * size; i++) {
-            int q = i % size, is_average = q < of_forecasts && q % (1 + SCALES) > 0;
-            int is_rare = !is_average && model->level[i / size].nats >= RARE_NATS;
-            double new = is_rare ? smaller(pending[i], MAX_RARE) : pending[i];
-            double count = model->block_decay * larger(counts[i], 0.0) + new;
-            counts[i] = (float)smaller(count, MAX_COUNT);
-            pending[i] = 0;
+        for (int q = 0; q < size; q++) {
+            int is_average = q < of_forecasts && q % (1 + SCALES) > 0, above = 0;
+            for (int level = model->levels; level-- > 0;) {
+                int i = level * size + q;
+                int is_rare = !is_average && model->level[level].nats >= RARE_NATS;
+                above += pending[i];
+                double new = smaller(above, is_rare ? MAX_RARE : BLOCK);
+                double count = model->block_decay * larger(counts[i], 0.0) + new;
+                counts[i] = (float)smaller(count, MAX_COUNT);
+                pending[i] = 0;
+            }
+            lines[q].computed = 0;
         }
-        for (int q = 0; q < size; q++) lines[q].computed = 0;
     }
     double norm = cbrt(sum);
     return model->combined ? pooled_nats(model->combined, norm) : norm;
 }
 
-/* Pending counts, at most BLOCK, from whole numbers of which floats have each; a restored state may
-   have any, but no count is more than `most`. */
+/* Pending counts of events between a level and the next, at most BLOCK, from whole numbers of which
+   floats have each; a restored state may have any, but no count is more than `most`. */
 static void unpack_counts(const float *packed, int size, int most, int *counts) {
     for (int i = 0; i < size; i++) {
         int is_packed = packed[i] >= 0.0f && packed[i] < 1 << PACKED * PACKED_BITS;

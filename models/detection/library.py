@@ -12,6 +12,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+_BYTES = ctypes.c_char * 0
+
 
 @cache
 def load_library() -> ctypes.CDLL:
@@ -31,6 +33,8 @@ def load_library() -> ctypes.CDLL:
 
 
 def address_of(array: NDArray[Any]) -> int:
-    """The address of an array's first element, to pass as a pointer."""
+    """The address of the first element of an array in C order, to pass as a pointer."""
+    if array.flags.writeable:  # which is faster
+        return ctypes.addressof(_BYTES.from_buffer(array))
     address: int = array.__array_interface__["data"][0]
     return address

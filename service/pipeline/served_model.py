@@ -210,6 +210,8 @@ class ServedModel:
         if at is None:
             return states
         given = [each.false_alarms_per_day for each in steps]
+        if not any(given) and not np.count_nonzero(states.floats[:, at]):
+            return states
         rates = np.array([0.0 if r is None else max(r, MIN_RATE) for r in given], np.float32)
         if (states.floats[:, at] == rates).all():
             return states
