@@ -201,7 +201,7 @@ class DetectingStep:
         Returns:
             Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the states after them.
         """
-        own, detection = states[:, : self._size], states[:, self._size :]
-        outputs, stepped = self._network(rows, lengths, np.ascontiguousarray(own))
-        after = np.concatenate([stepped, detection], axis=1, dtype=np.float32)
+        after, network = np.array(states, np.float32, order="C"), np.s_[:, : self._size]
+        own = np.ascontiguousarray(after[network])
+        outputs, after[network] = self._network(rows, lengths, own)
         return self._detector.score(rows, lengths, outputs, after, self._size), after

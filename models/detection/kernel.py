@@ -230,11 +230,13 @@ class Kernel:
         kept = steps if is_kept else min(steps, 2)
         details = np.zeros((batch, kept, self._sections[-1].stop))
         lengths = np.ascontiguousarray(lengths, np.int32)
-        rows, outputs = (np.ascontiguousarray(each, np.float32) for each in (rows, outputs))
+        rows = np.ascontiguousarray(rows, np.float32)
+        outputs = np.ascontiguousarray(outputs, np.float32)
         events = _Events(
             *(batch, steps, kept, outputs.shape[2], first, states.shape[1], part),
-            *map(address_of, (lengths, rows, outputs, states, details)),
-            *(None if each is None else address_of(each) for each in (scored, thresholds)),
+            *(address_of(lengths), address_of(rows), address_of(outputs), address_of(states)),
+            *(address_of(details), None if scored is None else address_of(scored)),
+            None if thresholds is None else address_of(thresholds),
         )
         return self._call(self._reference, ctypes.byref(events)), details
 
