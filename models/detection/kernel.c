@@ -24,16 +24,18 @@
    from its mean, the peak is large: so a |e| / p_before has a light tail, which separates events
    beyond all of the past from others. Each direction has its own, since a value may often fall far
    and never rise; a new stream has one for both. One outlier makes the peak large for several
-   times the memory, but not the spread, so that a |e| / q_before orders what follows it. Outliers
-   of forecasts are common, and so limited. |e| / p and |e| / q are at most MAX_DEVIATION. The
-   season follows a value at each phase by at most the spread, so that an anomaly is not unusual
-   again one season later.
+   times the memory, but not the spread, so that a |e| / q_before orders what follows it: levels
+   of several targets have no peaks, since one of many has outliers more often. Outliers of
+   forecasts are common, and so limited. |e| / p and |e| / q are at most MAX_DEVIATION. The season
+   follows a value at each phase by at most the spread, so that an anomaly is not unusual again one
+   season later.
 
    Quantities, larger for what is more unusual, are over all targets together, so that they are not
    diluted by many. Of levels, of changes and of seasons:
 
-       single    the root of the mean over the numeric targets of (a e / p_before)^2
-       averages  for each of the SCALES of `models.spec.detection`, g = exp(-1 / scale), the root of
+       single    the root of the mean over the numeric targets of (a e / p_before)^2, of levels of
+                 several targets of (a e / q_before)^2
+       average   with g = exp(-1 / AVERAGED_EVENTS) (`models.spec.detection`), the root of
                  E_t = g E_(t-1) + (1 - g) mean over the numeric targets of (a e / q_before)^2
 
    then the single one of the forecasts of all targets, and that of runs of equal values (a stuck
@@ -41,13 +43,15 @@
    n_(t-1) if a run ends at t) is the longest one before, and k the number of the stream's events
    before the run. It is the largest over the targets of
 
-       run       k / (k + prior_events) n / max(M, SHORT_RUN), at most MAX_DEVIATION
+       run       R = k / (k + prior_events) n / max(M, SHORT_RUN), at most MAX_DEVIATION, and
+                 1 + 2 log R of a longer run than any before, since lengths have heavy tails
 
    A target that an event lacks counts as 0; quantities of an event without any are 0, and not
    counted in tails.
 
    Tails. Each quantity has a tail, pooled over streams (`models.detection.tails`), which says how
-   unusual it is among all fitted streams: u = -log P. A stream's own tail maps u to its own nats
+   unusual it is among all fitted streams: u = -log P, of runs of D targets at least 0 and
+   -log (D P), a bound for the longest of so many. A stream's own tail maps u to its own nats
    y. It counts the stream's events at or above fixed levels l_0 = 0 < l_1 < ... of u. With the
    counts c_0 >= c_1 >= ..., which decay over memory_events, the share of the events above l_(i-1)
    that are also above l_i is
@@ -59,8 +63,9 @@
    as before it, at most MAX_NATS. So a new stream has the pooled tail, its own past replaces it as
    there is evidence at each level, and y does not decrease with u. Counts change after every BLOCK
    of a stream's events, so that the logarithms are computed once for a block; newer events are
-   pending. Of a block at most MAX_RARE events count at levels from RARE_NATS on, except of
-   averages: the events of one anomaly are one occurrence, and do not make the next one usual.
+   pending. At levels from RARE_NATS on, an event counts if the one before it was below the level,
+   and of averages and runs, which last, at most MAX_LASTING events of a block: the events of one
+   anomaly are one occurrence, and do not make the next one usual.
 
    The norm of order 3 of all y has a pooled tail again: several large ones count more than one,
    the largest ones most. There is one quantity for all targets rather than one for each, since a
@@ -77,7 +82,8 @@
 #include "alarms.h"
 
 enum { NUMERIC, BOOLEAN, CATEGORICAL };
-enum { SCALES = 2, MAX_KINDS = 3, MAX_QUANTITIES = MAX_KINDS * (1 + SCALES) + 2 };
+enum { LEVEL, CHANGE, SEASON }; /* channels with averages */
+enum { MAX_KINDS = 3, MAX_QUANTITIES = 2 * MAX_KINDS + 2 };
 enum { MAX_LEVELS = 32 }; /* of `tail_levels` */
 enum { BLOCK = 32 };      /* as in `models.detection.kernel` */
 enum { PACKED = 4, PACKED_BITS = 6 }; /* counts in a float: PACKED_COUNTS of the specification */
@@ -94,7 +100,7 @@ static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.s
 static const double MAX_NATS = 60.0;         /* as in `models.detection.tails` */
 static const double MIN_SHARE = 1e-12;
 static const double RARE_NATS = 4.5;
-static const double MAX_RARE = 2.0;
+static const double MAX_LASTING = 4.0;
 
 /* What is predicted: its columns in a row, `missing` -1 if every event has it, the first of its
    parameters in a forecast, and their number; a categorical target has one for each code. */
@@ -138,7 +144,7 @@ typedef struct {
     int32_t season_events; /* 0 without a season */
     int32_t row_size;
     parts_t at;
-    double decay, fourth_root_decay, block_decay, prior_events, slow[SCALES];
+    double decay, fourth_root_decay, block_decay, prior_events, slow;
     const target_t *target;
     const level_t *level;
     const tail_t *tail, *combined; /* of each quantity, and of the norm of their nats; or NULL */
@@ -149,7 +155,7 @@ typedef struct {
 /* Of the forecasts of all targets, and levels, changes, seasons and runs of the numeric ones. */
 typedef struct {
     double *errors;  /* e, of runs n */
-    double *squares; /* (a e / p_before)^2, of runs the square of the quantity of one target */
+    double *squares; /* of one target: of what is in the single quantity, and of that of runs */
 } deviations_t;
 
 enum { TARGET = 1, NUMERIC_TARGET = 2 }; /* what an event has */
@@ -249,7 +255,8 @@ static double follow_run(const model_t *model, float *run, float *longest, int p
     if (!present) return 0.0;
     double past = larger(events_before - *length, 0.0);
     double trust = past / (past + model->prior_events);
-    return smaller(trust * *length / larger(*longest, SHORT_RUN), MAX_DEVIATION);
+    double ratio = smaller(trust * *length / larger(*longest, SHORT_RUN), MAX_DEVIATION);
+    return ratio > 1.0 ? 1.0 + 2.0 * log(ratio) : ratio;
 }
 
 /* Updates the state by one event; writes its deviations and quantities, returns which targets it
@@ -259,9 +266,10 @@ static int follow_event(const model_t *model, const float *row, const float *par
     const parts_t *at = &model->at;
     int targets = model->targets, numeric = model->numeric, kinds = model->kinds, n = 0, has = 0;
     int entries = targets + kinds * numeric; /* but runs */
+    int is_joint = numeric > 1, peaks = entries - is_joint * numeric; /* levels without peaks */
     double decay = model->decay, events_before = state[at->events];
     double forecasts = 0.0, longest_run = 0.0;
-    double by_peak[MAX_KINDS] = {0.0}, by_spread[MAX_KINDS] = {0.0};
+    double single[MAX_KINDS] = {0.0}, by_spread[MAX_KINDS] = {0.0};
     for (int d = 0; d < targets; d++) {
         const target_t *target = model->target + d;
         int present = target->missing < 0 || row[target->missing] == 0.0f;
@@ -273,7 +281,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
         if (present && past.has_event)
             error = forecast_error(target, row[target->encoded], parameters);
         channel_t forecast = {state + at->distance + d, state + at->peak + d,
-                              state + at->peak + entries + d, error, past};
+                              state + at->peak + peaks + d, error, past};
         double counted = follow_distance(model, &forecast);
         deviations.errors[d] = error;
         deviations.squares[d] =
@@ -301,16 +309,17 @@ static int follow_event(const model_t *model, const float *row, const float *par
         }
         double smallest = square(RESOLUTION * fabs(value) + MIN_SCALE), spread = 0.0;
         for (int k = 0; k < kinds; k++) {
-            int place = targets + k * numeric + n;
-            channel_t channel = {state + at->distance + place, state + at->peak + place,
-                                 state + at->peak + entries + place, errors[k], pasts[k]};
+            int place = targets + k * numeric + n, is_spread = is_joint && k == LEVEL;
+            float *above = state + at->peak + place - is_joint * numeric;
+            channel_t channel = {state + at->distance + place, above, above + peaks, errors[k],
+                                 pasts[k]};
             counted = follow_distance(model, &channel);
-            double of_peak = follow_peaks(model, &channel, fabs(errors[k]), smallest);
-            by_peak[k] += of_peak;
-            by_spread[k] += follow_spread(model, &channel, state + at->spread + place - targets,
-                                          counted, smallest, &spread);
-            deviations.errors[place] = errors[k];
-            deviations.squares[place] = of_peak;
+            double of_spread = follow_spread(model, &channel, state + at->spread + place - targets,
+                                             counted, smallest, &spread);
+            double of_single = of_spread;
+            if (!is_spread) of_single = follow_peaks(model, &channel, fabs(errors[k]), smallest);
+            deviations.errors[place] = errors[k], deviations.squares[place] = of_single;
+            single[k] += of_single, by_spread[k] += of_spread;
         }
         if (phase_value) {
             int has_season = present && pasts[2].has_event;
@@ -333,13 +342,11 @@ static int follow_event(const model_t *model, const float *row, const float *par
     state[at->events] = (float)smaller(events_before + 1.0, MAX_COUNT);
 
     for (int k = 0; k < kinds; k++) {
-        *quantities++ = has & NUMERIC_TARGET ? sqrt(by_peak[k] / numeric) : 0.0;
-        for (int scale = 0; scale < SCALES; scale++) {
-            float *average = state + at->average + scale * kinds + k;
-            double slow = model->slow[scale];
-            *average = (float)(slow * *average + (1.0 - slow) * by_spread[k] / numeric);
-            *quantities++ = has & NUMERIC_TARGET ? sqrt(larger(*average, 0.0)) : 0.0;
-        }
+        float *average = state + at->average + k;
+        double slow = model->slow;
+        *average = (float)(slow * *average + (1.0 - slow) * by_spread[k] / numeric);
+        *quantities++ = has & NUMERIC_TARGET ? sqrt(single[k] / numeric) : 0.0;
+        *quantities++ = has & NUMERIC_TARGET ? sqrt(larger(*average, 0.0)) : 0.0;
     }
     *quantities++ = sqrt(forecasts / targets);
     if (numeric) *quantities = longest_run;
@@ -368,31 +375,38 @@ static double own_nats(const model_t *model, const float *counts, line_t *line, 
     return smaller(line->nats[level] + line->slope[level] * (nats - levels[level].nats), MAX_NATS);
 }
 
+static int is_lasting(int quantity) { return quantity % 2; } /* an average or runs */
+
 /* Updates the counts by one event; returns its nats, writes the cubes of its quantities' nats. */
 static double score_event(const model_t *model, const double *quantities, int has, float *state,
                           int *pending, line_t *lines, double *cubes) {
-    int size = model->quantities, of_forecasts = model->kinds * (1 + SCALES);
+    int size = model->quantities, of_forecasts = 2 * model->kinds;
+    int *before = pending + model->levels * size; /* level of the event before */
     float *counts = state + model->at.tail_counts;
     double sum = 0.0;
     for (int q = 0; q < size; q++) {
         double nats = pooled_nats(model->tail + q, quantities[q]);
+        /* the longest run of so many targets (Bonferroni) */
+        if (q > of_forecasts) nats = larger(nats - log(model->numeric), 0.0);
         int level = 0;
         while (level + 1 < model->levels && model->level[level + 1].nats <= nats) level++;
         double own = own_nats(model, counts + q, lines + q, level, nats);
         sum += cubes[q] = own * own * own;
-        if (has & (q == of_forecasts ? TARGET : NUMERIC_TARGET)) pending[level * size + q]++;
+        if (!(has & (q == of_forecasts ? TARGET : NUMERIC_TARGET))) continue;
+        for (int i = 0; i <= level; i++)
+            if (is_lasting(q) || i > before[q] || model->level[i].nats < RARE_NATS)
+                pending[i * size + q]++;
+        before[q] = level;
     }
     float *block_events = state + model->at.tail_filled;
     *block_events += 1.0f;
     if (*block_events >= BLOCK) {
         *block_events = 0.0f;
         for (int q = 0; q < size; q++) {
-            int is_average = q < of_forecasts && q % (1 + SCALES) > 0, above = 0;
-            for (int level = model->levels; level-- > 0;) {
+            for (int level = 0; level < model->levels; level++) {
                 int i = level * size + q;
-                int is_rare = !is_average && model->level[level].nats >= RARE_NATS;
-                above += pending[i];
-                double new = smaller(above, is_rare ? MAX_RARE : BLOCK);
+                int is_limited = is_lasting(q) && model->level[level].nats >= RARE_NATS;
+                double new = smaller(pending[i], is_limited ? MAX_LASTING : BLOCK);
                 double count = model->block_decay * larger(counts[i], 0.0) + new;
                 counts[i] = (float)smaller(count, MAX_COUNT);
                 pending[i] = 0;
@@ -404,15 +418,15 @@ static double score_event(const model_t *model, const double *quantities, int ha
     return model->combined ? pooled_nats(model->combined, norm) : norm;
 }
 
-/* Pending counts of events between a level and the next, at most BLOCK, from whole numbers of which
-   floats have each; a restored state may have any, but no count is more than `most`. */
-static void unpack_counts(const float *packed, int size, int most, int *counts) {
+/* Pending counts, and levels before, below BLOCK, from whole numbers of which floats have each; a
+   restored state may have any. */
+static void unpack_counts(const float *packed, int size, int *counts) {
     for (int i = 0; i < size; i++) {
         int is_packed = packed[i] >= 0.0f && packed[i] < 1 << PACKED * PACKED_BITS;
         int number = is_packed ? (int)packed[i] : 0;
         for (int k = 0; k < PACKED; k++, number >>= PACKED_BITS) {
             int count = number & ((1 << PACKED_BITS) - 1);
-            *counts++ = count < most ? count : most;
+            *counts++ = count < BLOCK ? count : BLOCK - 1;
         }
     }
 }
@@ -495,9 +509,11 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     float *block_events = state + model->at.tail_filled;
     if (!(*block_events >= 0.0f && *block_events < BLOCK)) *block_events = 0.0f; /* as restored */
     float *packed = state + model->at.tail_pending;
-    int pending[MAX_LEVELS * MAX_QUANTITIES];
-    int packed_size = (model->levels * model->quantities + PACKED - 1) / PACKED;
-    unpack_counts(packed, packed_size, (int)*block_events, pending);
+    int pending[(MAX_LEVELS + 1) * MAX_QUANTITIES];
+    int packed_size = ((model->levels + 1) * model->quantities + PACKED - 1) / PACKED;
+    unpack_counts(packed, packed_size, pending);
+    for (int i = 0; i < model->levels * model->quantities; i++)
+        if (pending[i] > *block_events) pending[i] = (int)*block_events;
     line_t lines[MAX_QUANTITIES];
     for (int q = 0; q < model->quantities; q++) lines[q].computed = 0, lines[q].nats[0] = 0.0;
     alarm_t alarm = load_alarm(&model->at, state);

@@ -21,7 +21,7 @@ from models.detection.tails import MIN_SHAPE
 from models.detection.targets import Target, targets_of
 from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
-from models.spec.detection import SCALES, Tail
+from models.spec.detection import AVERAGED_EVENTS, Tail
 from models.spec.layout import detection_columns, detection_of
 from models.spec.model import ModelSpec
 
@@ -66,7 +66,7 @@ class Model(ctypes.Structure):
         ("at", _Parts),
         *((name, ctypes.c_double) for name in ("decay", "fourth_root_decay", "block_decay")),
         ("prior_events", ctypes.c_double),
-        ("slow", ctypes.c_double * len(SCALES)),
+        ("slow", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("target", "level", "tail", "combined")),
         ("alarm", Rule),
         ("columns", Columns),
@@ -144,7 +144,7 @@ class Kernel:
         # with averages
         self._kinds = len(detection.kinds) - 2 if names else 0
         self._entries = self._targets + (self._kinds + 1) * self._numeric
-        self._quantities = self._kinds * (1 + len(SCALES)) + bool(names) + 1
+        self._quantities = 2 * self._kinds + bool(names) + 1
         if tails and len(tails) != self._quantities:
             raise SpecError(
                 f"model {spec.name!r}: expected a fit with {self._quantities} tails of "
@@ -184,7 +184,7 @@ class Kernel:
             fourth_root_decay=decay**0.25,
             block_decay=decay**BLOCK,
             prior_events=detection.prior_events,
-            slow=tuple(np.exp(-1.0 / np.array(SCALES))),
+            slow=math.exp(-1.0 / AVERAGED_EVENTS),
             target=target,
             level=level,
             tail=tail if tails else None,
@@ -254,14 +254,12 @@ class Kernel:
             cubes: [..., Q], those of the same ones.
         """
         weights, lead = squares + MIN_CHANNEL_WEIGHT, cubes.shape[:-1]
-        averaged = self._kinds * (1 + len(SCALES))
+        averaged = 2 * self._kinds
         forecasts, others = weights[..., : self._targets], weights[..., self._targets :]
         by_forecast = cubes[..., averaged, np.newaxis] + MIN_CHANNEL_WEIGHT
         forecasts *= by_forecast / forecasts.sum(axis=-1, keepdims=True)
         if self._kinds:
-            by_kind = (
-                cubes[..., :averaged].reshape(*lead, self._kinds, 1 + len(SCALES)).sum(axis=-1)
-            )
+            by_kind = cubes[..., :averaged].reshape(*lead, self._kinds, 2).sum(axis=-1)
             by_kind = np.concatenate([by_kind, cubes[..., -1:]], axis=-1) + MIN_CHANNEL_WEIGHT
             others = others.reshape(*lead, self._kinds + 1, self._numeric)
             others *= (by_kind / others.sum(axis=-1))[..., np.newaxis]

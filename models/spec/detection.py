@@ -36,7 +36,7 @@ ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
-SCALES: Final = (12, 36)
+AVERAGED_EVENTS: Final = 12
 """Events over which errors are averaged, beside the single event."""
 PACKED_COUNTS: Final = 4
 """Pending counts of tails in one float of the state, as digits of base 64."""
@@ -208,7 +208,6 @@ class DetectionSpec(Frozen):
         11.0,
         15.0,
         21.0,
-        30.0,
     )
     season_events: Annotated[int, Field(ge=2, le=4096)] | None = None
     alarm: AlarmSpec = AlarmSpec()
@@ -291,7 +290,7 @@ def detection_parts(
     numeric = sum(isinstance(events.field(name), NumericField) for name in head.targets)
     # kinds of channels with averages
     kinds = len(spec.kinds) - 2 if numeric else 0
-    tails = kinds * (1 + len(SCALES)) + (numeric > 0) + 1
+    tails = 2 * kinds + (numeric > 0) + 1
     shapes: dict[str, tuple[int, ...]] = {
         "events": (1,),
         "weight": (targets,),
@@ -300,12 +299,12 @@ def detection_parts(
         "rest": (numeric,),
         "distance": (targets + kinds * numeric,),
         "spread": (kinds, numeric),
-        "peak": (2, targets + kinds * numeric),
-        "average": (len(SCALES), kinds),
+        "peak": (2, targets + (kinds - (numeric > 1)) * numeric),
+        "average": (kinds,),
         "run": (numeric,),
         "longest": (numeric,),
         "tail_counts": (len(spec.tail_levels), tails),
-        "tail_pending": (ceil(len(spec.tail_levels) * tails / PACKED_COUNTS),),
+        "tail_pending": (ceil((len(spec.tail_levels) + 1) * tails / PACKED_COUNTS),),
         "tail_filled": (1,),
         "alarm": (1,),
         ALARM_RATE: (1,),

@@ -14,7 +14,7 @@ from models.spec.model import ModelSpec
 from tests.support.oracle_layers import Floats, softmax, softplus
 from tests.support.oracle_stream_tails import StreamTailsOracle
 
-SCALES = (12, 36)
+AVERAGED_EVENTS = 12
 
 
 class DetectionOracle:
@@ -36,10 +36,10 @@ class DetectionOracle:
             name: deque[float](maxlen=self.detection.season_events or 1) for name in self.numeric
         }
         self.errors = {channel.label: _Errors() for channel in self.channels}
-        self.averages = {(kind, scale): 0.0 for kind in self.kinds for scale in SCALES}
+        self.averages = dict.fromkeys(self.kinds, 0.0)
         self.run = dict.fromkeys(self.numeric, 0)
         self.longest = dict.fromkeys(self.numeric, 0.0)
-        self.tails = StreamTailsOracle(self.detection, self.fit, self._tail)
+        self.tails = StreamTailsOracle(self.detection, self.fit, self._tail, len(self.numeric))
         self.is_open, self.unusual, self.usual, self.excess = False, 0, 0, 0.0
         self.since, self.peak, self.latest, self.cause = 0, 0.0, 0.0, (0.0, 0.0)
 
@@ -77,6 +77,8 @@ class DetectionOracle:
                 is_limited=kind == "forecast",
                 is_seen=present[name],
             )
+            if kind == "level" and len(self.numeric) > 1:
+                by_peak = by_spread
             errors[channel.label] = error or 0.0
             zs[channel.label] = math.copysign(trust * by_peak, error or 0.0)
             squares[channel.label] = (trust * by_peak) ** 2
@@ -144,7 +146,8 @@ class DetectionOracle:
             self.run[name] = 0
         past = max(self.count - self.run[name], 0)
         trust = past / (past + self.detection.prior_events)
-        return min(trust * self.run[name] / max(self.longest[name], 8.0), 20.0)
+        ratio = min(trust * self.run[name] / max(self.longest[name], 8.0), 20.0)
+        return 1 + 2 * math.log(ratio) if ratio > 1 else ratio
 
     def _quantities(
         self,
@@ -157,11 +160,9 @@ class DetectionOracle:
         for kind in self.kinds if self.numeric else []:
             own = [squares[f"{name}.{kind}"] for name in self.numeric]
             found.append(math.sqrt(sum(own) / len(own)))
-            for scale in SCALES:
-                slow = math.exp(-1 / scale)
-                before = self.averages[kind, scale]
-                self.averages[kind, scale] = slow * before + (1 - slow) * limited[kind]
-                found.append(math.sqrt(self.averages[kind, scale]))
+            slow = math.exp(-1 / AVERAGED_EVENTS)
+            self.averages[kind] = slow * self.averages[kind] + (1 - slow) * limited[kind]
+            found.append(math.sqrt(self.averages[kind]))
         found = [each if has_numeric else None for each in found]
         forecasts = [squares[f"{name}.forecast"] for name in self.fields]
         is_any = any(present.values())
@@ -176,8 +177,8 @@ class DetectionOracle:
         cubes = [each**3 for each in own]
         parts, at = {}, 0
         for kind in self.kinds if self.numeric else []:
-            parts[kind] = sum(cubes[at : at + 3])
-            at += 3
+            parts[kind] = sum(cubes[at : at + 2])
+            at += 2
         parts |= {"forecast": cubes[at], "run": cubes[-1]}
         shares = []
         for channel in self.channels:

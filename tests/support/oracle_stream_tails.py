@@ -16,15 +16,21 @@ class StreamTailsOracle:
 
     Args:
         tail: the pooled tail probability of a value.
+        numeric: numeric targets; the last quantity is that of their runs, if there are any.
     """
 
     def __init__(
-        self, detection: DetectionSpec, fit: DetectionFit, tail: Callable[[Any, float], float]
+        self,
+        detection: DetectionSpec,
+        fit: DetectionFit,
+        tail: Callable[[Any, float], float],
+        numeric: int,
     ):
         self.memory, self.fit, self.tail = detection.memory_events, fit, tail
-        self.levels = detection.tail_levels
+        self.levels, self.numeric = detection.tail_levels, numeric
         self.counts = [[0.0] * len(self.levels) for _ in self.fit.tails]
         self.pending = [[0] * len(self.levels) for _ in self.fit.tails]
+        self.before = [0.0 for _ in self.fit.tails]
         self.events = 0
 
     def step(self, quantities: Sequence[float | None]) -> tuple[float, list[float]]:
@@ -41,6 +47,8 @@ class StreamTailsOracle:
         if value is None:
             return 0.0
         pooled = -math.log(self.tail(self.fit.tails[at], value))
+        if self.numeric and at == len(self.counts) - 1:
+            pooled = max(pooled - math.log(self.numeric), 0.0)
         own = 0.0
         for i in range(1, len(self.levels)):
             low, high = self.levels[i - 1], self.levels[i]
@@ -50,8 +58,11 @@ class StreamTailsOracle:
             is_last = i == len(self.levels) - 1
             part = (pooled - low) / (high - low)
             own -= math.log(share) * (max(part, 0.0) if is_last else min(max(part, 0.0), 1.0))
+        is_lasting = self._is_lasting(at)
         for i, level in enumerate(self.levels):
-            self.pending[at][i] += pooled > level or i == 0
+            is_first = level < 4.5 or self.before[at] < level or is_lasting
+            self.pending[at][i] += (pooled > level or i == 0) and is_first
+        self.before[at] = pooled
         return min(own, 60.0)
 
     def _end_block(self) -> None:
@@ -59,7 +70,10 @@ class StreamTailsOracle:
         if self.events % BLOCK == 0:
             decay = math.exp(-BLOCK / self.memory)
             for at, (counts, pending) in enumerate(zip(self.counts, self.pending, strict=True)):
-                is_average = at < len(self.counts) - 2 and at % 3 > 0
                 for i, new in enumerate(pending):
-                    most = 2 if self.levels[i] >= 4.5 and not is_average else BLOCK
+                    most = 4 if self.levels[i] >= 4.5 and self._is_lasting(at) else BLOCK
                     counts[i], pending[i] = decay * counts[i] + min(new, most), 0
+
+    def _is_lasting(self, at: int) -> bool:
+        """Whether the quantity is an average or that of runs."""
+        return at % 2 == 1

@@ -415,7 +415,7 @@ def test_errors_name_what_is_missing() -> None:
     whole = fitted(spec, streams_of(spec, 2, 300, seed=1))
     assert whole.detection is not None
     changed = whole.detection.model_copy(update={"season_events": 7})
-    with pytest.raises(SpecError, match="expected a fit with 11 tails of `detection`, got 8"):
+    with pytest.raises(SpecError, match="expected a fit with 8 tails of `detection`, got 6"):
         Detector(whole.model_copy(update={"detection": changed}))
     with pytest.raises(DataError, match="at least 200 events"):
         fit_detection(spec, streams_of(spec, 1, 100, seed=1))

@@ -359,7 +359,12 @@ def test_a_restored_count_is_no_more_than_the_events_of_its_block(every_target: 
         rows[np.newaxis], np.array([1]), outputs[np.newaxis], state
     )
     packed = after[0, columns["tail_pending"], np.newaxis].astype(np.int64)
-    assert set((packed >> [0, 6, 12, 18] & 63).ravel().tolist()) == {5, 6}
+    counts = after[0, columns["tail_counts"]].size
+    numbers = (packed >> [0, 6, 12, 18] & 63).ravel()
+    assert set(numbers[:counts].tolist()) == {5, 6}
+    # then the level of the event before of each quantity
+    assert every_target.detection is not None
+    assert numbers[counts:].max() < len(every_target.detection.tail_levels)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
@@ -401,8 +406,8 @@ def test_the_fit_is_in_the_artifact(tmp_path: Path) -> None:
     detection = artifact.spec.detection
     assert detection is not None
     assert detection.fit is not None
-    # levels and changes with two averages of each; forecasts; runs
-    assert len(detection.fit.tails) == 8
+    # levels and changes with an average of each; forecasts; runs
+    assert len(detection.fit.tails) == 6
     with pytest.raises(ValidationError, match="expected ascending ones from 0"):
         DetectionSpec(head="surprise", tail_levels=(0.0, 3.0, 1.5))
     earlier = {**detection.model_dump(), "fit": {"spreads": [1.0], "tails": []}}

@@ -52,8 +52,8 @@ def test_the_fit_is_in_the_artifact(artifact: Artifact) -> None:
     spec = load_artifact(artifact.path).spec
     assert spec.detection is not None
     assert spec.detection.fit is not None
-    # levels and changes with two averages of each; forecasts; runs
-    assert len(spec.detection.fit.tails) == 8
+    # levels and changes with an average of each; forecasts; runs
+    assert len(spec.detection.fit.tails) == 6
     assert 0 < spec.detection.fit.threshold(spec.detection.alarm.false_alarms_per_day) < 1
     assert artifact.state.slices.keys() >= {"odd.weight", "odd.peak", "odd.alarm"}
 

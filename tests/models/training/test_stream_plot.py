@@ -25,7 +25,7 @@ from tests.support.command import carry
 HOUR_MS, EVENTS = 3_600_000, 60
 USUAL = Tail(threshold=1.0, exceeded=0.05, scale=1.0, shape=0.1)
 FIT = DetectionFit(
-    tails=(USUAL,) * 8,
+    tails=(USUAL,) * 6,
     combined=USUAL,
     rates=(0.05,),
     thresholds=(1e-4,),
