@@ -55,3 +55,14 @@ void follow_alarms(const rule_t *rule, double threshold, double per_event, int64
     for (int64_t t = 0; t < events; t++)
         codes[t] = follow_alarm(rule, threshold, per_event, nats[t], alarm);
 }
+
+void write_outputs(const columns_t *columns, const float *network, double nats, int code,
+                   double threshold, const alarm_t *alarm, float *outputs) {
+    for (int i = 0; i < columns->size; i++)
+        if (columns->source[i] >= 0) outputs[i] = network[columns->source[i]];
+    outputs[columns->probability] = (float)exp(-nats);
+    outputs[columns->alarm] = (float)code;
+    if (code == NONE) return;
+    if (columns->severity >= 0) outputs[columns->severity] = (float)(alarm->peak / threshold);
+    if (columns->since >= 0) outputs[columns->since] = alarm->events;
+}

@@ -25,6 +25,14 @@ typedef struct {
     float latest;        /* nats of its last event */
 } alarm_t;
 
+/* Columns of the outputs of an event: the network's but the forecast, and those of alarms.
+   `models.detection.alarms.Columns` has the same fields. */
+typedef struct {
+    int32_t size, probability, alarm, severity, since; /* columns, -1 of those that it lacks */
+    const int32_t *source;  /* [size], columns of the network's outputs, -1 of detection's */
+    double thresholds[2];   /* and `per_event`, of streams without a rate of their own */
+} columns_t;
+
 /* The alarm at an event: NONE to CLOSED.
 
    threshold: nats from which an event is unusual enough.
@@ -35,5 +43,9 @@ int follow_alarm(const rule_t *rule, double threshold, double per_event, double 
 /* Writes the alarm at each of `events` events to `codes`. */
 void follow_alarms(const rule_t *rule, double threshold, double per_event, int64_t events,
                    const double *nats, alarm_t *alarm, int64_t *codes);
+
+/* Writes the outputs of an event [size], of those of the network, and its alarm. */
+void write_outputs(const columns_t *columns, const float *network, double nats, int code,
+                   double threshold, const alarm_t *alarm, float *outputs);
 
 #endif

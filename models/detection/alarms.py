@@ -62,6 +62,15 @@ class Rule(ctypes.Structure):
         )
 
 
+class Columns(ctypes.Structure):
+    """`columns_t` of `alarms.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("size", "probability", "alarm", "severity", "since")),
+        *(("source", ctypes.c_void_p), ("thresholds", ctypes.c_double * 2)),
+    )
+
+
 class AlarmState(ctypes.Structure):
     """The state of one stream's alarm, `alarm_t` of `alarms.h`; zero for a new stream.
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.detection.alarms import Columns
 from models.detection.causes import SMALL_Z
 from models.detection.forecasts import DESCRIBED, LARGEST_OUTPUT, Forecasts
-from models.detection.kernel import Columns, FloatRows, Floats, Kernel
+from models.detection.kernel import FloatRows, Floats, Kernel
 from models.detection.library import address_of
 from models.detection.targets import targets_of
 from models.errors import SpecError
@@ -76,7 +77,7 @@ class Detector:
         at = [self._places[name].start if name in self._places else -1 for name in names]
         # the columns point to it
         self._source, self._size = source, public.size
-        columns_of_outputs = Columns(public.size, *at, address_of(source), *self._own)
+        columns_of_outputs = Columns(public.size, *at, address_of(source), self._own)
         self._kernel = Kernel(spec, fit.tails, fit.combined, columns_of_outputs)
         self._forecasts = Forecasts(spec)
         self._is_kept = not {"deviation", "share"}.isdisjoint(detection.outputs)
@@ -98,7 +99,7 @@ class Detector:
             row's last event.
         """
         after = np.array(state, np.float32, order="C")
-        return self.score(rows, lengths, outputs, after, 0), after
+        return self.score(rows, lengths, outputs, state, after, 0), after
 
     def score(
         self,
@@ -106,33 +107,38 @@ class Detector:
         lengths: NDArray[Any],
         outputs: FloatRows,
         states: FloatRows,
+        after: FloatRows,
         part: int,
     ) -> FloatRows:
-        """As `step`, of states float32 [B, W], contiguous, that are updated from column `part` on;
-        returns the outputs, 0 of events beyond a length."""
-        scored = np.zeros((*rows.shape[:2], self._size), np.float32)
-        rates = states[:, part + self._rate_at]
-        thresholds = self._thresholds(rates) if np.count_nonzero(rates) else None
-        given = rows, lengths, outputs, self._parameters.start, states, part
-        opened, details = self._kernel.follow(*given, scored, thresholds, self._is_kept)
+        """As `step`, of states [B, W] of which detection has the columns from `part` on; returns
+        the outputs, 0 of events beyond a length.
+
+        Args:
+            after: float32, contiguous; `states` from `part` on, and updated there.
+        """
+        batch, steps = rows.shape[:2]
+        scored = np.zeros((batch, steps, self._size), np.float32)
+        given = rows, lengths, outputs, self._parameters.start, after, part, scored
+        kept = self._kernel.zeros(batch, steps) if self._is_kept else None
+        opened = self._kernel.follow(*given, kept=kept)
+        if opened < 0 or (opened and kept is None and self._cause_at is not None):
+            # again, with rates of the streams' own, or for the causes of alarms
+            after[:, part:] = states[:, part:]
+            thresholds = self._thresholds(after[:, part + self._rate_at])
+            kept = self._kernel.zeros(batch, steps)
+            self._kernel.follow(*given, thresholds, kept)
         parameters = outputs[..., self._parameters]
-        if opened and self._cause_at is not None:
-            followed = self._kernel.split(details)
+        if kept is not None and self._cause_at is not None:
             columns = slice(part + self._cause_at.start, part + self._cause_at.stop)
-            for row in followed.opened.any(axis=1).nonzero()[0].tolist():
-                # the last one
-                kept = row, int(followed.opened[row].argmax())
-                at = int(followed.opened[kept]) - 1
-                parts = followed.errors[kept], followed.squares[kept], followed.cubes[kept]
-                states[row, columns] = self._cause(rows[row, at], parameters[row, at], *parts)
-        if self._is_kept:
-            followed = self._kernel.split(details)
-            if "deviation" in self._places:
-                deviations = followed.deviations[..., self._kernel.order]
-                scored[..., self._places["deviation"]] = deviations
-            if "share" in self._places:
-                shares = self._kernel.shares(followed.squares, followed.cubes)
-                scored[..., self._places["share"]] = shares
+            for row in kept.opened.any(axis=1).nonzero()[0].tolist():
+                at = row, int(kept.opened[row].nonzero()[0][-1])
+                own = kept.errors[at], kept.squares[at], kept.cubes[at]
+                after[row, columns] = self._cause(rows[at], parameters[at], *own)
+        if kept is not None and "deviation" in self._places:
+            scored[..., self._places["deviation"]] = kept.deviations[..., self._kernel.order]
+        if kept is not None and "share" in self._places:
+            shares = self._kernel.shares(kept.squares, kept.cubes)
+            scored[..., self._places["share"]] = shares
         described = self._forecasts.describe(self._described, rows, lengths, parameters)
         for name, values in described.items():
             scored[..., self._places[name]] = values
@@ -204,4 +210,4 @@ class DetectingStep:
         after, network = np.array(states, np.float32, order="C"), np.s_[:, : self._size]
         own = np.ascontiguousarray(after[network])
         outputs, after[network] = self._network(rows, lengths, own)
-        return self._detector.score(rows, lengths, outputs, after, self._size), after
+        return self._detector.score(rows, lengths, outputs, states, after, self._size), after

@@ -150,8 +150,8 @@ def _follow(
     found = []
     for at, (rows, parameters, counted, _) in enumerate(streams):
         of_one = rows[np.newaxis], [len(rows)], parameters[np.newaxis], 0
-        _, details = kernel.follow(*of_one, states[at : at + 1])
-        found.append(numbers(kernel.split(details))[0, counted])
+        kernel.follow(*of_one, states[at : at + 1], kept=(kept := kernel.zeros(1, len(rows))))
+        found.append(numbers(kept)[0, counted])
     return np.concatenate(found)
 
 

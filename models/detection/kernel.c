@@ -85,8 +85,7 @@ enum { NUMERIC, BOOLEAN, CATEGORICAL };
 enum { LEVEL, CHANGE, SEASON }; /* channels with averages */
 enum { MAX_KINDS = 3, MAX_QUANTITIES = 2 * MAX_KINDS + 2 };
 enum { MAX_LEVELS = 32 }; /* of `tail_levels` */
-enum { BLOCK = 32 };      /* as in `models.detection.kernel` */
-enum { PACKED = 4, PACKED_BITS = 6 }; /* counts in a float: PACKED_COUNTS of the specification */
+enum { BLOCK = 32, PACKED = 4, PACKED_BITS = 6 }; /* PACKED pending counts in a float */
 
 static const double LIMIT = 5.0; /* of errors in spreads and forecasts, in distances */
 static const double MAX_DEVIATION = 20.0;
@@ -124,17 +123,9 @@ typedef struct {
    have none of small values. `mean` + `rest` is the mean, with the digits of an offset. */
 typedef struct {
     int32_t events, weight, last, mean, rest, distance, spread, peak, average, run, longest, season,
-        season_weight, tail_counts, tail_pending, tail_filled, alarm, alarm_since, alarm_excess,
-        alarm_events, alarm_nats;
+        season_weight, tail_counts, tail_pending, tail_filled, alarm, alarm_rate, alarm_since,
+        alarm_excess, alarm_events, alarm_nats;
 } parts_t;
-
-/* The outputs of an event: the network's but the forecast, and those of detection.
-   `models.detection.kernel.Columns` has the same fields. */
-typedef struct {
-    int32_t size, probability, alarm, severity, since; /* columns, -1 of those that it lacks */
-    const int32_t *source;  /* [size], columns of the network's outputs, -1 of detection's */
-    double nats, per_event; /* see `follow_alarm`, of streams without a rate of their own */
-} columns_t;
 
 /* `models.detection.kernel.Model` has the same fields. */
 typedef struct {
@@ -468,43 +459,25 @@ static void store_alarm(const parts_t *at, float *state, alarm_t alarm) {
     }
 }
 
-/* Arguments of `follow_streams`; arrays are [batch, steps, ...]. Events beyond a length are not
-   written. `_Events` of `kernel.py` has the same fields. */
+/* Arguments of `follow_streams`; arrays are [batch, steps, ...]. Nothing is written of events
+   beyond a length. `_Events` of `kernel.py` has the same fields. */
 typedef struct {
-    int64_t batch, steps;
-    int64_t kept; /* events of which details are kept: all, or 2, of which one is the last event that
-                     opened an alarm */
-    int64_t output_size, first; /* columns of the network's outputs, the first of the forecast */
-    int64_t state_size, part;   /* columns of `states`, the first of the detection */
-    const int32_t *lengths;     /* [batch] */
+    int64_t batch, steps, output_size, first; /* columns of `outputs`, the first of the forecast */
+    int64_t state_size, part;                 /* columns of `states`, the first of detection */
+    const int32_t *lengths;                   /* [batch] */
     const float *rows, *outputs;
-    float *states;               /* [batch, state_size], updated */
-    double *details;             /* [batch, kept, ...]: nats, 1 + the event if it opened an alarm or
-                                    else 0, `deviations_t`, quantities, cubes of their own nats */
-    float *scored;               /* [batch, steps, columns.size]; NULL: without alarms */
-    const double *thresholds;    /* [batch, 2], nats and per_event; NULL: those of `columns` */
+    float *states;            /* [batch, state_size], updated */
+    float *scored;            /* [batch, steps, columns.size]; NULL: without alarms */
+    const double *thresholds; /* [batch, 2], nats and per_event; NULL: those of `columns` */
+    double *details; /* NULL, or nats, 1 if an alarm opened, `deviations_t`, quantities, cubes */
 } events_t;
-
-static void write_outputs(const columns_t *columns, const float *network, double nats, int code,
-                          const alarm_t *alarm, double threshold, float *outputs) {
-    for (int i = 0; i < columns->size; i++)
-        if (columns->source[i] >= 0) outputs[i] = network[columns->source[i]];
-    outputs[columns->probability] = (float)exp(-nats);
-    outputs[columns->alarm] = (float)code;
-    if (code == NONE) return;
-    if (columns->severity >= 0) outputs[columns->severity] = (float)(alarm->peak / threshold);
-    if (columns->since >= 0) outputs[columns->since] = alarm->events;
-}
 
 /* Follows one stream; returns how many alarms opened. */
 static int follow_stream(const model_t *model, const events_t *events, int64_t b) {
     int64_t entries = model->targets + (int64_t)(model->kinds + 1) * model->numeric;
     int64_t details_size = 2 + 2 * (entries + model->quantities);
     int64_t season = model->season_events ? model->season_events : 1, length = events->lengths[b];
-    const columns_t *columns = &model->columns;
-    double threshold = columns->nats, per_event = columns->per_event;
-    if (events->thresholds)
-        threshold = events->thresholds[2 * b], per_event = events->thresholds[2 * b + 1];
+    const double *own = events->thresholds ? events->thresholds + 2 * b : model->columns.thresholds;
     float *state = events->states + b * events->state_size + events->part;
     float *block_events = state + model->at.tail_filled;
     if (!(*block_events >= 0.0f && *block_events < BLOCK)) *block_events = 0.0f; /* as restored */
@@ -517,26 +490,25 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     line_t lines[MAX_QUANTITIES];
     for (int q = 0; q < model->quantities; q++) lines[q].computed = 0, lines[q].nats[0] = 0.0;
     alarm_t alarm = load_alarm(&model->at, state);
-    int opened = 0, spare = 0;
+    double unkept[details_size];
+    int opened = 0;
     for (int64_t t = 0; t < length; t++) {
-        int64_t event = b * events->steps + t, place = events->kept == events->steps ? t : spare;
-        double *details = events->details + (b * events->kept + place) * details_size;
+        int64_t event = b * events->steps + t;
+        double *details = events->details ? events->details + event * details_size : unkept;
+        double *quantities = details + 2 + 2 * entries, *cubes = quantities + model->quantities;
         deviations_t deviations = {details + 2, details + 2 + entries};
-        double *quantities = details + 2 + 2 * entries;
+        const float *row = events->rows + event * model->row_size;
         const float *outputs = events->outputs + event * events->output_size;
-        int has = follow_event(model, events->rows + event * model->row_size,
-                               outputs + events->first, state, (int)(t % season), deviations,
-                               quantities);
+        int has = follow_event(model, row, outputs + events->first, state, (int)(t % season),
+                               deviations, quantities);
         if (!model->tail) continue;
-        double nats = score_event(model, quantities, has, state, pending, lines,
-                                  quantities + model->quantities);
+        double nats = score_event(model, quantities, has, state, pending, lines, cubes);
         details[0] = nats;
         if (!events->scored) continue;
-        int code = follow_alarm(&model->alarm, threshold, per_event, nats, &alarm);
-        details[1] = code == OPENED ? (double)(t + 1) : 0.0;
-        if (code == OPENED) opened++, spare = 1 - spare;
-        write_outputs(columns, outputs, nats, code, &alarm, threshold,
-                      events->scored + event * columns->size);
+        int code = follow_alarm(&model->alarm, own[0], own[1], nats, &alarm);
+        opened += code == OPENED, details[1] = code == OPENED;
+        float *scored = events->scored + event * model->columns.size;
+        write_outputs(&model->columns, outputs, nats, code, own[0], &alarm, scored);
     }
     store_alarm(&model->at, state, alarm);
     pack_counts(pending, packed_size, packed);
@@ -549,8 +521,12 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     return opened;
 }
 
-/* Follows the next events of streams; returns how many alarms opened. */
+/* Follows the next events of streams; returns how many alarms opened, or at once -1 if a stream has
+   a rate of its own, but no threshold. */
 int follow_streams(const model_t *model, const events_t *events) {
+    const float *rate = events->states + events->part + model->at.alarm_rate;
+    for (int64_t b = 0; b < events->batch && events->scored && !events->thresholds; b++)
+        if (rate[b * events->state_size] > 0.0f) return -1;
     int opened = 0;
     for (int64_t b = 0; b < events->batch; b++) opened += follow_stream(model, events, b);
     return opened;

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from models.detection.alarms import Rule
+from models.detection.alarms import Columns, Rule
 from models.detection.library import address_of, load_library
 from models.detection.tails import MIN_SHAPE
 from models.detection.targets import Target, targets_of
@@ -40,21 +40,12 @@ MIN_CHANNEL_WEIGHT: Final = 1e-9
 _PARTS: Final = (
     *("events", "weight", "last", "mean", "rest", "distance", "spread", "peak", "average", "run"),
     *("longest", "season", "season_weight", "tail_counts", "tail_pending", "tail_filled"),
-    *("alarm", "alarm_since", "alarm_excess", "alarm_events", "alarm_nats"),
+    *("alarm", "alarm_rate", "alarm_since", "alarm_excess", "alarm_events", "alarm_nats"),
 )
 
 
 class _Parts(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in _PARTS]
-
-
-class Columns(ctypes.Structure):
-    """`columns_t` of `kernel.c`."""
-
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("size", "probability", "alarm", "severity", "since")),
-        *(("source", ctypes.c_void_p), ("nats", ctypes.c_double), ("per_event", ctypes.c_double)),
-    ]
 
 
 class Model(ctypes.Structure):
@@ -77,30 +68,32 @@ class _Events(ctypes.Structure):
     """`events_t` of `kernel.c`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "steps", "kept", "output_size", "first")),
+        *((name, ctypes.c_int64) for name in ("batch", "steps", "output_size", "first")),
         *((name, ctypes.c_int64) for name in ("state_size", "part")),
-        *((name, ctypes.c_void_p) for name in ("lengths", "rows", "outputs", "states", "details")),
-        *((name, ctypes.c_void_p) for name in ("scored", "thresholds")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "rows", "outputs", "states", "scored")),
+        *((name, ctypes.c_void_p) for name in ("thresholds", "details")),
     ]
 
 
 class KernelOutputs(NamedTuple):
-    """Of the last events of B streams, as `Kernel.follow` keeps them.
+    """Of T events of B streams; 0 beyond a stream's length.
 
     The R entries of an event are the forecasts of the D targets, the levels of the N numeric ones,
     their changes, with a season their seasons, and their runs.
 
     Attributes:
-        nats: [B, K], -log of the tail probabilities; 0 without tails.
-        opened: [B, K], 1 + the event, if it opened an alarm; else 0.
-        errors: [B, K, R], e: of forecasts in predicted deviations, of categorical and
+        details: [B, T, 2 + 2R + 2Q], all that follows.
+        nats: [B, T], -log of the tail probabilities; 0 without tails.
+        opened: [B, T], 1 if the event opened an alarm; else 0.
+        errors: [B, T, R], e: of forecasts in predicted deviations, of categorical and
             boolean targets the square root of twice the nats, of levels, changes and seasons as
             the values come, of runs events.
-        squares: [B, K, R], (a e / p_before)^2; of runs the square of the quantity of one target.
-        quantities: [B, K, Q].
-        cubes: [B, K, Q], of the own nats of the quantities; 0 without tails.
+        squares: [B, T, R], (a e / p_before)^2; of runs the square of the quantity of one target.
+        quantities: [B, T, Q].
+        cubes: [B, T, Q], of the own nats of the quantities; 0 without tails.
     """
 
+    details: Floats
     nats: Floats
     opened: Floats
     errors: Floats
@@ -110,7 +103,7 @@ class KernelOutputs(NamedTuple):
 
     @property
     def deviations(self) -> Floats:
-        """a e / p_before, and the quantity of runs of one target, [B, K, R]."""
+        """a e / p_before, and the quantity of runs of one target, [B, T, R]."""
         return np.copysign(np.sqrt(self.squares), self.errors)
 
 
@@ -195,6 +188,12 @@ class Kernel:
         self._call = _function()
         self._reference = ctypes.byref(self._model)
 
+    def zeros(self, batch: int, steps: int) -> KernelOutputs:
+        """Where `follow` may write, all 0."""
+        details = np.zeros((batch, steps, self._sections[-1].stop))
+        nats, opened, *others = (details[..., section] for section in self._sections)
+        return KernelOutputs(details, nats[..., 0], opened[..., 0], *others)
+
     def follow(
         self,
         rows: FloatRows,
@@ -205,9 +204,9 @@ class Kernel:
         part: int = 0,
         scored: FloatRows | None = None,
         thresholds: Floats | None = None,
-        is_kept: bool = True,
-    ) -> tuple[int, Floats]:
-        """Follow the next events of each stream.
+        kept: KernelOutputs | None = None,
+    ) -> int:
+        """Follow the next events of each stream; returns how many alarms opened.
 
         Args:
             rows: [B, T, F], encoded; anything beyond a length.
@@ -219,31 +218,22 @@ class Kernel:
             scored: float32 [B, T, O], contiguous, written as `columns` say; None: alarms are not
                 followed.
             thresholds: [B, 2], contiguous, -log of the tail probability from which an event is
-                unusual enough, and the specified alarms per event; None: those of `columns`.
-            is_kept: whether details of all events are kept.
-
-        Returns:
-            How many alarms opened, and details of all events, K = T, and 0 beyond a length; or of
-            up to K = 2, one of them the last event that opened an alarm; for `split`.
+                unusual enough, and the specified alarms per event; None: those of `columns`, unless
+                a state has a rate: then nothing is done, and -1 returned.
+            kept: of `zeros`; written.
         """
-        batch, steps = rows.shape[:2]
-        kept = steps if is_kept else min(steps, 2)
-        details = np.zeros((batch, kept, self._sections[-1].stop))
         lengths = np.ascontiguousarray(lengths, np.int32)
         rows = np.ascontiguousarray(rows, np.float32)
         outputs = np.ascontiguousarray(outputs, np.float32)
         events = _Events(
-            *(batch, steps, kept, outputs.shape[2], first, states.shape[1], part),
+            *(*rows.shape[:2], outputs.shape[2], first, states.shape[1], part),
             *(address_of(lengths), address_of(rows), address_of(outputs), address_of(states)),
-            *(address_of(details), None if scored is None else address_of(scored)),
+            None if scored is None else address_of(scored),
             None if thresholds is None else address_of(thresholds),
+            None if kept is None else address_of(kept.details),
         )
-        return self._call(self._reference, ctypes.byref(events)), details
-
-    def split(self, details: Floats) -> KernelOutputs:
-        """The details of `follow` by name."""
-        nats, opened, *others = (details[..., section] for section in self._sections)
-        return KernelOutputs(nats[..., 0], opened[..., 0], *others)
+        opened: int = self._call(self._reference, ctypes.byref(events))
+        return opened
 
     def shares(self, squares: Floats, cubes: Floats) -> Floats:
         """How much each channel counts in the nats of events, [..., C], 1 in sum: the cubes of each

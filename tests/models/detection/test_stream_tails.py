@@ -277,8 +277,9 @@ def test_probabilities_become_the_streams_own(scale: float) -> None:
     assert (0.002 if scale < 1 else 0.006) < share < 0.016
     state = detection_state(spec).zero().floats[np.newaxis]
     kernel = Kernel(spec)
-    _, details = kernel.follow(rows[np.newaxis], [20_000], outputs[np.newaxis], 0, state)
-    nats = Tails([tail]).nats(kernel.split(details).quantities[..., 0])[0]
+    found = kernel.zeros(1, 20_000)
+    kernel.follow(rows[np.newaxis], [20_000], outputs[np.newaxis], 0, state, kept=found)
+    nats = Tails([tail]).nats(found.quantities[..., 0])[0]
     pooled = (nats[late] >= -np.log(0.01)).mean()
     assert scale == 1.0 or not 0.006 < pooled < 0.016
 
