@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import Columns
+from models.detection.alarms import OPENED, Columns
 from models.detection.causes import SMALL_Z
 from models.detection.forecasts import DESCRIBED, LARGEST_OUTPUT, Forecasts
 from models.detection.kernel import FloatRows, Floats, Kernel
@@ -120,20 +120,25 @@ class Detector:
         scored = np.zeros((batch, steps, self._size), np.float32)
         given = rows, lengths, outputs, self._parameters.start, after, part, scored
         kept = self._kernel.zeros(batch, steps) if self._is_kept else None
-        opened = self._kernel.follow(*given, kept=kept)
-        if opened < 0 or (opened and kept is None and self._cause_at is not None):
-            # again, with rates of the streams' own, or for the causes of alarms
-            after[:, part:] = states[:, part:]
+        opened, thresholds = self._kernel.follow(*given, kept=kept), None
+        if opened < 0:
             thresholds = self._thresholds(after[:, part + self._rate_at])
-            kept = self._kernel.zeros(batch, steps)
-            self._kernel.follow(*given, thresholds, kept)
+            opened = self._kernel.follow(*given, thresholds, kept)
         parameters = outputs[..., self._parameters]
-        if kept is not None and self._cause_at is not None:
+        if opened and self._cause_at is not None:
             columns = slice(part + self._cause_at.start, part + self._cause_at.stop)
-            for row in kept.opened.any(axis=1).nonzero()[0].tolist():
-                at = row, int(kept.opened[row].nonzero()[0][-1])
-                own = kept.errors[at], kept.squares[at], kept.cubes[at]
-                after[row, columns] = self._cause(rows[at], parameters[at], *own)
+            is_open = scored[..., self._places["alarm"].start] == OPENED
+            for row in is_open.any(axis=1).nonzero()[0].tolist():
+                # again, for the details of the last event that opened an alarm
+                one, own = slice(row, row + 1), self._kernel.zeros(1, steps)
+                before = np.array(states[one], np.float32, order="C")
+                of_one = rows[one], lengths[one], outputs[one], self._parameters.start, before, part
+                limits = None if thresholds is None else thresholds[one]
+                self._kernel.follow(*of_one, scored[one], limits, own)
+                at = int(is_open[row].nonzero()[0][-1])
+                details = own.errors[0, at], own.squares[0, at], own.cubes[0, at]
+                cause = self._cause(rows[row, at], parameters[row, at], *details)
+                after[row, columns] = cause
         if kept is not None and "deviation" in self._places:
             scored[..., self._places["deviation"]] = kept.deviations[..., self._kernel.order]
         if kept is not None and "share" in self._places:

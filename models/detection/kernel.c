@@ -469,13 +469,13 @@ typedef struct {
     float *states;            /* [batch, state_size], updated */
     float *scored;            /* [batch, steps, columns.size]; NULL: without alarms */
     const double *thresholds; /* [batch, 2], nats and per_event; NULL: those of `columns` */
-    double *details; /* NULL, or nats, 1 if an alarm opened, `deviations_t`, quantities, cubes */
+    double *details; /* NULL, or of each nats, `deviations_t`, quantities, cubes */
 } events_t;
 
 /* Follows one stream; returns how many alarms opened. */
 static int follow_stream(const model_t *model, const events_t *events, int64_t b) {
     int64_t entries = model->targets + (int64_t)(model->kinds + 1) * model->numeric;
-    int64_t details_size = 2 + 2 * (entries + model->quantities);
+    int64_t details_size = 1 + 2 * (entries + model->quantities);
     int64_t season = model->season_events ? model->season_events : 1, length = events->lengths[b];
     const double *own = events->thresholds ? events->thresholds + 2 * b : model->columns.thresholds;
     float *state = events->states + b * events->state_size + events->part;
@@ -495,8 +495,8 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     for (int64_t t = 0; t < length; t++) {
         int64_t event = b * events->steps + t;
         double *details = events->details ? events->details + event * details_size : unkept;
-        double *quantities = details + 2 + 2 * entries, *cubes = quantities + model->quantities;
-        deviations_t deviations = {details + 2, details + 2 + entries};
+        double *quantities = details + 1 + 2 * entries, *cubes = quantities + model->quantities;
+        deviations_t deviations = {details + 1, details + 1 + entries};
         const float *row = events->rows + event * model->row_size;
         const float *outputs = events->outputs + event * events->output_size;
         int has = follow_event(model, row, outputs + events->first, state, (int)(t % season),
@@ -506,7 +506,7 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
         details[0] = nats;
         if (!events->scored) continue;
         int code = follow_alarm(&model->alarm, own[0], own[1], nats, &alarm);
-        opened += code == OPENED, details[1] = code == OPENED;
+        opened += code == OPENED;
         float *scored = events->scored + event * model->columns.size;
         write_outputs(&model->columns, outputs, nats, code, own[0], &alarm, scored);
     }

@@ -82,9 +82,8 @@ class KernelOutputs(NamedTuple):
     their changes, with a season their seasons, and their runs.
 
     Attributes:
-        details: [B, T, 2 + 2R + 2Q], all that follows.
+        details: [B, T, 1 + 2R + 2Q], all that follows.
         nats: [B, T], -log of the tail probabilities; 0 without tails.
-        opened: [B, T], 1 if the event opened an alarm; else 0.
         errors: [B, T, R], e: of forecasts in predicted deviations, of categorical and
             boolean targets the square root of twice the nats, of levels, changes and seasons as
             the values come, of runs events.
@@ -95,7 +94,6 @@ class KernelOutputs(NamedTuple):
 
     details: Floats
     nats: Floats
-    opened: Floats
     errors: Floats
     squares: Floats
     quantities: Floats
@@ -147,7 +145,7 @@ class Kernel:
         entries += [(kind, name) for kind in detection.kinds[1:] for name in names]
         channels = detection.channels_of(head.targets, events)
         self.order = np.array([entries.index((each.kind, each.target)) for each in channels])
-        sizes = 1, 1, self._entries, self._entries, self._quantities, self._quantities
+        sizes = 1, self._entries, self._entries, self._quantities, self._quantities
         self._sections = [
             slice(at - size, at) for at, size in zip(accumulate(sizes), sizes, strict=True)
         ]
@@ -191,8 +189,8 @@ class Kernel:
     def zeros(self, batch: int, steps: int) -> KernelOutputs:
         """Where `follow` may write, all 0."""
         details = np.zeros((batch, steps, self._sections[-1].stop))
-        nats, opened, *others = (details[..., section] for section in self._sections)
-        return KernelOutputs(details, nats[..., 0], opened[..., 0], *others)
+        nats, *others = (details[..., section] for section in self._sections)
+        return KernelOutputs(details, nats[..., 0], *others)
 
     def follow(
         self,

@@ -16,15 +16,15 @@ _BYTES = ctypes.c_char * 0
 
 
 @cache
-def load_library() -> ctypes.CDLL:
-    """The library.
+def load_library() -> ctypes.PyDLL:
+    """The library, whose calls are short, and keep the global interpreter lock.
 
     Raises:
         ImportError: it is missing, or built for another platform.
     """
     path = Path(__file__).with_name("libdetection.so")
     try:
-        return ctypes.CDLL(str(path))
+        return ctypes.PyDLL(str(path))
     except OSError as error:
         raise ImportError(
             f"expected the compiled library of detection at {path}: run scripts/setup in a "
