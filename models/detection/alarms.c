@@ -5,6 +5,28 @@
 enum { MUTED = 1 << 20, MUTED_EVENTS = 64 }; /* as in `models.detection.alarms` */
 enum { MANY_EVENTS = 1 << 20 };              /* at this count `since` restarts from 0 */
 
+alarm_t load_alarm(const parts_t *at, const float *state) {
+    alarm_t alarm = {.number = state[at->alarm]};
+    if (at->alarm_since >= 0)
+        alarm.since = state[at->alarm_since], alarm.excess = state[at->alarm_excess];
+    if (at->alarm_nats >= 0) {
+        alarm.events = state[at->alarm_events];
+        alarm.peak = (float)fmin(state[at->alarm_nats], MAX_NATS);
+        alarm.latest = state[at->alarm_nats + 1];
+    }
+    return alarm;
+}
+
+void store_alarm(const parts_t *at, float *state, alarm_t alarm) {
+    state[at->alarm] = alarm.number;
+    if (at->alarm_since >= 0)
+        state[at->alarm_since] = alarm.since, state[at->alarm_excess] = alarm.excess;
+    if (at->alarm_nats >= 0) {
+        state[at->alarm_events] = alarm.events;
+        state[at->alarm_nats] = alarm.peak, state[at->alarm_nats + 1] = alarm.latest;
+    }
+}
+
 static int next_code(const rule_t *rule, double threshold, double per_event, double nats,
                      alarm_t *alarm) {
     double number = trunc(alarm->number);

@@ -3,9 +3,10 @@
 #ifndef CARRY_ALARMS_H
 #define CARRY_ALARMS_H
 
-#include <stdint.h>
+#include "state.h"
 
 enum { NONE, OPENED, CONTINUING, CLOSED };
+enum { MAX_NATS = 60 };       /* as in `models.detection.tails` */
 enum { MAX_COUNT = 1 << 24 }; /* floats have every whole number up to it */
 
 /* `models.detection.alarms.Rule` has the same fields; nats are -log of tail probabilities. */
@@ -32,6 +33,10 @@ typedef struct {
     const int32_t *source;  /* [size], columns of the network's outputs, -1 of detection's */
     double thresholds[2];   /* and `per_event`, of streams without a rate of their own */
 } columns_t;
+
+/* Reads an alarm from a state, and writes it there. */
+alarm_t load_alarm(const parts_t *at, const float *state);
+void store_alarm(const parts_t *at, float *state, alarm_t alarm);
 
 /* The alarm at an event: NONE to CLOSED.
 

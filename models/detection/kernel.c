@@ -75,11 +75,10 @@
    chunks.
 */
 
+#include "alarms.h"
+
 #include <math.h>
 #include <stddef.h>
-#include <stdint.h>
-
-#include "alarms.h"
 
 enum { NUMERIC, BOOLEAN, CATEGORICAL };
 enum { LEVEL, CHANGE, SEASON }; /* channels with averages */
@@ -96,7 +95,6 @@ static const double MIN_WEIGHT = 1e-9;       /* a past with no more has no event
 static const double SHORT_RUN = 8.0;         /* a run up to this length is usual in any stream */
 static const double MAX_ERROR = 1e18;        /* DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.spec.heads` */
-static const double MAX_NATS = 60.0;         /* as in `models.detection.tails` */
 static const double MIN_SHARE = 1e-12;
 static const double RARE_NATS = 4.5;
 static const double MAX_LASTING = 4.0;
@@ -116,16 +114,6 @@ typedef struct {
 typedef struct {
     double nats, weight, prior;
 } level_t;
-
-/* Offset of each part of a stream's state (`detection_parts` of `models.spec.detection`), -1 of
-   those that the model lacks. `distance`, `spread` and `peak` are the weighted sum of |e|, the root
-   of that of min(|e|, LIMIT d)^2, and the fourth root of that of the fourth powers, since floats
-   have none of small values. `mean` + `rest` is the mean, with the digits of an offset. */
-typedef struct {
-    int32_t events, weight, last, mean, rest, distance, spread, peak, average, run, longest, season,
-        season_weight, tail_counts, tail_pending, tail_filled, alarm, alarm_rate, alarm_since,
-        alarm_excess, alarm_events, alarm_nats;
-} parts_t;
 
 /* `models.detection.kernel.Model` has the same fields. */
 typedef struct {
@@ -434,28 +422,6 @@ static void reverse(float *values, int64_t size) {
     for (int64_t i = 0; i < size / 2; i++) {
         float value = values[i];
         values[i] = values[size - 1 - i], values[size - 1 - i] = value;
-    }
-}
-
-static alarm_t load_alarm(const parts_t *at, const float *state) {
-    alarm_t alarm = {.number = state[at->alarm]};
-    if (at->alarm_since >= 0)
-        alarm.since = state[at->alarm_since], alarm.excess = state[at->alarm_excess];
-    if (at->alarm_nats >= 0) {
-        alarm.events = state[at->alarm_events];
-        alarm.peak = (float)smaller(state[at->alarm_nats], MAX_NATS);
-        alarm.latest = state[at->alarm_nats + 1];
-    }
-    return alarm;
-}
-
-static void store_alarm(const parts_t *at, float *state, alarm_t alarm) {
-    state[at->alarm] = alarm.number;
-    if (at->alarm_since >= 0)
-        state[at->alarm_since] = alarm.since, state[at->alarm_excess] = alarm.excess;
-    if (at->alarm_nats >= 0) {
-        state[at->alarm_events] = alarm.events;
-        state[at->alarm_nats] = alarm.peak, state[at->alarm_nats + 1] = alarm.latest;
     }
 }
 
