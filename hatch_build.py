@@ -29,7 +29,7 @@ TARGETS = {
 """Target of the compiler and platform tag of the wheel, by platform and machine of Python."""
 FLAGS = (
     *("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-mcpu=baseline", "-shared"),
-    *("-fPIC", "-s", "-Wall", "-Wextra", "-Werror"),
+    *("-fPIC", "-s", "-Wall", "-Wextra", "-Wvla", "-Werror"),
 )
 
 

@@ -95,7 +95,6 @@ static const double MIN_WEIGHT = 1e-9;       /* a past with no more has no event
 static const double SHORT_RUN = 8.0;         /* a run up to this length is usual in any stream */
 static const double MAX_ERROR = 1e18;        /* DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.spec.heads` */
-static const double MIN_SHARE = 1e-12;
 static const double RARE_NATS = 4.5;
 static const double MAX_LASTING = 4.0;
 
@@ -133,9 +132,13 @@ typedef struct {
 
 /* Of the forecasts of all targets, and levels, changes, seasons and runs of the numeric ones. */
 typedef struct {
-    double *errors;  /* e, of runs n */
+    double *errors;  /* e, of runs n; NULL: nothing is kept */
     double *squares; /* of one target: of what is in the single quantity, and of that of runs */
 } deviations_t;
+
+static void keep(deviations_t to, int place, double error, double squared) {
+    if (to.errors) to.errors[place] = error, to.squares[place] = squared;
+}
 
 enum { TARGET = 1, NUMERIC_TARGET = 2 }; /* what an event has */
 
@@ -163,7 +166,7 @@ static double forecast_error(const target_t *target, double value, const float *
         double largest = own[0], sum = 0.0;
         for (int i = 1; i < target->parameters; i++) largest = larger(largest, own[i]);
         for (int i = 0; i < target->parameters; i++) sum += exp(own[i] - largest);
-        int code = (int)smaller(larger(rint(value), 0.0), target->parameters - 1);
+        int code = (int)smaller(larger(0.0, rint(value)), target->parameters - 1);
         nats = log(sum) + largest - own[code];
     }
     return sqrt(2.0 * larger(nats, 0.0));
@@ -262,10 +265,8 @@ static int follow_event(const model_t *model, const float *row, const float *par
         channel_t forecast = {state + at->distance + d, state + at->peak + d,
                               state + at->peak + peaks + d, error, past};
         double counted = follow_distance(model, &forecast);
-        deviations.errors[d] = error;
-        deviations.squares[d] =
-            follow_peaks(model, &forecast, counted, square(MIN_FORECAST_PEAK));
-        forecasts += deviations.squares[d];
+        double of_forecast = follow_peaks(model, &forecast, counted, square(MIN_FORECAST_PEAK));
+        keep(deviations, d, error, of_forecast), forecasts += of_forecast;
         if (target->kind != NUMERIC) continue;
 
         double value = present ? clamp(row[target->value], MAX_ERROR) : 0.0;
@@ -297,7 +298,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
                                              counted, smallest, &spread);
             double of_single = of_spread;
             if (!is_spread) of_single = follow_peaks(model, &channel, fabs(errors[k]), smallest);
-            deviations.errors[place] = errors[k], deviations.squares[place] = of_single;
+            keep(deviations, place, errors[k], of_single);
             single[k] += of_single, by_spread[k] += of_spread;
         }
         if (phase_value) {
@@ -307,10 +308,10 @@ static int follow_event(const model_t *model, const float *row, const float *par
         }
 
         double length;
-        int place = entries + n, is_same = past.has_event && value == latest;
+        int is_same = past.has_event && value == latest;
         double run = follow_run(model, state + at->run + n, state + at->longest + n, present,
                                 is_same, events_before, &length);
-        deviations.errors[place] = length, deviations.squares[place] = square(run);
+        keep(deviations, entries + n, length, square(run));
         longest_run = larger(longest_run, run);
         if (present) {
             level += (value - level) * past.inverse_after;
@@ -347,7 +348,7 @@ static double own_nats(const model_t *model, const float *counts, line_t *line, 
         int i = line->computed;
         double share = larger(counts[(i + 1) * model->quantities], 0.0) + levels[i].prior;
         share /= larger(counts[i * model->quantities], 0.0) + levels[i].weight;
-        double step = -log(smaller(larger(share, MIN_SHARE), 1.0));
+        double step = -log(smaller(share, 1.0));
         line->slope[i] = step / (levels[i + 1].nats - levels[i].nats);
         line->nats[i + 1] = line->nats[i] + step;
     }
@@ -435,7 +436,7 @@ typedef struct {
     float *states;            /* [batch, state_size], updated */
     float *scored;            /* [batch, steps, columns.size]; NULL: without alarms */
     const double *thresholds; /* [batch, 2], nats and per_event; NULL: those of `columns` */
-    double *details; /* NULL, or of each nats, `deviations_t`, quantities, cubes */
+    double *details; /* NULL, or of each nats, quantities, cubes, `deviations_t` */
 } events_t;
 
 /* Follows one stream; returns how many alarms opened. */
@@ -456,20 +457,20 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     line_t lines[MAX_QUANTITIES];
     for (int q = 0; q < model->quantities; q++) lines[q].computed = 0, lines[q].nats[0] = 0.0;
     alarm_t alarm = load_alarm(&model->at, state);
-    double unkept[details_size];
+    double unkept[1 + 2 * MAX_QUANTITIES];
     int opened = 0;
     for (int64_t t = 0; t < length; t++) {
         int64_t event = b * events->steps + t;
         double *details = events->details ? events->details + event * details_size : unkept;
-        double *quantities = details + 1 + 2 * entries, *cubes = quantities + model->quantities;
-        deviations_t deviations = {details + 1, details + 1 + entries};
+        double *quantities = details + 1, *cubes = quantities + model->quantities;
+        double *errors = events->details ? cubes + model->quantities : NULL;
+        deviations_t deviations = {errors, errors ? errors + entries : NULL};
         const float *row = events->rows + event * model->row_size;
         const float *outputs = events->outputs + event * events->output_size;
         int has = follow_event(model, row, outputs + events->first, state, (int)(t % season),
                                deviations, quantities);
         if (!model->tail) continue;
-        double nats = score_event(model, quantities, has, state, pending, lines, cubes);
-        details[0] = nats;
+        double nats = *details = score_event(model, quantities, has, state, pending, lines, cubes);
         if (!events->scored) continue;
         int code = follow_alarm(&model->alarm, own[0], own[1], nats, &alarm);
         opened += code == OPENED;

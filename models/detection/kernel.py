@@ -82,22 +82,22 @@ class KernelOutputs(NamedTuple):
     their changes, with a season their seasons, and their runs.
 
     Attributes:
-        details: [B, T, 1 + 2R + 2Q], all that follows.
+        details: [B, T, 1 + 2Q + 2R], all that follows.
         nats: [B, T], -log of the tail probabilities; 0 without tails.
+        quantities: [B, T, Q].
+        cubes: [B, T, Q], of the own nats of the quantities; 0 without tails.
         errors: [B, T, R], e: of forecasts in predicted deviations, of categorical and
             boolean targets the square root of twice the nats, of levels, changes and seasons as
             the values come, of runs events.
         squares: [B, T, R], (a e / p_before)^2; of runs the square of the quantity of one target.
-        quantities: [B, T, Q].
-        cubes: [B, T, Q], of the own nats of the quantities; 0 without tails.
     """
 
     details: Floats
     nats: Floats
-    errors: Floats
-    squares: Floats
     quantities: Floats
     cubes: Floats
+    errors: Floats
+    squares: Floats
 
     @property
     def deviations(self) -> Floats:
@@ -145,7 +145,7 @@ class Kernel:
         entries += [(kind, name) for kind in detection.kinds[1:] for name in names]
         channels = detection.channels_of(head.targets, events)
         self.order = np.array([entries.index((each.kind, each.target)) for each in channels])
-        sizes = 1, self._entries, self._entries, self._quantities, self._quantities
+        sizes = 1, self._quantities, self._quantities, self._entries, self._entries
         self._sections = [
             slice(at - size, at) for at, size in zip(accumulate(sizes), sizes, strict=True)
         ]

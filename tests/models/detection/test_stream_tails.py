@@ -234,6 +234,21 @@ def test_a_model_without_a_numeric_target_has_one_tail() -> None:
     check_against_oracle(fitted_to_events(NO_NUMERIC_TARGET), [40, 110])
 
 
+def test_a_new_stream_has_the_pooled_tail_between_levels_far_apart() -> None:
+    spec = ONE_TARGET.model_dump()
+    spec["detection"] |= {"tail_levels": [0, 39.5, 42], "outputs": ["nats", "share"]}
+    check_against_oracle(fitted_to_events(ModelSpec.model_validate(spec)), [150])
+
+
+def test_a_category_that_is_no_number_gives_a_probability() -> None:
+    spec = fitted_to_events(spec_of(["mode", "open"]))
+    rows, outputs = events(np.random.default_rng(3), spec, 9)
+    assert spec.events is not None
+    rows[4, spec.events.column_index["mode"]] = np.nan
+    scored, _ = run(spec, rows, outputs, [9])
+    assert ((scored["odd.probability"] > 0) & (scored["odd.probability"] <= 1)).all()
+
+
 def test_events_without_any_target_count_in_no_tail(optional_targets: ModelSpec) -> None:
     check_against_oracle(optional_targets, [40, 110])
 
