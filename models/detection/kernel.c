@@ -63,9 +63,9 @@
    as before it, at most MAX_NATS. So a new stream has the pooled tail, its own past replaces it as
    there is evidence at each level, and y does not decrease with u. Counts change after every BLOCK
    of a stream's events, so that the logarithms are computed once for a block; newer events are
-   pending. At levels from RARE_NATS on, an event counts if the one before it was below the level,
-   and of averages and runs, which last, at most MAX_LASTING events of a block: the events of one
-   anomaly are one occurrence, and do not make the next one usual.
+   pending. Of a block at most MAX_RARE events count at levels from RARE_NATS on, of averages
+   MAX_RARE_AVERAGES: the events of one anomaly are one occurrence, and do not make the next one
+   usual.
 
    The norm of order 3 of all y has a pooled tail again: several large ones count more than one,
    the largest ones most. There is one quantity for all targets rather than one for each, since a
@@ -96,7 +96,8 @@ static const double SHORT_RUN = 8.0;         /* a run up to this length is usual
 static const double MAX_ERROR = 1e18;        /* DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.spec.heads` */
 static const double RARE_NATS = 4.5;
-static const double MAX_LASTING = 4.0;
+static const double MAX_RARE = 2.0;
+static const double MAX_RARE_AVERAGES = 4.0;
 
 /* What is predicted: its columns in a row, `missing` -1 if every event has it, the first of its
    parameters in a forecast, and their number; a categorical target has one for each code. */
@@ -355,13 +356,10 @@ static double own_nats(const model_t *model, const float *counts, line_t *line, 
     return smaller(line->nats[level] + line->slope[level] * (nats - levels[level].nats), MAX_NATS);
 }
 
-static int is_lasting(int quantity) { return quantity % 2; } /* an average or runs */
-
 /* Updates the counts by one event; returns its nats, writes the cubes of its quantities' nats. */
 static double score_event(const model_t *model, const double *quantities, int has, float *state,
                           int *pending, line_t *lines, double *cubes) {
     int size = model->quantities, of_forecasts = 2 * model->kinds;
-    int *before = pending + model->levels * size; /* level of the event before */
     float *counts = state + model->at.tail_counts;
     double sum = 0.0;
     for (int q = 0; q < size; q++) {
@@ -372,21 +370,19 @@ static double score_event(const model_t *model, const double *quantities, int ha
         while (level + 1 < model->levels && model->level[level + 1].nats <= nats) level++;
         double own = own_nats(model, counts + q, lines + q, level, nats);
         sum += cubes[q] = own * own * own;
-        if (!(has & (q == of_forecasts ? TARGET : NUMERIC_TARGET))) continue;
-        for (int i = 0; i <= level; i++)
-            if (is_lasting(q) || i > before[q] || model->level[i].nats < RARE_NATS)
-                pending[i * size + q]++;
-        before[q] = level;
+        if (has & (q == of_forecasts ? TARGET : NUMERIC_TARGET)) pending[level * size + q]++;
     }
     float *block_events = state + model->at.tail_filled;
     *block_events += 1.0f;
     if (*block_events >= BLOCK) {
         *block_events = 0.0f;
         for (int q = 0; q < size; q++) {
-            for (int level = 0; level < model->levels; level++) {
-                int i = level * size + q;
-                int is_limited = is_lasting(q) && model->level[level].nats >= RARE_NATS;
-                double new = smaller(pending[i], is_limited ? MAX_LASTING : BLOCK);
+            double most_rare = q < of_forecasts && q % 2 ? MAX_RARE_AVERAGES : MAX_RARE;
+            int above = 0;
+            for (int level = model->levels; level-- > 0;) {
+                int i = level * size + q, is_rare = model->level[level].nats >= RARE_NATS;
+                above += pending[i];
+                double new = smaller(above, is_rare ? most_rare : BLOCK);
                 double count = model->block_decay * larger(counts[i], 0.0) + new;
                 counts[i] = (float)smaller(count, MAX_COUNT);
                 pending[i] = 0;
@@ -398,15 +394,15 @@ static double score_event(const model_t *model, const double *quantities, int ha
     return model->combined ? pooled_nats(model->combined, norm) : norm;
 }
 
-/* Pending counts, and levels before, below BLOCK, from whole numbers of which floats have each; a
-   restored state may have any. */
-static void unpack_counts(const float *packed, int size, int *counts) {
+/* Pending counts of events between a level and the next, at most BLOCK, from whole numbers of which
+   floats have each; a restored state may have any, but no count is more than `most`. */
+static void unpack_counts(const float *packed, int size, int most, int *counts) {
     for (int i = 0; i < size; i++) {
         int is_packed = packed[i] >= 0.0f && packed[i] < 1 << PACKED * PACKED_BITS;
         int number = is_packed ? (int)packed[i] : 0;
         for (int k = 0; k < PACKED; k++, number >>= PACKED_BITS) {
             int count = number & ((1 << PACKED_BITS) - 1);
-            *counts++ = count < BLOCK ? count : BLOCK - 1;
+            *counts++ = count < most ? count : most;
         }
     }
 }
@@ -449,11 +445,9 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     float *block_events = state + model->at.tail_filled;
     if (!(*block_events >= 0.0f && *block_events < BLOCK)) *block_events = 0.0f; /* as restored */
     float *packed = state + model->at.tail_pending;
-    int pending[(MAX_LEVELS + 1) * MAX_QUANTITIES];
-    int packed_size = ((model->levels + 1) * model->quantities + PACKED - 1) / PACKED;
-    unpack_counts(packed, packed_size, pending);
-    for (int i = 0; i < model->levels * model->quantities; i++)
-        if (pending[i] > *block_events) pending[i] = (int)*block_events;
+    int pending[MAX_LEVELS * MAX_QUANTITIES];
+    int packed_size = (model->levels * model->quantities + PACKED - 1) / PACKED;
+    unpack_counts(packed, packed_size, (int)*block_events, pending);
     line_t lines[MAX_QUANTITIES];
     for (int q = 0; q < model->quantities; q++) lines[q].computed = 0, lines[q].nats[0] = 0.0;
     alarm_t alarm = load_alarm(&model->at, state);

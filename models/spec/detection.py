@@ -304,7 +304,7 @@ def detection_parts(
         "run": (numeric,),
         "longest": (numeric,),
         "tail_counts": (len(spec.tail_levels), tails),
-        "tail_pending": (ceil((len(spec.tail_levels) + 1) * tails / PACKED_COUNTS),),
+        "tail_pending": (ceil(len(spec.tail_levels) * tails / PACKED_COUNTS),),
         "tail_filled": (1,),
         "alarm": (1,),
         ALARM_RATE: (1,),

@@ -30,7 +30,6 @@ class StreamTailsOracle:
         self.levels, self.numeric = detection.tail_levels, numeric
         self.counts = [[0.0] * len(self.levels) for _ in self.fit.tails]
         self.pending = [[0] * len(self.levels) for _ in self.fit.tails]
-        self.before = [0.0 for _ in self.fit.tails]
         self.events = 0
 
     def step(self, quantities: Sequence[float | None]) -> tuple[float, list[float]]:
@@ -58,11 +57,8 @@ class StreamTailsOracle:
             is_last = i == len(self.levels) - 1
             part = (pooled - low) / (high - low)
             own -= math.log(share) * (max(part, 0.0) if is_last else min(max(part, 0.0), 1.0))
-        is_lasting = self._is_lasting(at)
         for i, level in enumerate(self.levels):
-            is_first = level < 4.5 or self.before[at] < level or is_lasting
-            self.pending[at][i] += (pooled > level or i == 0) and is_first
-        self.before[at] = pooled
+            self.pending[at][i] += pooled > level or i == 0
         return min(own, 60.0)
 
     def _end_block(self) -> None:
@@ -70,10 +66,7 @@ class StreamTailsOracle:
         if self.events % BLOCK == 0:
             decay = math.exp(-BLOCK / self.memory)
             for at, (counts, pending) in enumerate(zip(self.counts, self.pending, strict=True)):
+                is_average = at < len(self.counts) - 2 and at % 2 == 1
                 for i, new in enumerate(pending):
-                    most = 4 if self.levels[i] >= 4.5 and self._is_lasting(at) else BLOCK
+                    most = BLOCK if self.levels[i] < 4.5 else 4 if is_average else 2
                     counts[i], pending[i] = decay * counts[i] + min(new, most), 0
-
-    def _is_lasting(self, at: int) -> bool:
-        """Whether the quantity is an average or that of runs."""
-        return at % 2 == 1
