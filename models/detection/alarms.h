@@ -26,12 +26,13 @@ typedef struct {
     float latest;        /* nats of its last event */
 } alarm_t;
 
-/* Columns of the outputs of an event: the network's but the forecast, and those of alarms.
+/* Columns of the outputs of an event: the network's but the forecast, and those of detection.
    `models.detection.alarms.Columns` has the same fields. */
 typedef struct {
-    int32_t size, probability, alarm, severity, since; /* columns, -1 of those that it lacks */
-    const int32_t *source;  /* [size], columns of the network's outputs, -1 of detection's */
-    double thresholds[2];   /* and `per_event`, of streams without a rate of their own */
+    int32_t size;                                /* their number */
+    int32_t probability, alarm, severity, since; /* -1 of those that the model lacks */
+    const int32_t *source; /* [size], columns of the network's outputs, -1 of detection's */
+    double thresholds[2];  /* threshold and `per_event` of streams without a rate of their own */
 } columns_t;
 
 /* Reads an alarm from a state, and writes it there. */
@@ -49,7 +50,7 @@ int follow_alarm(const rule_t *rule, double threshold, double per_event, double 
 void follow_alarms(const rule_t *rule, double threshold, double per_event, int64_t events,
                    const double *nats, alarm_t *alarm, int64_t *codes);
 
-/* Writes the outputs of an event [size], of those of the network, and its alarm. */
+/* Writes the outputs [size] of an event: those of the network, its probability and its alarm. */
 void write_outputs(const columns_t *columns, const float *network, double nats, int code,
                    double threshold, const alarm_t *alarm, float *outputs);
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from models.detection.alarms import OPENED, Columns
 from models.detection.causes import SMALL_Z
 from models.detection.forecasts import DESCRIBED, LARGEST_OUTPUT, Forecasts
-from models.detection.kernel import FloatRows, Floats, Kernel
+from models.detection.kernel import FloatRows, Floats, Kernel, KernelOutputs
 from models.detection.library import address_of
 from models.detection.targets import targets_of
 from models.errors import SpecError
@@ -56,7 +56,8 @@ class Detector:
         if fit is None:
             raise SpecError(f"model {spec.name!r}: expected a fitted `detection`")
         rate, columns = detection.alarm.false_alarms_per_day, detection_columns(spec)
-        self._fit, self._own = fit, (-math.log(fit.threshold(rate)), rate / fit.events_per_day)
+        self._fit = fit
+        self._own_threshold = -math.log(fit.threshold(rate)), rate / fit.events_per_day
         self._rate_at, self._cause_at = columns[ALARM_RATE].start, columns.get("alarm_cause")
         self._channels = detection.channels_of(head.targets, events)
         self._targets = {each.field.name: each for each in targets_of(spec)}
@@ -67,24 +68,26 @@ class Detector:
             name: public.slices[f"{head.name}.{name}"]
             for name in ("probability", "alarm", *detection.outputs)
         }
-        # the network's outputs but the forecast; the weights of attention are the last ones
-        attention, kept = len(network.attention), network.size - size
-        source = np.full(public.size, -1, np.int32)
-        own = np.delete(np.arange(network.size), self._parameters)
-        source[: kept - attention] = own[: kept - attention]
-        source[public.size - attention :] = own[kept - attention :]
+        # the network's outputs but the forecast; detection's come before the weights of attention
+        source = np.delete(np.arange(network.size, dtype=np.int32), self._parameters)
+        at, new = len(source) - len(network.attention), np.full(public.size - len(source), -1)
+        self._source, self._size = np.insert(source, at, new), public.size
         names = "probability", "alarm", "severity", "since"
-        at = [self._places[name].start if name in self._places else -1 for name in names]
-        # the columns point to it
-        self._source, self._size = source, public.size
-        columns_of_outputs = Columns(public.size, *at, address_of(source), self._own)
-        self._kernel = Kernel(spec, fit.tails, fit.combined, columns_of_outputs)
+        own = [self._places[name].start if name in self._places else -1 for name in names]
+        written = Columns(public.size, *own, address_of(self._source), self._own_threshold)
+        self._kernel = Kernel(spec, fit.tails, fit.combined, written)
         self._forecasts = Forecasts(spec)
         self._is_kept = not {"deviation", "share"}.isdisjoint(detection.outputs)
         self._described = frozenset(detection.outputs) & DESCRIBED
 
     def step(
-        self, rows: FloatRows, lengths: NDArray[Any], outputs: FloatRows, state: FloatRows
+        self,
+        rows: FloatRows,
+        lengths: NDArray[Any],
+        outputs: FloatRows,
+        states: FloatRows,
+        after: FloatRows | None = None,
+        part: int = 0,
     ) -> tuple[FloatRows, FloatRows]:
         """Score the events of a batch.
 
@@ -92,89 +95,65 @@ class Detector:
             rows: [B, T, F], encoded.
             lengths: int [B], 1..T.
             outputs: [B, T, O'], the network's, as `models.spec.layout.network_outputs` says.
-            state: [B, S], as `models.spec.layout.detection_state` says.
+            states: [B, W], from the column `part` on as `models.spec.layout.detection_state` says.
+            after: float32 [B, W], contiguous, with these columns of `states`, which are updated;
+                None: a copy of `states`.
 
         Returns:
-            Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the state after each
-            row's last event.
+            Outputs [B, T, O], as `models.spec.layout.output_spec` says, 0 of events beyond a
+            length, and `after`.
         """
-        after = np.array(state, np.float32, order="C")
-        return self.score(rows, lengths, outputs, state, after, 0), after
-
-    def score(
-        self,
-        rows: FloatRows,
-        lengths: NDArray[Any],
-        outputs: FloatRows,
-        states: FloatRows,
-        after: FloatRows,
-        part: int,
-    ) -> FloatRows:
-        """As `step`, of states [B, W] of which detection has the columns from `part` on; returns
-        the outputs, 0 of events beyond a length.
-
-        Args:
-            after: float32, contiguous; `states` from `part` on, and updated there.
-        """
+        if after is None:
+            after = np.array(states, np.float32, order="C")
         batch, steps = rows.shape[:2]
         scored = np.zeros((batch, steps, self._size), np.float32)
-        given = rows, lengths, outputs, self._parameters.start, after, part, scored
         kept = self._kernel.zeros(batch, steps) if self._is_kept else None
-        opened, thresholds = self._kernel.follow(*given, kept=kept), None
-        if opened < 0:
-            thresholds = self._thresholds(after[:, part + self._rate_at])
-            opened = self._kernel.follow(*given, thresholds, kept)
-        parameters = outputs[..., self._parameters]
+        first, rates = self._parameters.start, after[:, part + self._rate_at]
+        thresholds = self._thresholds(rates) if np.count_nonzero(rates) else None
+        given = rows, lengths, outputs, first, after, part, scored, thresholds, kept
+        opened, parameters = self._kernel.follow(*given), outputs[..., self._parameters]
         if opened and self._cause_at is not None:
-            columns = slice(part + self._cause_at.start, part + self._cause_at.stop)
-            is_open = scored[..., self._places["alarm"].start] == OPENED
-            for row in is_open.any(axis=1).nonzero()[0].tolist():
-                # again, for the details of the last event that opened an alarm
+            found = (scored[..., self._places["alarm"].start] == OPENED).nonzero()
+            # of each row the last event that opened an alarm
+            for row, at in dict(zip(*(each.tolist() for each in found), strict=True)).items():
+                # follow the stream again for the details of this event
                 one, own = slice(row, row + 1), self._kernel.zeros(1, steps)
+                of_one = rows[one], lengths[one], outputs[one], first
                 before = np.array(states[one], np.float32, order="C")
-                of_one = rows[one], lengths[one], outputs[one], self._parameters.start, before, part
-                limits = None if thresholds is None else thresholds[one]
-                self._kernel.follow(*of_one, scored[one], limits, own)
-                at = int(is_open[row].nonzero()[0][-1])
-                details = own.errors[0, at], own.squares[0, at], own.cubes[0, at]
-                cause = self._cause(rows[row, at], parameters[row, at], *details)
-                after[row, columns] = cause
+                self._kernel.follow(*of_one, before, part, kept=own)
+                event = KernelOutputs(*(each[0, at] for each in own))
+                cause = self._cause(rows[row, at], parameters[row, at], event)
+                after[row, part:][self._cause_at] = cause
         if kept is not None and "deviation" in self._places:
             scored[..., self._places["deviation"]] = kept.deviations[..., self._kernel.order]
         if kept is not None and "share" in self._places:
-            shares = self._kernel.shares(kept.squares, kept.cubes)
-            scored[..., self._places["share"]] = shares
+            scored[..., self._places["share"]] = self._kernel.shares(kept.squares, kept.cubes)
         described = self._forecasts.describe(self._described, rows, lengths, parameters)
         for name, values in described.items():
             scored[..., self._places[name]] = values
-        return scored
+        return scored, after
 
     def _thresholds(self, rates: NDArray[np.float32]) -> Floats:
         """For `Kernel.follow`, of alarms at the rates [B] in states, where 0 is the model's."""
-        found = np.tile(self._own, (len(rates), 1))
+        found = np.tile(self._own_threshold, (len(rates), 1))
         for row in (rates > 0).nonzero()[0].tolist():
             rate = float(rates[row])
             found[row] = -math.log(self._fit.threshold(rate)), rate / self._fit.events_per_day
         return found
 
     def _cause(
-        self,
-        row: FloatRows,
-        parameters: FloatRows,
-        errors: Floats,
-        squares: Floats,
-        cubes: Floats,
+        self, row: FloatRows, parameters: FloatRows, event: KernelOutputs
     ) -> tuple[int, float]:
         """The channel that counts most at an event, and how far its value was off, in the field's
         unit, or for how many events it has been the same; 0 if it has no order, or if it is no
         level and was unusual over the last events rather than at this one."""
-        channel = int(np.argmax(self._kernel.shares(squares, cubes)))
+        channel = int(np.argmax(self._kernel.shares(event.squares, event.cubes)))
         own, place = self._channels[channel], int(self._kernel.order[channel])
-        error = float(errors[place])
+        error = float(event.errors[place])
         if own.kind == "run":
             return channel, error
         target = self._targets[own.target]
-        is_small = squares[place] < SMALL_Z**2 and own.kind != "level"
+        is_small = event.squares[place] < SMALL_Z**2 and own.kind != "level"
         if not isinstance(target.field, NumericField) or is_small:
             return channel, 0.0
         value = np.clip(np.float64(row[target.raw]), -DEVIATION_LIMIT, DEVIATION_LIMIT)
@@ -215,4 +194,4 @@ class DetectingStep:
         after, network = np.array(states, np.float32, order="C"), np.s_[:, : self._size]
         own = np.ascontiguousarray(after[network])
         outputs, after[network] = self._network(rows, lengths, own)
-        return self._detector.score(rows, lengths, outputs, states, after, self._size), after
+        return self._detector.step(rows, lengths, outputs, states, after, self._size)

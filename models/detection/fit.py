@@ -17,7 +17,7 @@ from models.spec.layout import detection_columns, detection_of, detection_state
 from models.spec.model import ModelSpec
 
 RUN_NATS: Final = 4.0
-"""Most nats of a run of equal values, for each length of the longest one before."""
+"""Most nats of a run of equal values that is as long as the longest one before."""
 MIN_EVENTS: Final = 200
 FEW_ALARMS: Final = 10
 """Fewer alarms than this are assumed to be proportional in number to the threshold."""
@@ -111,8 +111,8 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
 
 
 def _tail_of_runs(tail: Tail) -> Tail:
-    """The tail of runs of equal values: not lighter than `RUN_NATS` for each length of the
-    longest run, since streams without runs say nothing about them."""
+    """The tail of runs of equal values: not lighter than `RUN_NATS` for each 1 of the quantity,
+    since streams without runs say nothing about them."""
     return Tail(
         threshold=max(tail.threshold, -np.log(EXCEEDED) / RUN_NATS),
         exceeded=EXCEEDED,

@@ -482,12 +482,8 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     return opened;
 }
 
-/* Follows the next events of streams; returns how many alarms opened, or at once -1 if a stream has
-   a rate of its own, but no threshold. */
+/* Follows the next events of streams; returns how many alarms opened. */
 int follow_streams(const model_t *model, const events_t *events) {
-    const float *rate = events->states + events->part + model->at.alarm_rate;
-    for (int64_t b = 0; b < events->batch && events->scored && !events->thresholds; b++)
-        if (rate[b * events->state_size] > 0.0f) return -1;
     int opened = 0;
     for (int64_t b = 0; b < events->batch; b++) opened += follow_stream(model, events, b);
     return opened;

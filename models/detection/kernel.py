@@ -8,9 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
-from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,7 +39,7 @@ MIN_CHANNEL_WEIGHT: Final = 1e-9
 _PARTS: Final = (
     *("events", "weight", "last", "mean", "rest", "distance", "spread", "peak", "average", "run"),
     *("longest", "season", "season_weight", "tail_counts", "tail_pending", "tail_filled"),
-    *("alarm", "alarm_rate", "alarm_since", "alarm_excess", "alarm_events", "alarm_nats"),
+    *("alarm", "alarm_since", "alarm_excess", "alarm_events", "alarm_nats"),
 )
 
 
@@ -56,8 +55,7 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("levels", "season_events", "row_size")),
         ("at", _Parts),
         *((name, ctypes.c_double) for name in ("decay", "fourth_root_decay", "block_decay")),
-        ("prior_events", ctypes.c_double),
-        ("slow", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("prior_events", "slow")),
         *((name, ctypes.c_void_p) for name in ("target", "level", "tail", "combined")),
         ("alarm", Rule),
         ("columns", Columns),
@@ -89,7 +87,8 @@ class KernelOutputs(NamedTuple):
         errors: [B, T, R], e: of forecasts in predicted deviations, of categorical and
             boolean targets the square root of twice the nats, of levels, changes and seasons as
             the values come, of runs events.
-        squares: [B, T, R], (a e / p_before)^2; of runs the square of the quantity of one target.
+        squares: [B, T, R], (a e / p_before)^2, of levels of several targets (a e / q_before)^2; of
+            runs the square of the quantity of one target.
     """
 
     details: Floats
@@ -101,7 +100,7 @@ class KernelOutputs(NamedTuple):
 
     @property
     def deviations(self) -> Floats:
-        """a e / p_before, and the quantity of runs of one target, [B, T, R]."""
+        """The roots of `squares`, with the signs of `errors`, [B, T, R]."""
         return np.copysign(np.sqrt(self.squares), self.errors)
 
 
@@ -145,10 +144,8 @@ class Kernel:
         entries += [(kind, name) for kind in detection.kinds[1:] for name in names]
         channels = detection.channels_of(head.targets, events)
         self.order = np.array([entries.index((each.kind, each.target)) for each in channels])
-        sizes = 1, self._quantities, self._quantities, self._entries, self._entries
-        self._sections = [
-            slice(at - size, at) for at, size in zip(accumulate(sizes), sizes, strict=True)
-        ]
+        sizes = 0, 1, self._quantities, self._quantities, self._entries, self._entries
+        self._sections = [slice(*ends) for ends in pairwise(accumulate(sizes))]
         parts = detection_columns(spec)
         levels = np.array(detection.tail_levels)
         weights = np.where(levels <= KNOWN_NATS, KNOWN_WEIGHT, WEIGHT)[1:]
@@ -157,8 +154,8 @@ class Kernel:
         self._arrays = (
             _target_rows(targets),
             np.stack([levels, np.append(weights, 0), np.append(priors, 0)], axis=1),
-            _tail_rows(tails),
-            _tail_rows([] if combined is None else [combined]),
+            _tail_rows(tails) if tails else None,
+            None if combined is None else _tail_rows([combined]),
         )
         target, level, tail, of_norm = (address_of(array) for array in self._arrays)
         decay = float(np.exp(-1.0 / detection.memory_events))
@@ -178,16 +175,16 @@ class Kernel:
             slow=math.exp(-1.0 / AVERAGED_EVENTS),
             target=target,
             level=level,
-            tail=tail if tails else None,
-            combined=None if combined is None else of_norm,
+            tail=tail,
+            combined=of_norm,
             alarm=Rule.of(detection.alarm),
             columns=columns or Columns(),
         )
-        self._call = _function()
+        self._call = load_library().follow_streams
         self._reference = ctypes.byref(self._model)
 
     def zeros(self, batch: int, steps: int) -> KernelOutputs:
-        """Where `follow` may write, all 0."""
+        """Numbers of events for `follow` to write, all 0."""
         details = np.zeros((batch, steps, self._sections[-1].stop))
         nats, *others = (details[..., section] for section in self._sections)
         return KernelOutputs(details, nats[..., 0], *others)
@@ -216,20 +213,15 @@ class Kernel:
             scored: float32 [B, T, O], contiguous, written as `columns` say; None: alarms are not
                 followed.
             thresholds: [B, 2], contiguous, -log of the tail probability from which an event is
-                unusual enough, and the specified alarms per event; None: those of `columns`, unless
-                a state has a rate: then nothing is done, and -1 returned.
+                unusual enough, and the specified alarms per event; None: those of `columns`.
             kept: of `zeros`; written.
         """
         lengths = np.ascontiguousarray(lengths, np.int32)
         rows = np.ascontiguousarray(rows, np.float32)
         outputs = np.ascontiguousarray(outputs, np.float32)
-        events = _Events(
-            *(*rows.shape[:2], outputs.shape[2], first, states.shape[1], part),
-            *(address_of(lengths), address_of(rows), address_of(outputs), address_of(states)),
-            None if scored is None else address_of(scored),
-            None if thresholds is None else address_of(thresholds),
-            None if kept is None else address_of(kept.details),
-        )
+        arrays = lengths, rows, outputs, states, scored, thresholds, kept and kept.details
+        sizes = *rows.shape[:2], outputs.shape[2], first, states.shape[1], part
+        events = _Events(*sizes, *map(address_of, arrays))
         opened: int = self._call(self._reference, ctypes.byref(events))
         return opened
 
@@ -272,12 +264,3 @@ def _tail_rows(tails: Sequence[Tail]) -> Floats:
         base, shape = -math.log(tail.exceeded), max(tail.shape, MIN_SHAPE)
         rows.append((tail.threshold, base / tail.threshold, base, shape / tail.scale, shape))
     return np.array(rows, np.float64)
-
-
-@cache
-def _function() -> Any:
-    """`follow_streams` of the library."""
-    function = load_library().follow_streams
-    function.restype = ctypes.c_int
-    function.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(_Events)]
-    return function

@@ -11,9 +11,9 @@ several channels of each target:
     season     the value minus the usual one at this phase of the season
     run        for how many events the value has been the same
 
-Level, change and season are compared at several time scales: the event alone, and means over some
-events. `models/detection/kernel.c` has the equations. The fitted parameters
-(`DetectionFit`) are in the artifact's specification, like the means of an event schema.
+Level, change and season are compared twice: the event alone, and an average over some events.
+`models/detection/kernel.c` has the equations. The fitted parameters (`DetectionFit`) are in the
+artifact's specification, like the means of an event schema.
 """
 
 from __future__ import annotations

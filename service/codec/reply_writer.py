@@ -85,10 +85,10 @@ class ReplyWriter:
         one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
         is_usual = one_axis and outputs[0].per == "step" and not artifact.outputs.attention
         self._only = outputs[0].name if is_usual else None
-        is_number = [not (each.shape or each.categories_of) for each in outputs]
-        are_numbers = all(is_number) and not artifact.outputs.attention
-        self._numbers = tuple(artifact.outputs.slices) if are_numbers else ()
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
+        has_others = any(each.shape or each.categories_of for each in outputs) or self._once
+        are_numbers = not (has_others or artifact.outputs.attention)
+        self._numbers = tuple(artifact.outputs.slices) if are_numbers else ()
         self._categories = {
             output.name: category_names(artifact.spec, output)
             for output in outputs
@@ -151,7 +151,7 @@ class ReplyWriter:
         if self._only is not None:
             # the packed rows are its values as they are
             return {self._only: np.ascontiguousarray(shown_rows)}
-        if self._numbers and options.return_sequences and not self._once:
+        if self._numbers and options.return_sequences:
             columns = np.ascontiguousarray(shown_rows.T)
             return {name: columns[at] for at, name in enumerate(self._numbers)}
         named = self._artifact.outputs.by_name(shown_rows)
