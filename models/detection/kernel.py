@@ -34,6 +34,8 @@ KNOWN_WEIGHT: Final = 200.0
 """Weight of the pooled tail at levels up to `KNOWN_NATS`, where it is known best."""
 WEIGHT: Final = 20.0
 """Weight of the pooled tail at each other level."""
+LONG: Final = 4096
+"""Values of rows from which on a call releases the global interpreter lock."""
 MIN_CHANNEL_WEIGHT: Final = 1e-9
 """Added to each weight, so that shares are defined where all are 0."""
 _PARTS: Final = (
@@ -181,6 +183,7 @@ class Kernel:
             columns=columns or Columns(),
         )
         self._call = load_library().follow_streams
+        self._long_call = load_library(ctypes.CDLL).follow_streams
         self._reference = ctypes.byref(self._model)
 
     def zeros(self, batch: int, steps: int) -> KernelOutputs:
@@ -222,7 +225,8 @@ class Kernel:
         arrays = lengths, rows, outputs, states, scored, thresholds, kept and kept.details
         sizes = *rows.shape[:2], outputs.shape[2], first, states.shape[1], part
         events = _Events(*sizes, *map(address_of, arrays))
-        opened: int = self._call(self._reference, ctypes.byref(events))
+        call = self._call if rows.size < LONG else self._long_call
+        opened: int = call(self._reference, ctypes.byref(events))
         return opened
 
     def shares(self, squares: Floats, cubes: Floats) -> Floats:

@@ -16,15 +16,18 @@ _BYTES = ctypes.c_char * 0
 
 
 @cache
-def load_library() -> ctypes.PyDLL:
-    """The library, whose calls are short, and keep the global interpreter lock.
+def load_library(kind: type[ctypes.CDLL] = ctypes.PyDLL) -> ctypes.CDLL:
+    """The library, whose calls keep the global interpreter lock.
+
+    Args:
+        kind: `ctypes.CDLL`, whose calls release it: short ones take longer then.
 
     Raises:
         ImportError: it is missing, or built for another platform.
     """
     path = Path(__file__).with_name("libdetection.so")
     try:
-        return ctypes.PyDLL(str(path))
+        return kind(str(path))
     except OSError as error:
         raise ImportError(
             f"expected the compiled library of detection at {path}: run scripts/setup in a "
