@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
@@ -182,6 +183,7 @@ class Kernel:
             alarm=Rule.of(detection.alarm),
             columns=columns or Columns(),
         )
+        _check_version()
         self._call = load_library().follow_streams
         self._long_call = load_library(ctypes.CDLL).follow_streams
         self._reference = ctypes.byref(self._model)
@@ -248,6 +250,25 @@ class Kernel:
             others = others.reshape(*lead, self._kinds + 1, self._numeric)
             others *= (by_kind / others.sum(axis=-1))[..., np.newaxis]
         return np.asarray((weights / weights.sum(axis=-1, keepdims=True))[..., self.order])
+
+
+@cache
+def _check_version() -> None:
+    """Reject a library that was built from other sources, which would read beyond its arguments.
+
+    Raises:
+        ImportError: its structures have other sizes.
+    """
+    expected = [ctypes.sizeof(Model), ctypes.sizeof(_Events)]
+    try:
+        found = list((ctypes.c_int32 * 2).in_dll(load_library(), "struct_sizes"))
+    except ValueError:
+        found = []
+    if found != expected:
+        raise ImportError(
+            "the compiled library of detection is of another version: run scripts/setup in a "
+            f"checkout, or install Carry again (sizes {found}, expected {expected})"
+        )
 
 
 def _target_rows(targets: Sequence[Target]) -> NDArray[np.int32]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from itertools import product
 from pathlib import Path
 
@@ -396,31 +394,6 @@ def test_a_forecast_that_is_no_number_leaves_no_finite_state(
         states = [run(spec, rows, changed, cuts)[1] for cuts in ([40], [21, 19])]
         np.testing.assert_array_equal(states[0], states[1])
         assert not np.isnan(number) or not np.isfinite(states[0]).all(), parameter
-
-
-def test_other_threads_go_on_during_a_long_chunk() -> None:
-    spec, steps = fitted_to_events(ONE_TARGET), 500_000
-    rows, outputs = (
-        np.repeat(each, steps // 500, axis=0)
-        for each in (events(np.random.default_rng(2), spec, 500))
-    )
-    state = detection_state(spec).zero().floats[np.newaxis]
-    detector, done = Detector(spec), threading.Event()
-
-    def score() -> None:
-        detector.step(rows[np.newaxis], np.array([steps]), outputs[np.newaxis], state)
-        done.set()
-
-    interval = sys.getswitchinterval()
-    # a thread runs on until it releases the lock
-    sys.setswitchinterval(1000)
-    try:
-        (thread := threading.Thread(target=score)).start()
-        has_ended = done.is_set()
-        thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not has_ended
 
 
 def test_arrays_may_have_any_layout(every_target: ModelSpec) -> None:
