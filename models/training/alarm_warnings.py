@@ -137,7 +137,7 @@ def baseline_warnings(report: Mapping[str, Any], baselines: Mapping[str, Any]) -
 def label_warnings(
     streams: Streams, anomalous: Bools, scored: Bools, hold_events: int
 ) -> list[str]:
-    """Labels that make alarms look good: close to each other, or of most events.
+    """Labels that say little of alarms: none, close to each other, or of most events.
 
     Args:
         anomalous, scored: bool [rows], the labels, and the events that are scored.
@@ -150,6 +150,11 @@ def label_warnings(
         close += sum(start - stop <= hold_events for (_, stop), (start, _) in pairwise(own))
         wide += bool(len(labels) and labels.mean() > LABELLED)
     found = []
+    if not total:
+        found.append(
+            "no anomaly is labelled in the scored events: there is no recall, and every alarm "
+            "counts as false"
+        )
     if close:
         found.append(
             f"{close} of {total} anomalies begin within `hold_events` ({hold_events}) of the one "

@@ -157,6 +157,12 @@ def test_labels_of_more_than_a_third_of_the_events_are_warned_of() -> None:
     assert warnings_with(report_of(alarms_of(3), many), "labels cover 33%", "a third in 1 streams")
 
 
+def test_a_table_without_a_labelled_anomaly_is_warned_of() -> None:
+    text = "no anomaly is labelled in the scored events"
+    assert warnings_with(report_of(alarms_of(2, (100, 110)), labels_of(2)), text)
+    assert not warnings_with(report_of(alarms_of(2), labels_of(2, (100, 110))), text)
+
+
 def test_a_stream_with_far_more_false_alarms_than_specified_is_named() -> None:
     """The rate of all streams together is as specified."""
     alarm = alarms_of(8, *((at, at + 1) for at in range(20, 500, 60)))
