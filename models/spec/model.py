@@ -486,7 +486,8 @@ def parse_spec(data: Any, source: str = "spec") -> ModelSpec:
         return ModelSpec.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(str(step) for step in item['loc']) or 'spec'}: {item['msg']}"
+            f"  {'.'.join(str(step) for step in item['loc']) or 'spec'}: "
+            + item["msg"].removeprefix("Value error, ")
             for item in error.errors(include_url=False)
         ]
         raise SpecError("\n".join([f"{source}: not a model specification", *lines])) from error

@@ -163,6 +163,7 @@ def test_an_invalid_spec_is_rejected_with_its_path(data: Any, message: str) -> N
     with pytest.raises(SpecError, match=message) as caught:
         parse_spec(data, "my.yaml")
     assert str(caught.value).startswith("my.yaml: not a model specification\n")
+    assert "Value error" not in str(caught.value)
 
 
 def test_all_errors_are_reported_together() -> None:
