@@ -23,6 +23,10 @@ class SpecError(ModelsError):
     """The specification does not describe a valid network."""
 
 
+class LibraryError(ModelsError, ImportError):
+    """The compiled library of detection is missing, or of other sources."""
+
+
 class GraphUnsupportedError(ModelsError):
     """The network uses a feature that its ONNX graph cannot represent; the message names it."""
 

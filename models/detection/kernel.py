@@ -19,7 +19,7 @@ from models.detection.alarms import Columns, Rule
 from models.detection.library import address_of, load_library
 from models.detection.tails import MIN_SHAPE
 from models.detection.targets import Target, targets_of
-from models.errors import SpecError
+from models.errors import LibraryError, SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
 from models.spec.detection import AVERAGED_EVENTS, Tail
 from models.spec.layout import detection_columns, detection_of
@@ -257,7 +257,7 @@ def _check_version() -> None:
     """Reject a library that was built from other sources, which would read beyond its arguments.
 
     Raises:
-        ImportError: its structures have other sizes.
+        LibraryError: its structures have other sizes.
     """
     expected = [ctypes.sizeof(Model), ctypes.sizeof(_Events)]
     try:
@@ -265,7 +265,7 @@ def _check_version() -> None:
     except ValueError:
         found = []
     if found != expected:
-        raise ImportError(
+        raise LibraryError(
             "the compiled library of detection is of another version: run scripts/setup in a "
             f"checkout, or install Carry again (sizes {found}, expected {expected})"
         )

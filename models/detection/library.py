@@ -12,6 +12,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from models.errors import LibraryError
+
 _BYTES = ctypes.c_char * 0
 
 
@@ -23,13 +25,13 @@ def load_library(kind: type[ctypes.CDLL] = ctypes.PyDLL) -> ctypes.CDLL:
         kind: `ctypes.CDLL`, whose calls release it: short ones take longer then.
 
     Raises:
-        ImportError: it is missing, or built for another platform.
+        LibraryError: it is missing, or built for another platform.
     """
     path = Path(__file__).with_name("libdetection.so")
     try:
         return kind(str(path))
     except OSError as error:
-        raise ImportError(
+        raise LibraryError(
             f"expected the compiled library of detection at {path}: run scripts/setup in a "
             f"checkout, or install Carry again ({error})"
         ) from error

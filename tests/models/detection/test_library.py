@@ -11,6 +11,7 @@ import pytest
 
 from models.detection import kernel
 from models.detection.detector import Detector
+from models.errors import ModelsError
 from models.spec.layout import detection_state
 from tests.models.detection.test_detector import events
 from tests.models.detection.test_stream_tails import ONE_TARGET, fitted_to_events
@@ -22,7 +23,7 @@ def test_a_library_of_other_sources_is_rejected(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(kernel, "_Events", Earlier)
     kernel._check_version.cache_clear()
-    with pytest.raises(ImportError, match="of another version: run scripts/setup"):
+    with pytest.raises(ModelsError, match="of another version: run scripts/setup"):
         kernel.Kernel(ONE_TARGET)
 
 
