@@ -25,7 +25,7 @@ _KINDS: Final[dict[ChannelKind, tuple[str, str, str]]] = {
     "level": ("level of {}", "its usual", "its usual"),
     "forecast": ("{}", "its forecast", "its forecast"),
     "change": ("{}", "the value before", "its usual changes"),
-    "season": ("{}", "its usual value a season before", "its usual values a season before"),
+    "season": ("{}", "the usual one at this phase of the season", "its usual season"),
     "run": ("{}", "", "its usual runs of equal values"),
 }
 """By kind: what was unusual, compared with what, and the same for the last events together."""
