@@ -104,7 +104,6 @@ class Runner:
         *,
         chunk: int | None = None,
         batch: int = MAX_BATCH,
-        advance: Advance | None = None,
     ) -> TableResult:
         """Run the events of many streams.
 
@@ -118,7 +117,6 @@ class Runner:
             chunk: events of a stream in one call of the network, but for its last; None: as many
                 as are fast.
             batch: most streams in a call.
-            advance: called with the number of events done, after every call.
 
         Raises:
             DataError: a value that cannot be encoded; `index` counts from the table's first event.
@@ -156,7 +154,6 @@ class Runner:
             wanted=last,
             chunk=chunk,
             batch=batch,
-            advance=advance,
         )
         ints = np.tile(self._initial.ints, (len(starts), 1))
         encoded.clocks.write_ints(self._layout, ints)

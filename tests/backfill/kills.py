@@ -35,7 +35,6 @@ STARTS: Final = 100
 
 ALL, WORKER, RAY_WORKER = "all processes killed", "a worker killed", "a Ray worker killed"
 _NO_WORKERS: Final = ("resource_tracker", "forkserver")
-DISK_FULL: Final = "No space left", "File too large", "disk"
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:

@@ -23,6 +23,12 @@ COMBINATIONS = [
     for names in itertools.combinations(OPTIONS, count)
 ]
 """Every choice of an LSTM's options, for layers of 3 units or more."""
+CELLS = ["lstm", "gru"]
+MERGES = ["concat", "sum", "mul", "ave"]
+ONNX_CELLS = ["elu", "hard_sigmoid", "leaky_relu", "linear", "relu", "sigmoid", "softplus"]
+ONNX_CELLS += ["softsign", "tanh"]
+"""Activations that the cells of ONNX have."""
+
 PLAIN = ["linear", "relu", "tanh", "softplus", "gelu", "silu", "relu6", "hard_silu", "mish"]
 
 
@@ -56,6 +62,35 @@ def stacks(draw: st.DrawFn, per_chunk: bool = False) -> ModelSpec:
             }
         )
     features = draw(st.integers(1, 4))
+    return parse_spec({"name": "m", "features": features, "layers": layers, "heads": heads})
+
+
+def two_way(cell: str = "lstm", units: int = 4, **more: Any) -> dict[str, Any]:
+    """A bidirectional layer."""
+    return {"kind": "bidirectional", "cell": cell, "units": units, **more}
+
+
+@st.composite
+def bidirectional_stacks(draw: st.DrawFn) -> ModelSpec:
+    """Two to four layers, the first and others bidirectional; some start from another."""
+    cell, units = draw(st.sampled_from(CELLS)), draw(st.integers(1, 4))
+    options = {"use_bias": draw(st.booleans())}
+    if cell == "gru":
+        options["reset_after"] = draw(st.booleans())
+    layers = [two_way(cell, units, merge=draw(st.sampled_from(MERGES)), **options)]
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["handed", "alone", "one way", "dense"]))
+        match kind:
+            case "handed":
+                merge = draw(st.sampled_from(MERGES))
+                layers.append(two_way(cell, units, merge=merge, starts_from="bidirectional_1"))
+            case "alone":
+                layers.append(two_way(draw(st.sampled_from(CELLS)), draw(st.integers(1, 4))))
+            case "one way":
+                layers.append({"kind": draw(st.sampled_from(CELLS)), "units": 3})
+            case _:
+                layers.append({"kind": "dense", "units": 3, "activation": "relu"})
+    heads, features = [{"kind": "sequence", "name": "output"}], draw(st.integers(1, 3))
     return parse_spec({"name": "m", "features": features, "layers": layers, "heads": heads})
 
 

@@ -1,4 +1,4 @@
-"""Bidirectional layers: the post's five tensors, Keras' own wrapper, the oracle, both graphs."""
+"""Bidirectional layers: the post's five tensors, Keras' own wrapper, the state, dropout."""
 
 from __future__ import annotations
 
@@ -7,88 +7,18 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from models.errors import SpecError
 from models.networks.build import StepNetwork
 from models.spec.layout import layer_widths, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import CLOSE, Floats, network_of, step
-from tests.models.onnx.test_graph import run, session_of
-from tests.support.oracle import contracting_weights, oracle_step
-
-CELLS = ["lstm", "gru"]
-MERGES = ["concat", "sum", "mul", "ave"]
+from tests.models.networks.specs import CELLS, MERGES, two_way
 
 
 def spec_of(*layers: dict[str, Any], features: int = 3) -> ModelSpec:
     heads = [{"kind": "sequence", "name": "output"}]
     return parse_spec({"name": "m", "features": features, "layers": layers, "heads": heads})
-
-
-def two_way(cell: str = "lstm", units: int = 4, **more: Any) -> dict[str, Any]:
-    return {"kind": "bidirectional", "cell": cell, "units": units, **more}
-
-
-@st.composite
-def networks(draw: st.DrawFn) -> ModelSpec:
-    """Two to four layers, the first and others bidirectional; some start from another."""
-    cell, units = draw(st.sampled_from(CELLS)), draw(st.integers(1, 4))
-    options = {"use_bias": draw(st.booleans())}
-    if cell == "gru":
-        options["reset_after"] = draw(st.booleans())
-    layers = [two_way(cell, units, merge=draw(st.sampled_from(MERGES)), **options)]
-    for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["handed", "alone", "one way", "dense"]))
-        match kind:
-            case "handed":
-                merge = draw(st.sampled_from(MERGES))
-                layers.append(two_way(cell, units, merge=merge, starts_from="bidirectional_1"))
-            case "alone":
-                layers.append(two_way(draw(st.sampled_from(CELLS)), draw(st.integers(1, 4))))
-            case "one way":
-                layers.append({"kind": draw(st.sampled_from(CELLS)), "units": 3})
-            case _:
-                layers.append({"kind": "dense", "units": 3, "activation": "relu"})
-    return spec_of(*layers, features=draw(st.integers(1, 3)))
-
-
-def ragged_batch(
-    random: np.random.Generator, spec: ModelSpec, lengths: list[int]
-) -> tuple[Any, Any]:
-    """Rows [B, T + 2, F], zero beyond each length, and states that are not zero."""
-    rows = random.normal(size=(len(lengths), max(lengths) + 2, spec.input_features))
-    for b, length in enumerate(lengths):
-        rows[b, length:] = 0
-    states = random.uniform(-1, 1, (len(lengths), state_spec(spec).float_size))
-    return rows.astype(np.float32), states.astype(np.float32)
-
-
-def check(spec: ModelSpec, seed: int, lengths: list[int], ran: Any) -> None:
-    """Outputs and states of each row, against the oracle on the row alone."""
-    random = np.random.default_rng(seed)
-    rows, states = ragged_batch(random, spec, lengths)
-    outputs, after = ran(rows, lengths, states)
-    for b, length in enumerate(lengths):
-        weights = contracting_weights(spec, seed)
-        expected, expected_state = oracle_step(spec, weights, rows[b, :length], states[b])
-        np.testing.assert_allclose(outputs[b, :length], expected, **CLOSE)
-        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(networks(), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
-def test_the_keras_step_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
-    network = network_of(spec, seed)
-    check(spec, seed, lengths, lambda rows, at, states: step(network, rows, at, states))
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(networks(), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
-def test_the_graph_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
-    session = session_of(spec, contracting_weights(spec, seed))
-    check(spec, seed, lengths, lambda rows, at, states: run(session, rows, at, states))
 
 
 @pytest.mark.parametrize("merge", MERGES)

@@ -6,25 +6,20 @@ Cuts are taken by the same pure function as in the service, whose own tests are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import SpecError
-from models.networks.build import StepNetwork
 from models.spec.blocks import cut_blocks
 from models.spec.layout import network_state, state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import CLOSE, Floats
-from tests.models.onnx.test_graph import run, session_of
-from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step
-
-Step = Callable[[Floats, list[int], Floats], tuple[Floats, Floats]]
+from tests.models.networks.running import CLOSE, Floats, Run, check_batch, onnx_run
+from tests.models.networks.specs import two_way
+from tests.support.oracle import contracting_weights, oracle_in_blocks
 
 
 def spec_of(layers: list[dict[str, Any]], size: int, lookahead: int, **more: Any) -> ModelSpec:
@@ -32,10 +27,6 @@ def spec_of(layers: list[dict[str, Any]], size: int, lookahead: int, **more: Any
     blocks = {"size": size, "lookahead": lookahead}
     fields = {"features": 2, "layers": layers, "heads": heads, "blocks": blocks}
     return parse_spec({"name": "m", **fields, **more})
-
-
-def two_way(cell: str = "lstm", units: int = 3, **more: Any) -> dict[str, Any]:
-    return {"kind": "bidirectional", "cell": cell, "units": units, **more}
 
 
 @st.composite
@@ -61,7 +52,7 @@ def networks(draw: st.DrawFn) -> ModelSpec:
     return spec_of(layers, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
 
 
-def run_stream(spec: ModelSpec, rows: Floats, ran: Step) -> Floats:
+def run_stream(spec: ModelSpec, rows: Floats, ran: Run) -> Floats:
     """A stream from beginning to end, one window after another, padded as the engine pads."""
     state = np.zeros((1, network_state(spec).float_size), np.float32)
     outputs = []
@@ -81,50 +72,33 @@ def rows_of(seed: int, length: int) -> Floats:
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
 def test_the_graph_equals_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
-    weights = contracting_weights(spec, seed)
-    session = session_of(spec, weights)
-    rows = rows_of(seed, length)
-    outputs = run_stream(spec, rows, lambda *batch: run(session, *batch))
+    weights, rows = contracting_weights(spec, seed), rows_of(seed, length)
+    outputs = run_stream(spec, rows, onnx_run(spec, weights))
     np.testing.assert_allclose(outputs, oracle_in_blocks(spec, weights, rows), **CLOSE)
 
 
 STACK = [two_way(), {"kind": "gru", "units": 4}, two_way("gru", units=2)]
 
 
-def test_batched_windows_of_any_length_equal_the_oracle() -> None:
+@pytest.mark.parametrize("kind", ["compiled", "onnx"])
+def test_batched_windows_of_any_length_equal_the_oracle(kind: str) -> None:
     """Rows of a batch end anywhere: in the lookahead, with the block, within it; the states
-    are not zero; both networks, the Keras one compiled."""
-    spec = spec_of(STACK, 3, 2)
-    weights = contracting_weights(spec, 4)
-    network = StepNetwork(spec)
-    network.set_weights(weights)
-    compiled = tf.function(network.step, jit_compile=True)
-    session = session_of(spec, weights)
-    random = np.random.default_rng(5)
+    are not zero."""
+    spec, random = spec_of(STACK, 3, 2), np.random.default_rng(5)
     for lengths in ([5, 4, 3, 2, 1], [3, 3, 2, 1, 1], [5] * 5):
         rows = random.normal(size=(5, 5, 2)).astype(np.float32)
         for row, length in zip(rows, lengths, strict=True):
             row[length:] = 0
-        states = random.uniform(-1, 1, (5, network.state_size)).astype(np.float32)
-        for outputs, after in (
-            run(session, rows, lengths, states),
-            compiled(*map(tf.constant, (rows, np.array(lengths, np.int32), states))),
-        ):
-            for b, length in enumerate(lengths):
-                expected, expected_state = oracle_step(spec, weights, rows[b, :length], states[b])
-                assert len(expected) == min(length, 3)
-                np.testing.assert_allclose(
-                    np.asarray(outputs)[b, : len(expected)], expected, **CLOSE
-                )
-                np.testing.assert_allclose(np.asarray(after)[b], expected_state, **CLOSE)
+        states = random.uniform(-1, 1, (5, network_state(spec).float_size)).astype(np.float32)
+        check_batch(kind, spec, 4, rows, lengths, states)
 
 
 def test_the_state_has_forward_parts_and_pending_rows() -> None:
     spec = spec_of([two_way(), {"kind": "gru", "units": 4}], 3, 2)
     parts = {part.name: (part.shape, part.dtype) for part in state_spec(spec).parts}
     assert parts == {
-        "bidirectional_1.forward.hidden": ((3,), "float32"),
-        "bidirectional_1.forward.carry": ((3,), "float32"),
+        "bidirectional_1.forward.hidden": ((4,), "float32"),
+        "bidirectional_1.forward.carry": ((4,), "float32"),
         "gru_1.hidden": ((4,), "float32"),
         "blocks.waiting": ((4, 2), "float32"),
         "blocks.count": ((), "int64"),

@@ -1,6 +1,8 @@
-"""The Keras step against the oracle, and invariance to chunking, batching and padding."""
+"""Keras networks and ONNX graphs against the oracle, with any chunking, batch and padding."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,16 +13,21 @@ from hypothesis import strategies as st
 
 from models.errors import ArtifactError, SpecError
 from models.networks.build import StepNetwork
+from models.spec.layout import state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_in_chunks, step
-from tests.models.networks.specs import coded_batch, convolved_codes, sequences, stacks
-from tests.support.events import FULL_SCHEMA
-from tests.support.oracle import (
-    joined,
-    oracle_in_cuts,
-    oracle_step,
-    random_states,
+from tests.models.networks.running import CLOSE, check_batch, check_in_chunks, network_of, step
+from tests.models.networks.specs import (
+    COMBINATIONS,
+    ONNX_CELLS,
+    OPTIONS,
+    bidirectional_stacks,
+    coded_batch,
+    convolved_codes,
+    sequences,
+    stacks,
 )
+from tests.support.events import FULL_SCHEMA
+from tests.support.oracle import joined, oracle_step, random_states
 from tests.support.oracle_layers import ACTIVATIONS
 
 EVERY_STATE: list[dict[str, object]] = [
@@ -40,61 +47,70 @@ def two_layers(**changes: object) -> ModelSpec:
     return parse_spec({"name": "m", "features": 3, "layers": layers, "heads": heads, **changes})
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    stacks() | stacks(per_chunk=True),
-    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+EXAMPLES = given(
+    stacks() | stacks(per_chunk=True) | bidirectional_stacks(),
+    st.lists(st.integers(1, 11), min_size=1, max_size=4),
     st.integers(0, 2**32 - 1),
 )
+
+
+def check_stack(kind: str, spec: ModelSpec, lengths: list[int], seed: int) -> None:
+    streams = sequences(np.random.default_rng(seed), lengths, spec.input_features)
+    check_in_chunks(kind, spec, seed, streams)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@EXAMPLES
 def test_step_equals_the_oracle_with_any_chunking_batch_and_padding(
     spec: ModelSpec, lengths: list[int], seed: int
 ) -> None:
-    random = np.random.default_rng(seed)
-    network = network_of(spec, seed)
-    streams = sequences(random, lengths, spec.input_features)
-    states = random_states(spec, random, len(lengths))
-    outputs, after, cuts = run_in_chunks(network, streams, states, random)
-    for b, rows in enumerate(streams):
-        chunk_lengths = [len(rows)] if spec.chunking == "invisible" else cuts[b]
-        expected, expected_state = oracle_in_cuts(
-            spec, network.get_weights(), rows, states[b], chunk_lengths
-        )
-        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
-        np.testing.assert_allclose(joined(spec, after[b]), joined(spec, expected_state), **CLOSE)
+    check_stack("keras", spec, lengths, seed)
 
 
-def test_compiled_step_of_coded_rows_equals_the_oracle() -> None:
-    network = network_of(convolved_codes(), 8)
-    rows, lengths, states = coded_batch(np.random.default_rng(8))
-    compiled = tf.function(network.step, jit_compile=True)
-    outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(states))
-    streams, unpadded = (
-        [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
-    )
-    assert_oracle(network, streams, states, unpadded, after)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@EXAMPLES
+def test_graph_equals_the_oracle_with_any_chunking_batch_and_padding(
+    spec: ModelSpec, lengths: list[int], seed: int
+) -> None:
+    check_stack("onnx", spec, lengths, seed)
 
 
+@pytest.mark.parametrize("kind", ["keras", "onnx"])
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
+def test_every_combination_of_lstm_options_equals_the_oracle(
+    options: dict[str, Any], kind: str
+) -> None:
+    layer = {"kind": "lstm", "units": 5, **options}
+    heads = [{"kind": "sequence", "name": "h"}]
+    spec = parse_spec({"name": "m", "features": 2, "layers": [layer], "heads": heads})
+    check_stack(kind, spec, [6, 11, 1, 9], 12)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "onnx"])
+def test_coded_rows_under_a_convolution_equal_the_oracle(kind: str) -> None:
+    check_batch(kind, convolved_codes(), 8, *coded_batch(np.random.default_rng(8)))
+
+
+@pytest.mark.parametrize("kind", ["keras", "onnx"])
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_every_activation_equals_the_oracle_in_cell_layer_and_head(name: str) -> None:
-    spec = two_layers(
-        layers=[
-            {"kind": "lstm", "units": 3, "activation": name, "recurrent_activation": name},
-            {"kind": "activation", "activation": "tanh"},
-            {"kind": "gru", "units": 3, "activation": name},
-            {"kind": "activation", "activation": "tanh"},
-            {"kind": "dense", "units": 3, "activation": name},
-            {"kind": "activation", "activation": name},
-        ],
-        heads=[{"kind": "dense", "name": "y", "units": 4, "activation": name}],
-    )
-    network = network_of(spec, 8)
+def test_every_activation_equals_the_oracle_in_cell_layer_and_head(name: str, kind: str) -> None:
+    own = name if kind == "keras" or name in ONNX_CELLS else "tanh"
+    cell = {"units": 3, "activation": own, "recurrent_activation": own}
+    bounded = {"kind": "activation", "activation": "tanh"}
+    layers = [
+        *({"kind": "lstm", **cell}, bounded, {"kind": "gru", **cell}, bounded),
+        *({"kind": "gru", "reset_after": False, **cell}, bounded),
+        *({"kind": "simple_rnn", "units": 3, "activation": own}, bounded),
+        {"kind": "dense", "units": 3, "activation": name},
+        *({"kind": "activation", "activation": name}, bounded),
+        *({"kind": "lstm", "units": 3, "projection": 2, "activation": name}, bounded),
+    ]
+    heads = [{"kind": "dense", "name": "y", "units": 4, "activation": name}]
+    spec = two_layers(layers=layers, heads=heads)
     # One step from a state that is not zero: a cell of exponentials leaves float32 soon after.
     rows = np.random.default_rng(8).normal(size=(1, 1, 3)).astype(np.float32)
-    state = np.linspace(-0.4, 0.3, network.state_size, dtype=np.float32)[np.newaxis]
-    outputs, after = step(network, rows, [1], state)
-    expected, expected_state = oracle_step(spec, network.get_weights(), rows[0], state[0])
-    np.testing.assert_allclose(outputs[0], expected, **CLOSE)
-    np.testing.assert_allclose(after[0], expected_state, **CLOSE)
+    state = np.linspace(-0.4, 0.3, state_spec(spec).float_size, dtype=np.float32)[np.newaxis]
+    check_batch(kind, spec, 8, rows, [1], state)
 
 
 def test_global_dtype_policy_does_not_reach_the_network() -> None:
@@ -141,6 +157,20 @@ def test_dropout_is_active_in_training_only_and_follows_its_seed(
     inference = step(network, rows, [5, 5], state)[0]
     np.testing.assert_array_equal(inference, step(network, rows, [5, 5], state)[0])
     assert np.abs(first - inference).max() > 1e-3
+
+
+def test_gradients_reach_every_weight() -> None:
+    cell = {"kind": "lstm", "units": 5, **OPTIONS, "dropout": 0.2, "recurrent_dropout": 0.2}
+    network = network_of(two_layers(layers=[cell], heads=[{"kind": "sequence", "name": "h"}]))
+    rows = np.random.default_rng(7).normal(size=(2, 5, 3)).astype(np.float32)
+    state = np.full((2, 8), 0.3, np.float32)
+    with tf.GradientTape() as tape:
+        outputs, _ = network.step(rows, np.array([5, 3], np.int32), state, training=True)
+        loss = tf.reduce_sum(tf.square(outputs))
+    gradients = tape.gradient(loss, [variable.value for variable in network.trainable_variables])
+    assert len(gradients) == 9
+    for gradient in gradients:
+        assert np.abs(np.asarray(gradient)).max() > 0
 
 
 @pytest.mark.parametrize(
