@@ -7,26 +7,19 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tests.faults.handover.layout import OUTPUT_COLUMNS, Entry, Events
+from tests.faults.handover.layout import OUTPUT_COLUMNS
 from tests.faults.network import OUTPUT, ZERO, compute
+from tests.faults.topics.check import read_entries
+from tests.faults.topics.layout import Events
 
-PAGE: Final = 5_000
 Output = tuple[int, NDArray[np.float32]]
 """Position and values."""
-
-
-def read_entries(client: Any, topic: str) -> Iterator[Entry]:
-    """All entries of a topic."""
-    after = "-"
-    while entries := client.xrange(topic, after, "+", PAGE):
-        yield from entries
-        after = f"({entries[-1][0].decode()}"
 
 
 def read_outputs(client: Any, topics: list[str]) -> dict[str, list[Output]]:

@@ -22,19 +22,22 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from service.core.values import StreamKey
-from service.store.keys import KeySpace
-from tests.faults.network import FEATURES, MODEL, OUTPUT, UNITS, Rows, random_events
+from tests.faults.network import FEATURES, MODEL, OUTPUT, UNITS
+from tests.faults.topics.layout import (
+    LEASE_S,
+    PARTITIONS,
+    SINK,
+    SOURCE,
+    Events,
+    partition_of,
+    topic,
+)
 
-PARTITIONS: Final = 8
-SOURCE, SINK, GROUP = "events", "outputs", "carry"
-SPACE: Final = KeySpace("carry", PARTITIONS)
 FIELDS: Final = tuple(f"x{number}" for number in range(FEATURES))
 OUTPUT_COLUMNS: Final = tuple(f"{OUTPUT}[{number}]" for number in range(UNITS))
 KINDS: Final = "ttphhhtwtthphhtn"
 """Of the streams, in turn."""
 
-LEASE_S: Final = 1.0
 SETTINGS: Final = {
     "CARRY_PARTITIONS": str(PARTITIONS),
     "CARRY_RUNTIME": "onnxruntime",
@@ -50,8 +53,6 @@ FILES: Final = 5
 REPEATED_SHARE: Final = 0.02
 """Rows of the history that are recorded twice, with the same offset."""
 
-_BLOCK: Final = 64
-Entry = tuple[bytes, dict[bytes, bytes]]
 RecordedEvent = tuple[str, int, str | None]
 """Stream, number of the event in it, and the id of its entry if it came from a topic."""
 
@@ -81,43 +82,16 @@ class Topics:
 
     def __init__(self, *, partitioned: bool):
         self.partitioned = partitioned
-        count = PARTITIONS if partitioned else 1
-        self.sources = [self._name("in", SOURCE, partition) for partition in range(count)]
-        self.sinks = [self._name("out", SINK, partition) for partition in range(count)]
-        self.dead = [self._name("dead", SOURCE, partition) for partition in range(count)]
+        self.sources, self.sinks, self.dead = [SOURCE], [SINK], [f"{SOURCE}:dead"]
+        if partitioned:
+            self.sources, self.sinks, self.dead = (
+                [topic(partition, kind) for partition in range(PARTITIONS)]
+                for kind in ("in", "out", "dead")
+            )
 
     def source(self, stream: str) -> str:
         """The topic with the events of a stream."""
-        is_one = not self.partitioned
-        return self.sources[0 if is_one else SPACE.partition(StreamKey(MODEL, stream))]
-
-    def _name(self, kind: str, name: str, partition: int) -> str:
-        if self.partitioned:
-            return f"{SPACE.partition_prefix(partition)}:{kind}:{name}"
-        return f"{name}:dead" if kind == "dead" else name
-
-
-class Events:
-    """The events of all streams, which a seed determines: the same however often they are read."""
-
-    def __init__(self, seed: int):
-        self._seed = seed
-        self._blocks: dict[tuple[str, int], Rows] = {}
-
-    def read(self, stream: str, start: int, count: int) -> Rows:
-        """The events of a stream from a position on, [count, F]."""
-        numbers = range(start // _BLOCK, -(-(start + count) // _BLOCK))
-        blocks = [self._block(stream, number) for number in numbers]
-        return np.concatenate(blocks or [np.zeros((0, FEATURES), np.int8)])[start % _BLOCK :][
-            :count
-        ]
-
-    def _block(self, stream: str, number: int) -> Rows:
-        block = self._blocks.get((stream, number))
-        if block is None:
-            random = np.random.default_rng([self._seed, int(stream[1:]), number])
-            block = self._blocks[stream, number] = random_events(random, _BLOCK)
-        return block
+        return self.sources[partition_of(stream) if self.partitioned else 0]
 
 
 def event_of(row: Sequence[int]) -> dict[str, int]:

@@ -25,12 +25,13 @@ from tests.faults.deployment import PLANTED_BUGS, Worker
 from tests.faults.handover import layout
 from tests.faults.handover.check import (
     check_outputs,
-    read_entries,
     read_history_outputs,
     read_outputs,
 )
 from tests.faults.handover.traffic import Clients, Producer, outputs_of
 from tests.faults.stores import WORKERS
+from tests.faults.topics.check import read_entries
+from tests.faults.topics.layout import GROUP, SOURCE, SPACE, Events
 from tests.faults.topics.processes import ConsumerProcess, ServerStore
 from tests.faults.waits import wait
 from tests.support.forks import COMMAND, Fork
@@ -109,7 +110,7 @@ class HandoverRun:
         self._client = deployment.store.connect()
         self._out = deployment.folder / "out"
         self._topics = layout.Topics(partitioned=options.partitioned)
-        self._events = layout.Events(options.seed)
+        self._events = Events(options.seed)
         self._names = layout.make_names(options.streams)
         self._of_topics = [name for name in self._names if layout.has_topic(name)]
         self._producer = Producer(
@@ -232,7 +233,7 @@ class HandoverRun:
     def _count_stored(self, streams: Sequence[str]) -> int:
         pipe = self._client.pipeline(transaction=False)
         for stream in streams:
-            pipe.exists(layout.SPACE.pair(StreamKey(network.MODEL, stream))[0])
+            pipe.exists(SPACE.pair(StreamKey(network.MODEL, stream))[0])
         return sum(pipe.execute())
 
     async def _load(self) -> None:
@@ -312,7 +313,7 @@ class HandoverRun:
         start = "beginning"
         if options.start == "lowest":
             offsets = json.loads((self._out / "offsets.json").read_text())
-            start = offsets[layout.SOURCE]["lowest"]
+            start = offsets[SOURCE]["lowest"]
         config.write_text(layout.config_text(start, partitioned=options.partitioned))
         words = [str(config), "--models", str(folder / "models")]
         words += ["--redis-url", self.deployment.store.url]
@@ -338,7 +339,7 @@ class HandoverRun:
             if not self._client.exists(topic):
                 continue
             groups = {each["name"]: each for each in self._client.xinfo_groups(topic)}
-            group = groups.get(layout.GROUP.encode())
+            group = groups.get(GROUP.encode())
             last = self._client.xinfo_stream(topic)["last-generated-id"]
             if group is None:
                 lag += self._client.xlen(topic)

@@ -17,8 +17,9 @@ from carry_client import Problem, stream_path
 from carry_client.aio import AsyncCarry
 from carry_client.errors import NoAnswer
 from tests.faults.handover.check import Output
-from tests.faults.handover.layout import Events, Topics, event_of
+from tests.faults.handover.layout import Topics, event_of
 from tests.faults.network import MODEL, OUTPUT
+from tests.faults.topics.layout import Events
 
 LEAST_BURSTS, MOST_BURSTS, BURST_SHARE = 4, 64, 0.02
 """Bursts of events that are appended together: to this share of the streams."""

@@ -31,8 +31,17 @@ from tests.faults.topics.layout import (
 
 PAGE: Final = 5_000
 
+Entry = tuple[bytes, dict[bytes, bytes]]
 Output = tuple[int, str, str, list[float]]
 """Position, epoch, tag and values."""
+
+
+def read_entries(client: Any, name: str) -> Iterator[Entry]:
+    """All entries of a topic."""
+    after = "-"
+    while entries := client.xrange(name, after, "+", PAGE):
+        yield from entries
+        after = f"({entries[-1][0].decode()}"
 
 
 class Produced:
@@ -86,7 +95,7 @@ def check_topics(
     findings = []
     for partition in range(PARTITIONS):
         produced, outputs = Produced(), _read_outputs(client, partition)
-        for entry in _read(client, topic(partition)):
+        for entry in read_entries(client, topic(partition)):
             produced.add(*entry)
         findings += [
             f"an output of stream {name}" for name in outputs.keys() - produced.rows.keys()
@@ -110,7 +119,7 @@ def _check_dead_letters(
     client: Any, partition: int, produced: Produced, seen: dict[str, int]
 ) -> Iterator[str]:
     missing = set(produced.ahead)
-    for entry_id, fields in _read(client, topic(partition, "dead")):
+    for entry_id, fields in read_entries(client, topic(partition, "dead")):
         if fields[b"carry-entry"] not in missing or fields[b"carry-code"] != b"position_ahead":
             yield f"a dead letter {entry_id!r}: {fields}"
         missing.discard(fields[b"carry-entry"])
@@ -127,18 +136,11 @@ def _check_group(client: Any, name: str) -> list[str]:
 
 def _read_outputs(client: Any, partition: int) -> dict[str, list[Output]]:
     outputs: dict[str, list[Output]] = defaultdict(list)
-    for _, fields in _read(client, topic(partition, "out")):
+    for _, fields in read_entries(client, topic(partition, "out")):
         head = int(fields[b"position"]), fields[b"epoch"].decode(), fields[b"tag"].decode()
         values = json.loads(fields[b"outputs"])[OUTPUT]
         outputs[fields[b"stream"].decode()].append((*head, values))
     return outputs
-
-
-def _read(client: Any, name: str) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
-    after = "-"
-    while entries := client.xrange(name, after, "+", PAGE):
-        yield from entries
-        after = f"({entries[-1][0].decode()}"
 
 
 def _check_stream(stream: str, rows: Rows, outputs: list[Output]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from service.core.values import StreamKey
 from service.store.keys import KeySpace
-from tests.faults.network import MODEL, Rows, random_events
+from tests.faults.network import FEATURES, MODEL, Rows, random_events
 
 PARTITIONS: Final = 8
 SOURCE, SINK, GROUP = "events", "outputs", "carry"
@@ -65,6 +65,8 @@ class Events:
 
     def read(self, stream: str, start: int, count: int) -> Rows:
         """The events of a stream from a position on, [count, F]."""
-        numbers = range(start // _BLOCK, (start + count - 1) // _BLOCK + 1)
+        numbers = range(start // _BLOCK, -(-(start + count) // _BLOCK))
         blocks = [self._block(stream, number) for number in numbers]
-        return np.concatenate(blocks)[start % _BLOCK :][:count]
+        return np.concatenate(blocks or [np.zeros((0, FEATURES), np.int8)])[start % _BLOCK :][
+            :count
+        ]
