@@ -134,15 +134,6 @@ async def test_a_topic_that_may_have_moved_is_watched_again(
     assert [after for after, _ in topics.watches] == [b"7-0", b"7-0"]
 
 
-async def test_a_released_topic_waits_no_longer() -> None:
-    topics = Watched()
-    arrivals = Arrivals(topics, KEYS)
-    waiting = asyncio.create_task(arrivals.wait(entries(b"7-0"), NEVER_S))
-    await becomes(lambda: topics.watches, "a watch")
-    arrivals.wake()
-    await waiting
-
-
 async def test_no_arrival_is_missed(
     server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import struct
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -298,17 +296,6 @@ async def test_the_calls_of_many_segments_do_not_wait_for_each_other(
     await infer_segments(compute, served, [segments], lambda *_: None)
     compute.close()
     assert pauses == [0] * (STEPS // served.runtime.max_batch - 1)
-
-
-def test_chunks_without_resets_keep_their_digests() -> None:
-    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
-    digest = chunk_digest(None, Steps(Feed.INPUTS, 2, rows=rows))
-    wanted = hashlib.sha256(b"I" + (2).to_bytes(8, "little") + rows.tobytes())
-    assert digest == wanted.digest()
-    reset = b"R" + struct.pack("<2Q", 1, 1)
-    marked = chunk_digest(None, Steps(Feed.INPUTS, 2, rows=rows, resets=(1,)), final=True)
-    wanted = hashlib.sha256(reset + b"i" + (2).to_bytes(8, "little") + rows.tobytes())
-    assert marked == wanted.digest()
 
 
 async def test_an_event_that_cannot_be_encoded_is_named_by_its_place_in_the_chunk(

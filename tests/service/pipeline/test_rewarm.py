@@ -106,25 +106,6 @@ async def test_chunks_that_do_not_continue_the_stream_are_rejected_as_usual(
         assert (await after.streams.read(ANYONE, KEY)).fingerprint == old.fingerprint
 
 
-async def test_versions_that_answer_in_turn_stay_exact(store_url: str, versions: Versions) -> None:
-    """Each has its own state, which it takes over the chunks that the other one answered."""
-    random = np.random.default_rng(3)
-    rows = rows_of(random, 120)
-    exact = [oracle_outputs(artifact, rows) for artifact in versions]
-    async with (
-        worker(store_url, versions[0], history=FEW) as one,
-        worker(store_url, versions[1], history=FEW) as other,
-    ):
-        at = turn = 0
-        while at < len(rows):
-            stop = min(len(rows), at + int(random.integers(1, 6)))
-            turn = 1 - turn
-            reply = await send((one, other)[turn], "s", rows[at:stop], at)
-            assert_outputs(reply, exact[turn][at:stop])
-            assert reply.warm is None
-            at = stop
-
-
 async def test_racing_versions_lose_and_double_nothing(store_url: str, versions: Versions) -> None:
     """Each append is applied once, and answered from the exact state of its version."""
     random = np.random.default_rng(4)

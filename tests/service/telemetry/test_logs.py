@@ -157,31 +157,6 @@ def test_requests_of_httpx_are_not_logged_since_a_path_may_be_secret(capsys: Cap
     assert [line["message"] for line in lines(capsys)] == ["failed"]
 
 
-async def test_access_log_names_the_route_and_not_the_stream(capsys: Capture, api: FastAPI) -> None:
-    configure_logs("info")
-    async with client(api) as http:
-        reply = await http.get(PATH)
-    captured = lines(capsys)
-    inner, line = captured
-    assert inner["message"] == "reading"
-    assert inner["request_id"] == reply.headers["x-request-id"] == reply.json()["id"]
-    assert "ann@home" not in json.dumps(captured)
-    assert line.pop("ms") >= 0
-    assert line.pop("timestamp")
-    assert line == {
-        "level": "info",
-        "logger": "service.requests",
-        "message": "request",
-        "received_bytes": 0,
-        "sent_bytes": len(reply.content),
-        "method": "GET",
-        "request_id": reply.headers["x-request-id"],
-        "route": "/v1/models/{model}/streams/{stream}",
-        "status": 200,
-    }
-    assert current_request_id() is None
-
-
 async def test_requests_keep_valid_ids_of_clients(capsys: Capture, api: FastAPI) -> None:
     configure_logs()
     ids = [f"r{index}" for index in range(20)]

@@ -33,12 +33,6 @@ def expected(models: dict[str, Artifact]) -> np.ndarray:
     return oracle_outputs(models["probe"], ROWS)
 
 
-async def test_leading_axis_of_one_is_returned(v2: V2, expected: np.ndarray) -> None:
-    reply = await v2.infer(ROWS[np.newaxis], sequence_id=7)
-    assert reply.outputs["last"].shape == (1, 12, 4)
-    np.testing.assert_allclose(packed(reply)[0], expected, rtol=1e-4, atol=1e-5)
-
-
 async def test_request_without_a_sequence_is_a_stateless_prediction(
     v2: V2, expected: np.ndarray, models: dict[str, Artifact]
 ) -> None:

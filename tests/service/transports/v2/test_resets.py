@@ -88,20 +88,6 @@ async def test_an_event_with_reset_marks_its_step(v2: V2) -> None:
     near(await send(marked), expected)
 
 
-@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
-async def test_a_dry_run_applies_nothing(v2: V2, *, binary: bool) -> None:
-    first = await v2.infer(ROWS, binary=binary, sequence_id=8, dry_run=True, sequence_start=True)
-    assert first.parameters == {"position": 0, "replayed": False, "dry_run": True}
-    assert v2.api.position("8") is None
-    applied = await v2.infer(ROWS, binary=binary, sequence_id=8, position=0)
-    near(first.outputs, applied.outputs)
-    dry = await v2.infer(ROWS, binary=binary, sequence_id=8, position=6, dry_run=True)
-    heads = [{n: r.parameters[n] for n in ("epoch", "position", "tag")} for r in (dry, applied)]
-    assert heads[0] == heads[1]
-    after = await v2.infer(ROWS, binary=binary, sequence_id=8, position=6)
-    near(dry.outputs, after.outputs)
-
-
 async def test_wrong_resets_are_rejected(v2: V2) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"datatype": "FP32", "marks": [0.0] * 6}, "inputs[1].datatype: expected BOOL"),
