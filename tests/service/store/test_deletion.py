@@ -17,7 +17,6 @@ from tests.support.streams import (
     OpenStore,
     Streams,
     absence,
-    assert_stored,
     columns,
     committed,
     key,
@@ -35,30 +34,6 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
 def names(server: RealServer | Cluster) -> tuple[str, str]:
     """The keys of stream `a`: its state and its reply."""
     return StoreSettings(server.url).keys.pair(key("a"))
-
-
-async def test_a_stream_is_deleted_with_its_reply(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
-    first, other = streams.creation(key("a")), streams.creation(key("b"))
-    await committed(store, first, other)
-    assert await store.delete(key("a")) == Committed()
-    assert await store.load_with_reply(key("a")) == (None, None)
-    assert await store.delete(key("a")) == Conflicted(None)
-    await assert_stored(store, other)
-    with server.client() as client:
-        assert client.exists(StoreSettings(server.url).keys.reply(key("a"))) == 0
-
-
-async def test_only_the_expected_stream_is_deleted(store: Store, streams: Streams) -> None:
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    second = streams.next(first)
-    await committed(store, second)
-    assert await store.delete(key("a"), first.new.head) == Conflicted(second.new.head)
-    await assert_stored(store, second)
-    assert await store.delete(key("a"), second.new.head) == Committed()
-    assert await store.delete(key("a"), second.new.head) == Conflicted(None)
 
 
 async def test_many_streams_are_deleted_independently(
@@ -122,25 +97,6 @@ async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
     assert reply is not None
     with server.client() as client:
         assert client.pttl(names(server)[0]) == -1
-
-
-async def test_deleting_a_missing_stream_leaves_a_tombstone(store: Store, streams: Streams) -> None:
-    """A commit that was sent before the deletion's reply is not applied after it."""
-    assert await store.delete(key("a")) == Conflicted(None)
-    first = await absence(store, key("a"))
-    assert await store.commit(columns(streams.creation(key("a")))) == [Conflicted(None)]
-    assert await store.delete(key("a")) == Conflicted(None)
-    second = await absence(store, key("a"))
-    assert None not in (first, second)
-    assert first != second
-    late = streams.creation(key("a"))._replace(expected=first)
-    assert await store.commit(columns(late)) == [Conflicted(None)]
-
-
-async def test_a_conflicting_deletion_leaves_no_tombstone(store: Store, streams: Streams) -> None:
-    other = streams.begin().head
-    assert await store.delete(key("a"), other) == Conflicted(None)
-    assert await load(store, [key("a")]) == [None]
 
 
 async def test_confirming_a_tombstone_does_not_change_it(

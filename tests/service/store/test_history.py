@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,17 +9,15 @@ import numpy as np
 import pytest
 
 from service.core.errors import StoreRefused
-from service.core.values import StreamHead, StreamKey, StreamState
+from service.core.values import StreamKey, StreamState
 from service.store.base import COMMITTED, Committed, Conflicted, Store, decode_stream
 from service.store.codec import encode_state, pack_head
 from service.store.history import HistoryCopy, StoredHistory
-from service.store.layout import StateHeader
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied
 from tests.support.stored_histories import (
     CODEC,
-    EVENTS,
     as_version,
     commit_all,
     keep,
@@ -129,29 +126,6 @@ async def test_a_history_of_many_streams_is_committed_together(
         assert [CODEC.decode(each).starts for each in found.entries] == [True, False]
 
 
-async def test_exactly_one_of_two_racing_workers_adds_to_the_history(
-    open_on: OpenStore, streams: Streams
-) -> None:
-    workers = [await open_on() for _ in range(2)]
-    head: StreamState | None = None
-    expected: list[range] = []
-    for _ in range(60):
-        news = [streams.after(head or streams.begin(), 1 + i) for i in range(2)]
-        tried = [Commit(key("a"), head and head.head, new, None) for new in news]
-        results = await asyncio.gather(
-            *(commit_all(worker, each) for worker, each in zip(workers, tried, strict=True))
-        )
-        (winner,) = [
-            new for new, [result] in zip(news, results, strict=True) if result == Committed()
-        ]
-        start = head.head.position if head else 0
-        expected.append(range(start, winner.head.position))
-        while winner.head.position - expected[0].stop >= EVENTS:
-            del expected[0]
-        head = winner
-        assert ranges(await read(workers[0], head, key("a"))) == expected
-
-
 async def test_a_commit_that_keeps_no_history_ends_it(store: Store, streams: Streams) -> None:
     """As by a worker whose history is off: the next one starts with the state that it met."""
     first = streams.creation(key("a"))
@@ -190,25 +164,6 @@ async def test_a_stream_that_starts_over_starts_its_history(store: Store, stream
     await keep(store, after)
     found = await read(store, after.new, key("a"), 2**60 + 1)
     assert ranges(found) == [range(2**60, 2**60 + 4)]
-
-
-async def test_a_deletion_deletes_the_history(
-    store: Store, streams: Streams, server: RealServer | Cluster
-) -> None:
-    commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
-    await keep(store, *commits)
-    names = [StoreSettings(server.url).keys.all_of(each.key) for each in commits]
-    assert await store.delete(key("a"), commits[0].new.head) == Committed()
-    assert await store.delete_many([key("b"), key("c")]) == [Committed()] * 2
-    with server.client() as client:
-        for _, *others in names:
-            assert not any(map(client.exists, others))
-    again = streams.creation(key("a"))
-    (tombstone,) = await load(store, [key("a")])
-    assert tombstone is not None
-    assert not isinstance(tombstone, Exception)
-    await keep(store, again._replace(expected=tombstone.head))
-    assert ranges(await read(store, again.new, key("a"))) == [range(4)]
 
 
 async def test_both_keys_have_the_idle_ttl(
@@ -270,9 +225,6 @@ async def test_a_full_server_rejects_states_with_histories(
     assert await store.histories.copy([key("b")]) == [(None, None)]
 
 
-# Rewind and copies
-
-
 async def filled(store: Store, streams: Streams, name: StreamKey, lengths: Sequence[int]) -> Commit:
     """A stream after chunks of these lengths; returns the last commit."""
     before: StreamState | None = None
@@ -282,71 +234,3 @@ async def filled(store: Store, streams: Streams, name: StreamKey, lengths: Seque
         await keep(store, last)
         before = new
     return last
-
-
-async def test_a_rewind_cuts_the_history(store: Store, streams: Streams) -> None:
-    last = await filled(store, streams, key("a"), [7] * 12)
-    other = encode_state(as_version(last.new, b"v" * 16))
-    assert await store.histories.commit_versions([key("a")], [other]) == [True]
-    before = await read(store, last.new, key("a"))
-    fingerprint = last.new.fingerprint
-    back = streams.begin(position=45)._replace(fingerprint=fingerprint)
-    kept = CODEC.keep_until(before.entries, 45)
-    stale = StreamHead(last.new.head.epoch, bytes(16), 3)
-    for expected, result in (
-        (stale, Conflicted(last.new.head)),
-        (last.new.head, Committed()),
-        (last.new.head, Conflicted(back.head)),
-    ):
-        written = await store.histories.write(
-            key("a"),
-            pack_head(expected),
-            encode_state(back),
-            HistoryCopy(kept),
-            keeps_snapshots=True,
-        )
-        assert written == result
-    found = await read(store, back, key("a"), 45)
-    assert (await store.load_with_reply(key("a")))[1] is None
-    assert found.is_valid
-    assert ranges(found) == [range(14 + 7 * i, 21 + 7 * i) for i in range(4)] + [range(42, 45)]
-    assert found.positions == [at for at in before.positions if at <= 45]
-    assert found.snapshot is not None
-    assert StateHeader.decode(found.snapshot).position == found.positions[-1]
-    assert (await store.histories.read(key("a"), b"v" * 16)).version_state is None
-    after = Commit(key("a"), back.head, streams.after(back, 3), None)
-    await keep(store, after)
-    assert ranges(await read(store, after.new, key("a")))[-2:] == [range(42, 45), range(45, 48)]
-
-
-async def test_a_copy_is_a_history_of_another_stream(store: Store, streams: Streams) -> None:
-    last = await filled(store, streams, key("a"), [5] * 30)
-    other = await filled(store, streams, key("other"), [3])
-    missing, (value, history), second = await store.histories.copy(
-        [key("missing"), key("a"), key("other")]
-    )
-    assert missing == (None, None)
-    assert second[0] == encode_state(other.new)
-    assert second[1] is not None
-    assert ranges(second[1]) == [range(3)]
-    assert value == encode_state(last.new)
-    assert history is not None
-    found = await read(store, last.new, key("a"))
-    assert [decode_stream(each).head.position for each in history.snapshots] == found.positions
-    fork = streams.begin(position=150)._replace(fingerprint=last.new.fingerprint)
-    for expected, result in ((b"", Committed()), (b"", Conflicted(fork.head))):
-        assert (
-            await store.histories.write(key("b"), expected, encode_state(fork), history) == result
-        )
-    copied = await read(store, fork, key("b"), 150)
-    assert (copied.entries, copied.positions) == (found.entries, found.positions)
-    assert copied.snapshot == history.snapshots[-1]
-    bare = streams.begin(position=9)
-    expected = pack_head(fork.head)
-    assert (
-        await store.histories.write(key("b"), expected, encode_state(bare), HistoryCopy())
-        == Committed()
-    )
-    copied = await read(store, bare, key("b"), 9)
-    assert (copied.entries, copied.positions) == ([], [9])
-    assert copied.snapshot == encode_state(bare)

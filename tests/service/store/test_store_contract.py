@@ -142,40 +142,6 @@ async def test_access_keys_are_read_when_their_version_has_changed(
     assert marked[1] == {}
 
 
-async def test_a_commit_that_expects_another_head_conflicts_with_the_stored_one(
-    store: Store, open_on: OpenStore, streams: Streams
-) -> None:
-    """A second creation, a late continuation, and a duplicate, whose loser must answer with the
-    stored reply, not with its own."""
-    first = streams.creation(key("a"))
-    second = streams.next(first)
-    await committed(store, first)
-    await committed(store, second)
-    missing = streams.next(streams.creation(key("missing")))
-    for worker in (store, await open_on()):
-        for late in (streams.creation(key("a")), streams.next(first), second):
-            assert await worker.commit(columns(late)) == [Conflicted(second.new.head)]
-        assert await worker.commit(columns(missing)) == [Conflicted(None)]
-    await assert_replayable(store, second)
-    assert await store.load_with_reply(missing.key) == (None, None)
-
-
-async def test_epoch_and_tag_are_both_compared(store: Store, streams: Streams) -> None:
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    head, new = first.new.head, streams.after(first.new)
-    for wrong in (
-        StreamHead(streams.bytes(8), head.tag, head.position),
-        StreamHead(head.epoch, streams.bytes(16), head.position),
-        StreamHead(head.epoch, head.tag[:15] + bytes([head.tag[15] ^ 1]), head.position),
-        StreamHead(bytes([head.epoch[0] ^ 0x80]) + head.epoch[1:], head.tag, head.position),
-    ):
-        assert await store.commit(columns(Commit(first.key, wrong, new, None))) == [
-            Conflicted(head)
-        ]
-    await committed(store, Commit(first.key, head, new, None))
-
-
 @pytest.mark.parametrize("byte", [0x00, 0x0A, 0x0D, 0x25, 0x80, 0xFF])
 async def test_heads_are_compared_as_bytes(store: Store, streams: Streams, byte: int) -> None:
     initial = streams.begin()

@@ -128,25 +128,6 @@ async def test_items_of_a_commit_succeed_or_fail_alone(
     assert pending(server) == ids[:1]
 
 
-async def test_an_earlier_owner_writes_and_reads_nothing(
-    server: RealServer, store: RedisStore, streams: Streams
-) -> None:
-    ids = add(server, "1")
-    await own(store)
-    assert await read(store) == ids
-    await store.topics.renew(KEYS, "me", "f1", 0, 0, b"")
-    await own(store, "f2", "other")
-    commit = item(streams.creation(STREAM), ids, "x")
-    assert await store.topics.commit(KEYS, "f1", 1, [commit]) is Unclear.FENCED
-    assert await store.topics.read(KEYS, "f1", NEW, 10) is Unclear.FENCED
-    assert not (await store.topics.renew(KEYS, "me", "f1", LONG_S, 0, b"")).is_held
-    assert await load(store, [STREAM]) == [None]
-    assert entries(server, KEYS.outputs) == []
-    # the next owner gets what the earlier one left
-    assert await read(store, "f2", FIRST_PENDING) == ids
-    assert await store.topics.commit(KEYS, "f2", 1, [commit]) == [COMMITTED]
-
-
 async def test_topics_that_are_read_together_are_one_call_and_fail_alone(
     server: RealServer | Cluster, store: RedisStore
 ) -> None:
@@ -207,22 +188,6 @@ async def test_a_commit_behind_a_missing_one_is_rejected(
     assert await store.topics.commit(KEYS, "f1", 2, [later]) == [COMMITTED]
 
 
-async def test_an_entry_that_is_not_pending_fails_its_item(
-    server: RealServer, store: RedisStore, streams: Streams
-) -> None:
-    ids = add(server, "1", "2", "3")
-    await own(store)
-    await read(store, count=2)
-    commit = streams.creation(STREAM)
-    (result,) = await store.topics.commit(KEYS, "f1", 1, [item(commit, ids, "x", "y", "z")])
-    assert is_not_pending(result)
-    assert await load(store, [STREAM]) == [None]
-    assert entries(server, KEYS.outputs) == []
-    assert pending(server) == ids[:2]
-    assert await read(store, after=FIRST_PENDING) == ids[:2]
-    assert await read(store) == ids[2:]
-
-
 async def test_an_item_with_a_condition_needs_the_stream_at_its_head(
     server: RealServer, store: RedisStore, streams: Streams
 ) -> None:
@@ -238,19 +203,6 @@ async def test_an_item_with_a_condition_needs_the_stream_at_its_head(
     results = await store.topics.commit(KEYS, "f1", 1, items)
     assert results == [COMMITTED, Conflicted(head), Conflicted(head), COMMITTED, COMMITTED]
     assert pending(server) == ids[1:3]
-
-
-async def test_a_lease_whose_commits_were_lost_is_not_renewed(
-    server: RealServer, store: RedisStore
-) -> None:
-    ids = add(server, "1")
-    await own(store)
-    await read(store)
-    await store.topics.commit(KEYS, "f1", 1, [item(None, ids)])
-    assert (await store.topics.renew(KEYS, "me", "f1", LONG_S, 1, b"")).is_held
-    with server.client() as client:
-        client.hset(KEYS.lease, "number", 0)
-    assert not (await store.topics.renew(KEYS, "me", "f1", LONG_S, 1, b"")).is_held
 
 
 async def test_a_topic_has_one_owner_until_its_lease_expires(
@@ -281,17 +233,6 @@ async def test_an_attempt_to_acquire_a_held_topic_loads_no_script(
     before = loads()
     assert not (await store.topics.acquire(KEYS, "other", "f2", LONG_S, "0")).is_held
     assert loads() == before
-
-
-async def test_a_repeated_acquisition_keeps_the_number_of_commits(
-    server: RealServer, store: RedisStore
-) -> None:
-    ids = add(server, "1", "2")
-    await own(store)
-    await read(store)
-    assert await store.topics.commit(KEYS, "f1", 1, [item(None, ids[:1])]) == [COMMITTED]
-    await own(store)
-    assert await store.topics.commit(KEYS, "f1", 2, [item(None, ids[1:])]) == [COMMITTED]
 
 
 async def test_a_lost_group_is_made_again_behind_the_floor(

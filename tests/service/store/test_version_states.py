@@ -8,7 +8,6 @@ from service.core.values import StreamState
 from service.store.base import Committed, Store
 from service.store.codec import encode_state, pack_head
 from service.store.history import HistoryCopy, StoredHistory
-from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied
 from tests.support.stored_histories import as_version, keep, ranges, read
@@ -19,43 +18,6 @@ from tests.support.streams import Commit, Streams, key
 def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
     """An empty one of each kind."""
     return emptied(every_store)
-
-
-async def test_the_state_of_the_version_before_is_kept(store: Store, streams: Streams) -> None:
-    old, new = b"o" * 16, b"n" * 16
-    first = streams.creation(key("a"))
-    first = first._replace(new=as_version(first.new, old))
-    await keep(store, first)
-    second = streams.next(first)
-    second = second._replace(new=as_version(second.new, new))
-    await keep(store, second)
-    for fingerprint, kept in ((old, encode_state(first.new)), (new, None), (b"x" * 16, None)):
-        found = await store.histories.read(key("a"), fingerprint, 8)
-        assert found.version_state == kept
-    found = await store.histories.read(key("a"), old, 8)
-    assert (found.positions, found.snapshot) == ([4], encode_state(first.new))
-    third = streams.next(second)
-    await keep(store, third._replace(new=as_version(third.new, old)))
-    assert (await store.histories.read(key("a"), old)).version_state is None
-    assert (await store.histories.read(key("a"), new)).version_state == encode_state(second.new)
-
-
-async def test_states_for_versions_are_written_in_their_epoch_and_never_go_back(
-    store: Store, streams: Streams
-) -> None:
-    first = streams.creation(key("a"))
-    second = streams.next(first)
-    await keep(store, first)
-    await keep(store, second)
-    early, late = (encode_state(as_version(each.new, b"v" * 16)) for each in (first, second))
-    write = store.histories.commit_versions
-    for value, is_written in ((early, True), (late, True), (early, False), (late, False)):
-        assert await write([key("a")], [value]) == [is_written]
-    foreign = encode_state(as_version(streams.first(), b"v" * 16))
-    assert await write([key("a")], [foreign]) == [False]
-    assert await write([key("missing")], [late]) == [False]
-    assert await write([key("a")], [encode_state(second.new)]) == [False]
-    assert (await store.histories.read(key("a"), b"v" * 16)).version_state == late
 
 
 @pytest.mark.parametrize("order", ["vwx", "wvx"])
@@ -101,32 +63,6 @@ async def test_snapshots_of_a_version_with_a_similar_fingerprint_are_not_read(
     assert (await read(store, first.new, key("a"), 4)).snapshot is not None
     found = await store.histories.read(key("a"), b"o" * 8 + b"2" * 8, 4)
     assert found.snapshot is None
-
-
-async def test_a_version_state_of_a_lost_branch_is_not_written(
-    store: Store, server: RealServer | Cluster, streams: Streams
-) -> None:
-    """A failover may lose the last commits, and the stream goes on in the same epoch."""
-    first = streams.creation(key("a"))
-    await keep(store, first)
-    names = StoreSettings(server.url).keys.all_of(key("a"))
-    with server.client() as client:
-        dumps = {name: client.dump(name) for name in names if client.exists(name)}
-        lost = streams.next(first)
-        await keep(store, lost)
-        for name, dump in dumps.items():
-            client.restore(name, 0, dump, replace=True)
-    write, value = store.histories.commit_versions, as_version(lost.new, b"v" * 16)
-    assert await write([key("a")], [encode_state(value)]) == [False]
-    second = streams.next(first)
-    await keep(store, second)
-    assert await write([key("a")], [encode_state(value)]) == [False]
-    third = streams.next(second)
-    await keep(store, third)
-    assert await write([key("a")], [encode_state(value)]) == [False]
-    for commit in (second, third):
-        current = as_version(commit.new, b"v" * 16)
-        assert await write([key("a")], [encode_state(current)]) == [True]
 
 
 async def test_without_events_only_the_states_for_versions_are_kept(
