@@ -21,7 +21,7 @@ from models.detection.detector import DetectingStep
 from models.events.columns import EventColumns
 from models.events.encode import Clock, Clocks, EncodedSegments, encode_segments, event_times
 from models.events.values import check_rows
-from models.offline.batches import MAX_BATCH, Advance, Sequences, run_rows
+from models.offline.batches import MAX_BATCH, Sequences, run_rows
 from models.offline.steps import FloatArray, Step, open_step
 from models.spec.layout import output_spec, runtime_state, state_spec
 from models.spec.model import ModelSpec, schema_of
