@@ -7,31 +7,31 @@
 
        weight    W_t = r W_(t-1) + 1; r W_(t-1) if the event lacks the target
        mean      m_t = m_(t-1) + (v - m_(t-1)) / W_t
-       errors    e = (x - mu) exp(-lambda), v - m_before, v - the last value before, v - h_(t-L), of
-                 the channels `forecast`, `level`, `change`, `season`; of a categorical or boolean
-                 target e = sqrt(2 nats) of its forecast; 0 without the target, or without a past
+       errors    e = (x - mu) exp(-lambda), v - m_before, v - the last value before, of the channels
+                 `forecast`, `level`, `change`; of a categorical or boolean target e = sqrt(2 nats)
+                 of its forecast; 0 without the target, or without a past
        distance  d = the mean of |e|, with this event
        peak      p = the fourth root of the mean over all events of e^4, of forecasts of
                  min(|e|, LIMIT d)^4, where an error with the other sign than this one counts 1 - a
        spread    q = the square root of the mean of min(|e|, LIMIT d)^2
        trust     a = W_before / (W_before + prior_events)
-       season    of L events: h_t = h_(t-L) + e, with e of its channel within q_before; v_t while
-                 the channel has no past; h_(t-L), or in the first season the last value, if v_t is
-                 missing
+       season    of L events, from a stream's second one on: levels have e = v - h_(t-L) instead, and
+                 a new past, with a weight of its own; h_t = h_(t-L) + e / 2, with e within
+                 q_before; v_t while this past has no event; h_(t-L), or in the first season the
+                 mean, if v_t is missing
 
-   Means have the weights of the stream, those of the channel `season` start one season later. An
-   event without a target changes neither its mean, last value nor run. Where a stream is often far
+   An event without a target changes neither its mean, last value nor run. Where a stream is often far
    from its mean, the peak is large: so a |e| / p_before has a light tail, which separates events
    beyond all of the past from others. Each direction has its own, since a value may often fall far
    and never rise; a new stream has one for both. One outlier makes the peak large for several
    times the memory, but not the spread, so that a |e| / q_before orders what follows it: levels
    of several targets have no peaks, since one of many has outliers more often. Outliers of
    forecasts are common, and so limited. |e| / p and |e| / q are at most MAX_DEVIATION. The season
-   follows a value at each phase by at most the spread, so that an anomaly is not unusual again one
-   season later.
+   follows a value at each phase by at most half the spread, so that an anomaly is not unusual again
+   one season later.
 
    Quantities, larger for what is more unusual, are over all targets together, so that they are not
-   diluted by many. Of levels, of changes and of seasons:
+   diluted by many. Of levels and of changes:
 
        single    the root of the mean over the numeric targets of (a e / p_before)^2, of levels of
                  several targets of (a e / q_before)^2
@@ -81,8 +81,8 @@
 #include <stddef.h>
 
 enum { NUMERIC, BOOLEAN, CATEGORICAL };
-enum { LEVEL, CHANGE, SEASON }; /* channels with averages */
-enum { MAX_KINDS = 3, MAX_QUANTITIES = 2 * MAX_KINDS + 2 };
+enum { LEVEL, CHANGE, KINDS }; /* channels with averages */
+enum { MAX_QUANTITIES = 2 * KINDS + 2 };
 enum { MAX_LEVELS = 32 }; /* of `tail_levels` */
 enum { BLOCK = 32, PACKED = 4, PACKED_BITS = 6 }; /* PACKED pending counts in a float */
 
@@ -118,7 +118,6 @@ typedef struct {
 /* `models.detection.kernel.Model` has the same fields. */
 typedef struct {
     int32_t targets, numeric; /* their numbers */
-    int32_t kinds;            /* of channels with averages */
     int32_t quantities, levels;
     int32_t season_events; /* 0 without a season */
     int32_t row_size;
@@ -131,7 +130,7 @@ typedef struct {
     columns_t columns;
 } model_t;
 
-/* Of the forecasts of all targets, and levels, changes, seasons and runs of the numeric ones. */
+/* Of the forecasts of all targets, and levels, changes and runs of the numeric ones. */
 typedef struct {
     double *errors;  /* e, of runs n; NULL: nothing is kept */
     double *squares; /* of one target: of what is in the single quantity, and of that of runs */
@@ -247,12 +246,12 @@ static double follow_run(const model_t *model, float *run, float *longest, int p
 static int follow_event(const model_t *model, const float *row, const float *parameters,
                         float *state, int phase, deviations_t deviations, double *quantities) {
     const parts_t *at = &model->at;
-    int targets = model->targets, numeric = model->numeric, kinds = model->kinds, n = 0, has = 0;
-    int entries = targets + kinds * numeric; /* but runs */
+    int targets = model->targets, numeric = model->numeric, n = 0, has = 0;
+    int entries = targets + KINDS * numeric; /* but runs */
     int is_joint = numeric > 1, peaks = entries - is_joint * numeric; /* levels without peaks */
     double decay = model->decay, events_before = state[at->events];
     double forecasts = 0.0, longest_run = 0.0;
-    double single[MAX_KINDS] = {0.0}, by_spread[MAX_KINDS] = {0.0};
+    double single[KINDS] = {0.0}, by_spread[KINDS] = {0.0};
     for (int d = 0; d < targets; d++) {
         const target_t *target = model->target + d;
         int present = target->missing < 0 || row[target->missing] == 0.0f;
@@ -274,37 +273,43 @@ static int follow_event(const model_t *model, const float *row, const float *par
         float *mean = state + at->mean + n, *rest = state + at->rest + n;
         float *last = state + at->last + n, *phase_value = NULL;
         double latest = clamp(*last, MAX_ERROR), level = clamp((double)*mean + *rest, MAX_ERROR);
-        double errors[MAX_KINDS] = {0.0};
-        past_t pasts[MAX_KINDS] = {past, past, past};
-        if (present && past.has_event) errors[0] = value - level, errors[1] = value - latest;
-        double usual = latest;
+        double usual = level, errors[KINDS] = {0.0};
+        past_t pasts[KINDS] = {past, past};
+        int is_first = 0; /* event with a season before it */
         if (model->season_events) {
-            float *own = state + at->season_weight + n;
             phase_value = state + at->season + (int64_t)n * model->season_events + phase;
-            int is_known = events_before >= model->season_events;
-            if (is_known) usual = clamp(*phase_value, MAX_ERROR);
-            if (is_known && present) errors[2] = value - usual;
-            double weight = larger(*own, 0.0), next = decay * weight + (is_known && present);
+            float *own = state + at->season_weight + n;
+            is_first = events_before == model->season_events;
+            if (events_before >= model->season_events) usual = clamp(*phase_value, MAX_ERROR);
+            double weight = is_first ? 0.0 : larger(*own, 0.0), next = decay * weight + present;
             *own = (float)next;
-            pasts[2] = past_of(model, weight, next);
+            pasts[LEVEL] = past_of(model, weight, next);
         }
-        double smallest = square(RESOLUTION * fabs(value) + MIN_SCALE), spread = 0.0;
-        for (int k = 0; k < kinds; k++) {
+        if (present && past.has_event)
+            errors[LEVEL] = value - usual, errors[CHANGE] = value - latest;
+        double smallest = square(RESOLUTION * fabs(value) + MIN_SCALE), spreads[KINDS];
+        for (int k = 0; k < KINDS; k++) {
             int place = targets + k * numeric + n, is_spread = is_joint && k == LEVEL;
-            float *above = state + at->peak + place - is_joint * numeric;
-            channel_t channel = {state + at->distance + place, above, above + peaks, errors[k],
-                                 pasts[k]};
+            float *distance = state + at->distance + place;
+            float *spread = state + at->spread + place - targets;
+            float *above = state + at->peak + place - is_joint * numeric, *below = above + peaks;
+            if (is_first && k == LEVEL) {
+                *distance = *spread = 0.0f;
+                if (!is_spread) *above = *below = 0.0f;
+            }
+            channel_t channel = {distance, above, below, errors[k], pasts[k]};
             counted = follow_distance(model, &channel);
-            double of_spread = follow_spread(model, &channel, state + at->spread + place - targets,
-                                             counted, smallest, &spread);
+            double of_spread =
+                follow_spread(model, &channel, spread, counted, smallest, spreads + k);
             double of_single = of_spread;
             if (!is_spread) of_single = follow_peaks(model, &channel, fabs(errors[k]), smallest);
             keep(deviations, place, errors[k], of_single);
             single[k] += of_single, by_spread[k] += of_spread;
         }
         if (phase_value) {
-            int has_season = present && pasts[2].has_event;
-            double next = has_season ? usual + clamp(errors[2], sqrt(spread)) : value;
+            int is_seasonal = events_before > model->season_events && pasts[LEVEL].has_event;
+            double step = clamp(errors[LEVEL], sqrt(spreads[LEVEL])) / 2.0;
+            double next = is_seasonal ? usual + step : value;
             *phase_value = (float)(present ? next : usual);
         }
 
@@ -322,7 +327,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
     }
     state[at->events] = (float)smaller(events_before + 1.0, MAX_COUNT);
 
-    for (int k = 0; k < kinds; k++) {
+    for (int k = 0; numeric && k < KINDS; k++) {
         float *average = state + at->average + k;
         double slow = model->slow;
         *average = (float)(slow * *average + (1.0 - slow) * by_spread[k] / numeric);
@@ -359,7 +364,7 @@ static double own_nats(const model_t *model, const float *counts, line_t *line, 
 /* Updates the counts by one event; returns its nats, writes the cubes of its quantities' nats. */
 static double score_event(const model_t *model, const double *quantities, int has, float *state,
                           int *pending, line_t *lines, double *cubes) {
-    int size = model->quantities, of_forecasts = 2 * model->kinds;
+    int size = model->quantities, of_forecasts = model->numeric ? 2 * KINDS : 0;
     float *counts = state + model->at.tail_counts;
     double sum = 0.0;
     for (int q = 0; q < size; q++) {
@@ -437,7 +442,7 @@ typedef struct {
 
 /* Follows one stream; returns how many alarms opened. */
 static int follow_stream(const model_t *model, const events_t *events, int64_t b) {
-    int64_t entries = model->targets + (int64_t)(model->kinds + 1) * model->numeric;
+    int64_t entries = model->targets + (int64_t)(KINDS + 1) * model->numeric;
     int64_t details_size = 1 + 2 * (entries + model->quantities);
     int64_t season = model->season_events ? model->season_events : 1, length = events->lengths[b];
     const double *own = events->thresholds ? events->thresholds + 2 * b : model->columns.thresholds;

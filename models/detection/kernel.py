@@ -21,7 +21,7 @@ from models.detection.tails import MIN_SHAPE
 from models.detection.targets import Target, targets_of
 from models.errors import LibraryError, SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
-from models.spec.detection import AVERAGED_EVENTS, Tail
+from models.spec.detection import AVERAGED_EVENTS, AVERAGED_KINDS, CHANNEL_KINDS, Tail
 from models.spec.layout import detection_columns, detection_of
 from models.spec.model import ModelSpec
 
@@ -54,8 +54,8 @@ class Model(ctypes.Structure):
     """`model_t` of `kernel.c`."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("targets", "numeric", "kinds", "quantities")),
-        *((name, ctypes.c_int32) for name in ("levels", "season_events", "row_size")),
+        *((name, ctypes.c_int32) for name in ("targets", "numeric", "quantities", "levels")),
+        *((name, ctypes.c_int32) for name in ("season_events", "row_size")),
         ("at", _Parts),
         *((name, ctypes.c_double) for name in ("decay", "fourth_root_decay", "block_decay")),
         *((name, ctypes.c_double) for name in ("prior_events", "slow")),
@@ -80,7 +80,7 @@ class KernelOutputs(NamedTuple):
     """Of T events of B streams; 0 beyond a stream's length.
 
     The R entries of an event are the forecasts of the D targets, the levels of the N numeric ones,
-    their changes, with a season their seasons, and their runs.
+    their changes, and their runs.
 
     Attributes:
         details: [B, T, 1 + 2Q + 2R], all that follows.
@@ -88,8 +88,8 @@ class KernelOutputs(NamedTuple):
         quantities: [B, T, Q].
         cubes: [B, T, Q], of the own nats of the quantities; 0 without tails.
         errors: [B, T, R], e: of forecasts in predicted deviations, of categorical and
-            boolean targets the square root of twice the nats, of levels, changes and seasons as
-            the values come, of runs events.
+            boolean targets the square root of twice the nats, of levels and changes as the values
+            come, of runs events.
         squares: [B, T, R], (a e / p_before)^2, of levels of several targets (a e / q_before)^2; of
             runs the square of the quantity of one target.
     """
@@ -134,8 +134,7 @@ class Kernel:
         targets = targets_of(spec)
         names = [t.field.name for t in targets if isinstance(t.field, NumericField)]
         self._targets, self._numeric = len(targets), len(names)
-        # with averages
-        self._kinds = len(detection.kinds) - 2 if names else 0
+        self._kinds = AVERAGED_KINDS if names else 0
         self._entries = self._targets + (self._kinds + 1) * self._numeric
         self._quantities = 2 * self._kinds + bool(names) + 1
         if tails and len(tails) != self._quantities:
@@ -144,7 +143,7 @@ class Kernel:
                 f"`detection`, got {len(tails)}: train the model again"
             )
         entries = [("forecast", name) for name in head.targets]
-        entries += [(kind, name) for kind in detection.kinds[1:] for name in names]
+        entries += [(kind, name) for kind in CHANNEL_KINDS[1:] for name in names]
         channels = detection.channels_of(head.targets, events)
         self.order = np.array([entries.index((each.kind, each.target)) for each in channels])
         sizes = 0, 1, self._quantities, self._quantities, self._entries, self._entries
@@ -165,7 +164,6 @@ class Kernel:
         self._model = Model(
             targets=self._targets,
             numeric=self._numeric,
-            kinds=self._kinds,
             quantities=self._quantities,
             levels=len(levels),
             season_events=detection.season_events or 0,

@@ -6,12 +6,12 @@ several channels of each target:
 
     forecast   the error of the network's forecast, in its predicted deviations; for a categorical
                or boolean target the square root of twice its nats
-    level      the value as it comes, minus its long mean
+    level      the value as it comes, minus its long mean; of a model with a season, minus the usual
+               value at this phase of the season
     change     the value minus the value before it
-    season     the value minus the usual one at this phase of the season
     run        for how many events the value has been the same
 
-Level, change and season are compared twice: the event alone, and an average over some events.
+Level and change are compared twice: the event alone, and an average over some events.
 `models/detection/kernel.c` has the equations. The fitted parameters (`DetectionFit`) are in the
 artifact's specification, like the means of an event schema.
 """
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from models.events.schema import EventSchema
     from models.spec.heads import AnomalyHead
 
-ChannelKind = Literal["forecast", "level", "change", "season", "run"]
+ChannelKind = Literal["forecast", "level", "change", "run"]
+CHANNEL_KINDS: Final[tuple[ChannelKind, ...]] = get_args(ChannelKind)
+AVERAGED_KINDS: Final = 2
+"""Of these, `level` and `change`."""
 ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
 MAX_ALARM_RATE: Final = 1000.0
@@ -190,7 +193,7 @@ class DetectionSpec(Frozen):
             this many events the past weighs 1/e.
         prior_events: deviations count by half after as many events of a new stream.
         tail_levels: ascending nats, from 0 on, above which a stream's own tails count its events.
-        season_events: events per season; adds the channel `season`.
+        season_events: events per season, to whose usual values levels are compared.
         outputs: which outputs each event has behind `probability` and `alarm`; no other one is
             computed.
     """
@@ -242,18 +245,12 @@ class DetectionSpec(Frozen):
             raise ValueError(f"tail_levels: expected ascending ones from 0, got {list(levels)}")
         return self
 
-    @property
-    def kinds(self) -> tuple[ChannelKind, ...]:
-        """Kinds of channels of each numeric target."""
-        kinds: tuple[ChannelKind, ...] = get_args(ChannelKind)
-        return tuple(k for k in kinds if k != "season" or self.season_events is not None)
-
     def channels_of(self, targets: tuple[str, ...], events: EventSchema) -> tuple[Channel, ...]:
         """Every channel, target by target: a target that is not numeric has its forecast only."""
         return tuple(
             Channel(target=target, kind=kind)
             for target in targets
-            for kind in self.kinds
+            for kind in CHANNEL_KINDS
             if kind == "forecast" or isinstance(events.field(target), NumericField)
         )
 
@@ -288,8 +285,7 @@ def detection_parts(
     """The state of detection."""
     targets = len(head.targets)
     numeric = sum(isinstance(events.field(name), NumericField) for name in head.targets)
-    # kinds of channels with averages
-    kinds = len(spec.kinds) - 2 if numeric else 0
+    kinds = AVERAGED_KINDS if numeric else 0
     tails = 2 * kinds + (numeric > 0) + 1
     shapes: dict[str, tuple[int, ...]] = {
         "events": (1,),

@@ -27,9 +27,10 @@ class DetectionOracle:
         self.channels = self.detection.channels_of(self.head.targets, self.events)
         self.fields = {name: self.events.field(name) for name in self.head.targets}
         self.numeric = [name for name, field in self.fields.items() if field.kind == "numeric"]
-        self.kinds = [kind for kind in self.detection.kinds if kind not in ("forecast", "run")]
+        self.kinds = ["level", "change"]
         self.count = 0
         self.weight = dict.fromkeys(self.fields, 0.0)
+        self.level_weight = dict.fromkeys(self.numeric, 0.0)
         self.total = dict.fromkeys(self.numeric, 0.0)
         self.last = dict.fromkeys(self.numeric, 0.0)
         self.past = {
@@ -63,10 +64,13 @@ class DetectionOracle:
                 errors[channel.label] = float(self.run[name])
                 continue
             own = self.errors[channel.label]
-            before = own.weight
-            spread = (own.squares / before) ** 0.5 if before and kind == "season" else 0.0
+            of_season = kind == "level" and self.detection.season_events is not None
+            if of_season and self.count == self.detection.season_events:
+                own = self.errors[channel.label] = _Errors()
+                self.level_weight[name] = 0.0
+            weight = self.level_weight[name] if of_season else self.weight[name]
+            spread = (own.squares / weight) ** 0.5 if weight else 0.0
             error = self._error(name, kind, raw, forecasts[name]) if present[name] else None
-            weight = own.weight if kind == "season" else self.weight[name]
             trust = weight / (weight + self.detection.prior_events)
             by_peak, by_spread = own.follow(
                 error,
@@ -84,16 +88,20 @@ class DetectionOracle:
             squares[channel.label] = (trust * by_peak) ** 2
             if kind != "forecast":
                 limited[kind] += (trust * by_spread) ** 2 / len(self.numeric)
-            if kind == "season":
+            if of_season:
                 known = self.past[name]
-                if present[name] and before:
+                if present[name] and weight and self.count > self.detection.season_events:
                     bound = max(spread, 1e-7 * abs(raw[name]) + 1e-12)
-                    value = known[0] + min(max(error or 0.0, -bound), bound)
+                    value = known[0] + min(max(error or 0.0, -bound), bound) / 2
                 elif present[name]:
                     value = raw[name]
+                elif len(known) == known.maxlen:
+                    value = known[0]
                 else:
-                    value = known[0] if len(known) == known.maxlen else self.last[name]
+                    value = self.total[name] / self.weight[name] if self.weight[name] else 0.0
                 known.append(value)
+                decay = math.exp(-1 / self.detection.memory_events)
+                self.level_weight[name] = decay * weight + present[name]
         quantities = self._quantities(squares, limited, present)
         decay = math.exp(-1 / self.detection.memory_events)
         for name in self.fields:
@@ -123,13 +131,12 @@ class DetectionOracle:
         }
 
     def _error(self, name: str, kind: str, raw: dict[str, float], forecast: float) -> float | None:
-        if kind == "season":
-            past = self.past[name]
-            return raw[name] - past[0] if len(past) == past.maxlen else None
         if self.weight[name] == 0:
             return None
         if kind == "forecast":
             return forecast
+        if kind == "level" and len(self.past[name]) == self.detection.season_events:
+            return raw[name] - self.past[name][0]
         if kind == "level":
             return raw[name] - self.total[name] / self.weight[name]
         return raw[name] - self.last[name]
@@ -324,7 +331,7 @@ class _Errors:
     """The errors of one channel: sums with the weights of the memory."""
 
     def __init__(self) -> None:
-        self.weight = self.distance = self.squares = 0.0
+        self.distance = self.squares = 0.0
         self.fourths = [0.0, 0.0]
 
     def follow(
@@ -351,7 +358,6 @@ class _Errors:
         spread = (self.squares / weight) ** 0.5 if weight else 0.0
         found = tuple(min(size / max(scale, least), 20.0) for scale in (peak, spread))
         after = decay * weight + is_seen
-        self.weight = decay * self.weight + (error is not None)
         self.distance = decay * self.distance + size
         limit = 5 * self.distance / after if after else 0.0
         self.squares = decay * self.squares + min(size, limit) ** 2

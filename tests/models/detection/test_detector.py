@@ -414,8 +414,11 @@ def test_errors_name_what_is_missing() -> None:
         Detector(spec)
     whole = fitted(spec, streams_of(spec, 2, 300, seed=1))
     assert whole.detection is not None
-    changed = whole.detection.model_copy(update={"season_events": 7})
-    with pytest.raises(SpecError, match="expected a fit with 8 tails of `detection`, got 6"):
+    assert whole.detection.fit is not None
+    # of an earlier version, where a season was a channel of its own
+    earlier = whole.detection.fit.model_copy(update={"tails": whole.detection.fit.tails[:1] * 8})
+    changed = whole.detection.model_copy(update={"fit": earlier})
+    with pytest.raises(SpecError, match="expected a fit with 6 tails of `detection`, got 8"):
         Detector(whole.model_copy(update={"detection": changed}))
     with pytest.raises(DataError, match="at least 200 events"):
         fit_detection(spec, streams_of(spec, 1, 100, seed=1))
