@@ -197,6 +197,9 @@ def test_resets_and_dry_runs(client: Client, sequence: str) -> None:
     dry = client.triton.infer(LSTM, inputs, sequence_id=sequence, parameters=dry_run)
     assert parameters_of(dry) == {"dry_run": True, "position": 0, "replayed": False}
     applied = client.triton.infer(LSTM, inputs, sequence_id=sequence)
-    assert parameters_of(applied)["created"]
+    head = parameters_of(applied)
+    assert head.pop("created")
+    again = client.triton.infer(LSTM, inputs, sequence_id=sequence, parameters=dry_run)
+    assert parameters_of(again) == {**head, "dry_run": True}
     for each in (dry, applied):
         np.testing.assert_allclose(each.as_numpy("output"), expected, rtol=1e-5, atol=1e-6)
