@@ -103,7 +103,8 @@ def test_every_activation_equals_the_oracle_in_cell_layer_and_head(name: str, ki
         *({"kind": "simple_rnn", "units": 3, "activation": own}, bounded),
         {"kind": "dense", "units": 3, "activation": name},
         *({"kind": "activation", "activation": name}, bounded),
-        *({"kind": "lstm", "units": 3, "projection": 2, "activation": name}, bounded),
+        {"kind": "lstm", "units": 3, "projection": 2, "use_bias": False, "activation": name},
+        bounded,
     ]
     heads = [{"kind": "dense", "name": "y", "units": 4, "activation": name}]
     spec = two_layers(layers=layers, heads=heads)
