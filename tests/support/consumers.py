@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from service.settings import Settings
 from service.store.redis.redis_store import RedisStore
 from tests.support.forks import COMMAND, Fork
 from tests.support.pipelines import oracle_outputs
-from tests.support.servers import WAIT_S, becomes, until
+from tests.support.servers import WAIT_S, RealServer, becomes, until
 
 PROBE: dict[str, Any] = {"model": "probe", "from": "events", "to": "scores", "create": True}
 
@@ -142,3 +143,24 @@ class ConsumerProcess:
             return lines if len(lines) >= count else []
 
         return until(found, message, poll_s=0.02)[count - 1]
+
+
+@contextmanager
+def consumer_processes(
+    server: RealServer, artifact: Artifact, folder: Path
+) -> Iterator[Callable[..., ConsumerProcess]]:
+    """Starts processes with the `consumer.yaml` of a folder, and kills them at the end."""
+    words = ("--redis-url", server.url, "--models", str(artifact.path))
+    started: list[ConsumerProcess] = []
+
+    def start(*options: str) -> ConsumerProcess:
+        log, config = folder / f"consumer-{len(started)}.log", str(folder / "consumer.yaml")
+        started.append(ConsumerProcess(log, config, *words, *options))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for each in started:
+            each.fork.send_signal(signal.SIGCONT)
+            each.fork.kill()

@@ -17,7 +17,7 @@ from models.artifact.writing import add_measurements
 from service.core.errors import CarryError
 from service.core.values import StreamKey
 from service.store.keys import KeySpace
-from tests.support.consumers import ConsumerProcess
+from tests.support.consumers import consumer_processes
 from tests.support.monitoring import (
     DASHBOARDS,
     RULES,
@@ -129,15 +129,12 @@ def test_every_query_returns_data_of_a_running_service(
 @needs_tools("prometheus")
 def test_every_query_returns_data_of_a_running_consumer(tmp_path: Path, store: RealServer) -> None:
     artifact = make_artifact(tmp_path / "models")
-    config = tmp_path / "consumer.yaml"
-    config.write_text(
+    (tmp_path / "consumer.yaml").write_text(
         "model: probe\nfrom: events\nto: scores\ncreate: true\n"
         f"webhook: {{url: 'http://127.0.0.1:{free_port()}', secret: {'A' * 44}}}\n"
     )
-    options = ("--port", "0", "--redis-url", store.url, "--models", str(artifact.path))
-    consumer = ConsumerProcess(tmp_path / "consumer.log", str(config), *options)
-    try:
-        url = f"http://127.0.0.1:{consumer.wait_for('port_bound')['port']}"
+    with consumer_processes(store, artifact, tmp_path) as start:
+        url = f"http://127.0.0.1:{start('--port', '0').wait_for('port_bound')['port']}"
         with prometheus(tmp_path, url) as address, httpx.Client(base_url=address) as database:
             missing = [filled(each, "20s") for each in queries() if is_of_consumer(each)]
             # there is no Kafka
@@ -148,8 +145,6 @@ def test_every_query_returns_data_of_a_running_consumer(tmp_path: Path, store: R
                 return not missing
 
             until(is_answered, "data for every query", poll_s=POLL_S)
-    finally:
-        consumer.fork.kill()
 
 
 def is_optional(expression: str) -> bool:

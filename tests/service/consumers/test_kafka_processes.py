@@ -14,7 +14,12 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from tests.support.command import carry
-from tests.support.consumers import ConsumerProcess, assert_outputs, outputs_of
+from tests.support.consumers import (
+    ConsumerProcess,
+    assert_outputs,
+    consumer_processes,
+    outputs_of,
+)
 from tests.support.kafka import QUICK, Broker, record_of
 from tests.support.metrics import read, series
 from tests.support.pipelines import rows_of
@@ -42,20 +47,9 @@ def start(
         "model": "probe", "from": url, "to": "scores", "partitioned": True, "lease_s": 0.5,
         "kafka": QUICK,
     }  # fmt: skip
-    path = tmp_path / "consumer.yaml"
-    path.write_text(json.dumps(config))
-    started: list[ConsumerProcess] = []
-
-    def start_one(*options: str) -> ConsumerProcess:
-        words = ("--redis-url", server.url, "--models", str(artifact.path), *options)
-        log = tmp_path / f"consumer-{len(started)}.log"
-        started.append(ConsumerProcess(log, str(path), *words))
-        return started[-1]
-
-    yield start_one
-    for each in started:
-        each.fork.send_signal(signal.SIGCONT)
-        each.fork.kill()
+    (tmp_path / "consumer.yaml").write_text(json.dumps(config))
+    with consumer_processes(server, artifact, tmp_path) as start_one:
+        yield start_one
 
 
 def test_members_that_are_killed_and_suspended_lose_and_repeat_nothing(

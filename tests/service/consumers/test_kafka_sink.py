@@ -17,14 +17,14 @@ from service.consumers.config import make_config
 from service.core.errors import OperatorError
 from tests.support.consumers import (
     PROBE,
-    ConsumerProcess,
     add,
     assert_outputs,
+    consumer_processes,
     consuming,
     interleaved,
     relaying,
 )
-from tests.support.kafka import Broker
+from tests.support.kafka import QUICK, Broker
 from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer, becomes, until
 
@@ -173,12 +173,8 @@ def test_processes_that_are_killed_deliver_each_output(
     server: RealServer, client: Any, artifact: Artifact, broker: Broker, tmp_path: Path
 ) -> None:
     source, sink = broker.create("events", 2), broker.create("scores", PARTITIONS)
-    config = {"model": "probe", "from": source, "to": sink, "lease_s": 0.5}
-    path = tmp_path / "consumer.yaml"
-    path.write_text(
-        json.dumps(config | {"kafka": {"session.timeout.ms": 1500, "heartbeat.interval.ms": 100}})
-    )
-    words = str(path), "--redis-url", server.url, "--models", str(artifact.path)
+    config = {"model": "probe", "from": source, "to": sink, "lease_s": 0.5, "kafka": QUICK}
+    (tmp_path / "consumer.yaml").write_text(json.dumps(config))
     rows = {f"s{number}": rows_of(RANDOM, 40) for number in range(12)}
     sent = [
         {"key": name, "value": json.dumps(each[at].tolist())}
@@ -189,24 +185,20 @@ def test_processes_that_are_killed_deliver_each_output(
     def count() -> int:
         return len(broker.read_all("scores", PARTITIONS))
 
-    running: list[ConsumerProcess] = []
-    try:
+    with consumer_processes(server, artifact, tmp_path) as start:
         for part in range(4):
-            running.append(ConsumerProcess(tmp_path / f"{part}.log", *words))
+            consumer = start()
             seen = count()
             broker.produce("events", *sent[120 * part : 120 * (part + 1)])
             until(lambda seen=seen: count() > seen, "more outputs", 120, 0.01)
             if part < 3:
-                running[-1].fork.kill()
+                consumer.fork.kill()
 
         def is_complete() -> bool:
             return sum(map(len, delivered(broker).values())) == len(sent)
 
         until(is_complete, "all outputs", 120, 0.1)
-        running[-1].fork.send_signal(signal.SIGTERM)
-        assert running[-1].fork.wait(60) == 0
-    finally:
-        for each in running:
-            each.fork.kill()
+        consumer.fork.send_signal(signal.SIGTERM)
+        assert consumer.fork.wait(60) == 0
     for name, each in rows.items():
         assert_outputs(artifact, delivered(broker)[name], each)

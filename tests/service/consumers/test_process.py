@@ -13,11 +13,7 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from tests.support.command import carry
-from tests.support.consumers import (
-    ConsumerProcess,
-    add,
-    fields_of,
-)
+from tests.support.consumers import add, consumer_processes, fields_of
 from tests.support.metrics import read, series
 from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer, until
@@ -30,20 +26,10 @@ WEBHOOK = "model: probe\nfrom: a\nto: b\ncreate: true\nwebhook: {url: http://h, 
 @pytest.fixture
 def start(server: RealServer, artifact: Artifact, tmp_path: Path) -> Iterator[Any]:
     """Starts consumers, with a short lease."""
-    config = tmp_path / "consumer.yaml"
-    config.write_text("model: probe\nfrom: events\nto: scores\nlease_s: 0.5\n")
-    started: list[ConsumerProcess] = []
-
-    def start_one(*options: str) -> ConsumerProcess:
-        words = ("--redis-url", server.url, "--models", str(artifact.path), *options)
-        log = tmp_path / f"consumer-{len(started)}.log"
-        started.append(ConsumerProcess(log, str(config), *words))
-        return started[-1]
-
-    yield start_one
-    for each in started:
-        each.fork.send_signal(signal.SIGCONT)
-        each.fork.kill()
+    config = "model: probe\nfrom: events\nto: scores\nlease_s: 0.5\n"
+    (tmp_path / "consumer.yaml").write_text(config)
+    with consumer_processes(server, artifact, tmp_path) as start_one:
+        yield start_one
 
 
 def test_health_metrics_status_and_graceful_stop(

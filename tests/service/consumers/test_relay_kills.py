@@ -19,6 +19,7 @@ from tests.support.consumers import (
     ConsumerProcess,
     add,
     assert_outputs,
+    consumer_processes,
     interleaved,
     outputs_of,
     relaying,
@@ -40,22 +41,16 @@ def start(server: RealServer, artifact: Artifact, tmp_path: Path) -> Iterator[St
     """Starts consumers with a webhook and a short lease."""
     config, secret = tmp_path / "consumer.yaml", tmp_path / "secret"
     secret.write_text(SECRET)
-    started: list[ConsumerProcess] = []
+    with consumer_processes(server, artifact, tmp_path) as start_one:
 
-    def start_one(receiver: Receiver, lease_s: float = 0.5) -> ConsumerProcess:
-        config.write_text(
-            f"model: probe\nfrom: events\nto: scores\ncreate: true\nlease_s: {lease_s}\n"
-            f"webhook: {{url: '{receiver.url}', secret: {{file: {secret}}}, batch: {BATCH}}}\n"
-        )
-        words = ("--redis-url", server.url, "--models", str(artifact.path), "--port", "0")
-        log = tmp_path / f"consumer-{len(started)}.log"
-        started.append(ConsumerProcess(log, str(config), *words))
-        return started[-1]
+        def start_relay(receiver: Receiver, lease_s: float = 0.5) -> ConsumerProcess:
+            config.write_text(
+                f"model: probe\nfrom: events\nto: scores\ncreate: true\nlease_s: {lease_s}\n"
+                f"webhook: {{url: '{receiver.url}', secret: {{file: {secret}}}, batch: {BATCH}}}\n"
+            )
+            return start_one("--port", "0")
 
-    yield start_one
-    for each in started:
-        each.fork.send_signal(signal.SIGCONT)
-        each.fork.kill()
+        yield start_relay
 
 
 def assert_delivered(receiver: Receiver, client: Any) -> None:
