@@ -101,7 +101,7 @@ def test_every_activation_equals_the_oracle_in_cell_layer_and_head(name: str, ki
         *({"kind": "lstm", **cell}, bounded, {"kind": "gru", **cell}, bounded),
         *({"kind": "gru", "reset_after": False, **cell}, bounded),
         *({"kind": "simple_rnn", "units": 3, "activation": own}, bounded),
-        {"kind": "dense", "units": 3, "activation": name},
+        {"kind": "dense", "units": 3, "activation": name, "use_bias": False},
         *({"kind": "activation", "activation": name}, bounded),
         {"kind": "lstm", "units": 3, "projection": 2, "use_bias": False, "activation": name},
         bounded,

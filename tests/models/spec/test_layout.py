@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pytest
 
 from models.spec.layout import (
     output_spec,
     state_spec,
     weight_shapes,
 )
-from models.spec.model import parse_spec
 from tests.support.models import small_spec
 
 SPEC = small_spec()
 WIDTH = 22
 """11 plain columns and embeddings of 3 and 8."""
-
-
-def raw(layers: list[dict[str, Any]], heads: list[dict[str, Any]] | None = None) -> Any:
-    heads = heads or [{"kind": "sequence", "name": "h"}]
-    return parse_spec({"name": "m", "features": 6, "layers": layers, "heads": heads})
 
 
 def test_state_parts_are_those_of_layers_heads_and_clock() -> None:
@@ -100,40 +91,3 @@ def test_every_layer_and_head_has_its_weights() -> None:
         "heads.surprise.kernel": (5, 8),
         "heads.surprise.bias": (8,),
     }
-
-
-@pytest.mark.parametrize(
-    ("layer", "expected"),
-    [
-        (
-            {"kind": "gru", "units": 2, "reset_after": False},
-            {"l.kernel": (6, 6), "l.recurrent_kernel": (2, 6), "l.bias": (6,)},
-        ),
-        (
-            {"kind": "lstm", "units": 2, "use_bias": False},
-            {"l.kernel": (6, 8), "l.recurrent_kernel": (2, 8)},
-        ),
-        ({"kind": "dense", "units": 3, "use_bias": False}, {"l.kernel": (6, 3)}),
-        ({"kind": "layer_normalization", "center": False}, {"l.gamma": (6,)}),
-        (
-            {"kind": "batch_normalization", "scale": False},
-            {"l.beta": (6,), "l.moving_mean": (6,), "l.moving_variance": (6,)},
-        ),
-        ({"kind": "activation", "activation": "tanh"}, {}),
-        ({"kind": "multiply", "inputs": ["features", "features"]}, {}),
-    ],
-)
-def test_weights_follow_the_options_of_a_layer(layer: dict[str, Any], expected: Any) -> None:
-    base = raw([{**layer, "name": "l"}, {"kind": "gru", "units": 1, "inputs": ["features"]}])
-
-    shapes = weight_shapes(base)
-
-    assert {name: shape for name, shape in shapes.items() if name.startswith("l.")} == expected
-
-
-def test_a_dense_head_without_bias_has_none() -> None:
-    heads = [{"kind": "dense", "name": "d", "units": 2, "use_bias": False}]
-    shapes = weight_shapes(raw([{"kind": "lstm", "units": 3}], heads))
-
-    assert shapes["heads.d.kernel"] == (3, 2)
-    assert "heads.d.bias" not in shapes
