@@ -180,17 +180,14 @@ def score_predictions(
             return score_forecast((), previous[..., None], truth)
 
 
-def auc(probability: Floats, truth: Floats, weight: Floats | None = None) -> float:
+def auc(probability: Floats, truth: Floats) -> float:
     """Area under the ROC curve, ties counted half; NaN if a class is missing.
 
     Args:
         probability: [n].
         truth: 1, 0, or NaN to leave the event out, [n].
-        weight: [n], how often each event counts; once by default.
     """
-    return RankedProbabilities(probability, truth).auc(
-        np.ones(len(truth)) if weight is None else weight
-    )
+    return RankedProbabilities(probability, truth).auc(np.ones(len(truth)))
 
 
 class RankedProbabilities:

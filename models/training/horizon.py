@@ -66,7 +66,6 @@ def horizon_report(
     rows: NDArray[np.float32],
     from_key: int | None,
     train_before: int | None = None,
-    stride: int = STRIDE,
 ) -> dict[str, Any]:
     """Score a model's decoder.
 
@@ -77,7 +76,6 @@ def horizon_report(
         from_key: moment from which forecast steps are scored; None scores all of them.
         train_before: moment before which the baselines learn their errors; without it they
             give points alone.
-        stride: events between two forecasts.
 
     Returns:
         `horizon`, `stride`, `forecasts`, and `targets`: by name, `steps` (how many were scored,
@@ -87,10 +85,10 @@ def horizon_report(
     """
     spec = artifact.spec
     decoder, _, _ = decoder_of(spec)
-    anchors = ahead_of(spec, streams, from_key, None, stride)
+    anchors = ahead_of(spec, streams, from_key, None, STRIDE)
     if len(anchors.at) == 0:
         return {}
-    points, quantiles = forecasts_at(artifact, streams, rows, anchors, stride)
+    points, quantiles = forecasts_at(artifact, streams, rows, anchors, STRIDE)
     origins = None
     if train_before is not None:
         origins = ahead_of(spec, streams, None, train_before, 1)
@@ -114,7 +112,7 @@ def horizon_report(
         targets[name] = _score_forecasts(truth, forecasts, levels)
     return {
         "horizon": decoder.max_horizon,
-        "stride": stride,
+        "stride": STRIDE,
         "forecasts": len(anchors.at),
         "targets": targets,
     }

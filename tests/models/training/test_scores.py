@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from models.decoding.losses import auc, score_binary, score_forecast
+from models.decoding.losses import RankedProbabilities, auc, score_binary, score_forecast
 from models.training.scores import DayDraws, interval
 
 
@@ -26,7 +26,7 @@ def test_weighted_events_count_like_repeated_ones(scored_pairs):
     probability, truth = scored_pairs
     weight = np.random.default_rng(8).integers(0, 4, 300).astype(float)
     repeats = np.repeat(np.arange(300), weight.astype(int))
-    assert auc(probability, truth, weight) == pytest.approx(
+    assert RankedProbabilities(probability, truth).auc(weight) == pytest.approx(
         roc_auc_score(truth[repeats], probability[repeats])
     )
 
