@@ -42,7 +42,6 @@ def frames_of(count: int, *frame: Any) -> bytes:
 
 
 OPEN = encode_frame(FrameType.HEADERS, END_HEADERS, 1, REQUEST)
-OF_SERVER = encode_frame(FrameType.HEADERS, END_HEADERS, 2, REQUEST)
 MANY = MAX_CONTROL_FRAMES + 2  # one more for the response
 HOSTILE: dict[str, tuple[bytes, ErrorCode]] = {
     "a long frame": (
