@@ -16,8 +16,9 @@ import numpy as np
 from models.errors import DataError
 from models.events.calendar import DAY_MS
 from models.events.frame import resolve_forms
-from models.events.schema import EventSchema
+from models.events.schema import EventSchema, NumericField
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
+from models.spec.layout import detection_of
 from models.spec.model import ModelSpec, schema_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 from models.training.data import (
@@ -28,6 +29,7 @@ from models.training.data import (
     unresolved_training_of,
 )
 from models.training.plan import groups_of, segments_of
+from models.training.season import MAX_EVENTS, MAX_SEASON, find_season
 
 VALIDATE_SHARE, TEST_SHARE = 0.7, 0.85
 """Shares of the events before `validate_from` and before `test_from`."""
@@ -45,6 +47,8 @@ MIN_PATIENCE = 3
 LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0
 WEEK_DAYS = 7
+SEASON_VALUES = 16_384
+"""Most values of a derived season in the state of one stream: 64 KiB."""
 HOLD_EVENTS, CLOSE_ABOVE, BACKOFF_NATS = 6, 0.01, 1.0
 
 
@@ -96,6 +100,40 @@ def resolve_detection(spec: ModelSpec) -> ModelSpec:
         options["close_above"] = CLOSE_ABOVE
     changed = detection.model_copy(update={"alarm": alarm.model_copy(update=options)})
     return spec.model_copy(update={"detection": changed})
+
+
+def resolve_season(
+    spec: ModelSpec, streams: Streams, before_key: int
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec with `season_events` of its detection, and the option if it was derived.
+
+    Args:
+        spec: as it was written; `season_events: null` is kept.
+        streams: the table.
+        before_key: key of the split; the season is that of earlier events.
+    """
+    if spec.detection is None or "season_events" in spec.detection.model_fields_set:
+        return spec, {}
+    detection, head, schema = detection_of(spec)
+    targets = [name for name in head.targets if isinstance(schema.field(name), NumericField)]
+    past = [
+        start + np.flatnonzero(streams.split_keys[start:stop] < before_key)[-MAX_EVENTS:]
+        for start, stop in streams.sessions
+    ]
+    columns = streams.columns
+    # by target, so that those that are chosen of many are of every target
+    series = [
+        np.where(columns.present[name][rows], columns.values[name][rows], np.nan)
+        for name in targets
+        for rows in past
+    ]
+    steps_ms = np.concatenate([np.diff(streams.moments_ms[rows]) for rows in past])
+    step_ms = float(np.median(steps_ms)) if len(steps_ms) else 0.0
+    days = [round(days * DAY_MS / step_ms) for days in (1, WEEK_DAYS)] if step_ms > 0 else []
+    longest = min(MAX_SEASON, SEASON_VALUES // max(1, len(targets)))
+    season = find_season(series, longest, days)
+    detection = detection.model_copy(update={"season_events": season})
+    return spec.model_copy(update={"detection": detection}), {"season_events": season}
 
 
 def _split(

@@ -44,6 +44,7 @@ from models.training.defaults import (
     index_warning,
     quick_warning,
     resolve_detection,
+    resolve_season,
     resolve_training,
     zone_warning,
 )
@@ -214,7 +215,7 @@ class TrainReport:
             `validation` (by head, and `loss`, their weighted sum), `seconds`.
         best_epochs: of each network that was kept, the epoch whose weights were.
         networks: by seed, each network that was trained, if there are several.
-        derived: the training options that were derived from the table.
+        derived: the options of training, and `season_events`, that were derived from the table.
         warnings: what speaks against having stopped there, with the option to change.
         seconds: wall time of all epochs, those before a resume included.
     """
@@ -264,10 +265,13 @@ def train(
     progress = Progress(Console(quiet=quiet))
     streams = streams_of(spec, frame, source)
     warnings: list[str | None] = [quick_warning(spec) if quick else None]
-    spec, derived = resolve_training(resolve_detection(spec), streams, source, quick=quick)
+    spec, derived = resolve_training(spec, streams, source, quick=quick)
     training, split = training_of(spec), split_of(spec)
+    spec, season = resolve_season(spec, streams, split.validate)
+    spec, derived = resolve_detection(spec), derived | season
     if derived:
-        chosen = ", ".join(f"{name} {value}" for name, value in derived.items())
+        values = {name: "null" if value is None else value for name, value in derived.items()}
+        chosen = ", ".join(f"{name} {value}" for name, value in values.items())
         progress.say(f"training options from the data: {chosen}")
     warnings.append(zone_warning(spec, streams))
     spec = fitted_spec(spec, streams, split.validate)

@@ -26,7 +26,7 @@ from models.training.train_frame import train_frame
 from models.training.trainer import train
 from models.training.verdicts import verdict_line
 from tests.support.command import carry
-from tests.support.training import latch_frame, latch_spec, train_nothing
+from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
 
 DETECTION = DetectionSpec(
     head="odd",
@@ -169,6 +169,39 @@ def test_the_report_compares_detection_with_its_baselines(
     assert len(drawn) == len(worst) == 2
     for each, text in zip(worst, drawn, strict=True):
         assert f">latch: {each['stream']}<" in text
+
+
+@pytest.mark.parametrize(("kept", "season"), [({}, 24), ({"season_events": None}, None)])
+def test_training_derives_prints_and_stores_the_season(
+    kept: dict[str, None],
+    season: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train_nothing(monkeypatch)
+    hours = np.arange(24 * 20)
+    noise = np.random.default_rng(0).normal(0, 0.2, len(hours))
+    options = {"validate_from": "1970-01-11", "test_from": "1970-01-20"}
+    spec = latch_spec(epochs=1, heads=["odd"], **options)
+    spec = spec.model_copy(update={"detection": DetectionSpec(head="odd", **kept)})
+    frame = pl.DataFrame(
+        {
+            "id": "a",
+            "at": hours * HOUR_MS,
+            "noise": np.sin(2 * np.pi * hours / 24) + noise,
+            "flag": False,
+            "mark": 1.0,
+            "kind": "a",
+        }
+    )
+    report = train(spec, frame, tmp_path / "model")
+    stored = load_artifact(report.artifact.path).spec.detection
+    assert stored is not None
+    assert (stored.season_events, stored.alarm.hold_events) == (season, 6)
+    assert report.derived == ({"season_events": 24} if season else {})
+    line = "training options from the data: season_events 24\n"
+    assert (line in capsys.readouterr().out) == bool(season)
 
 
 def test_labels_that_cannot_be_read_are_an_error_before_training(
