@@ -1,10 +1,11 @@
 """Scores alarms on a table of labelled anomalies, beside baselines.
 
-    python -m examples.alarms MODEL LABELLED.csv EVENTS_PER_DAY [SEASON_EVENTS]
+    python -m examples.alarms MODEL LABELLED.csv EVENTS_PER_DAY
 
 The table has the columns of the model and `anomaly`. The test part of every stream begins at
 `TEST_FROM`; the model has an anomaly head, and its network was trained on events before that.
-Detection is fitted to the last of these events, with default options except the season.
+Detection has default options: a season if the first of these events have one, as `carry train`
+finds it, and it is fitted to the last.
 All thresholds are one for all streams, and an anomaly is found if an alarm opens in it. "Found at
 equal false alarms" takes each method's most sensitive threshold with at most so many openings
 outside the anomalies per stream and day. Baselines rank events by a tail of the stream's own past;
@@ -33,7 +34,7 @@ from models.spec.heads import AnomalyHead
 from models.spec.layout import anomaly_size, detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Streams, moment_ms, streams_of
-from models.training.defaults import HOLD_EVENTS, resolve_detection
+from models.training.defaults import HOLD_EVENTS, resolve_detection, resolve_season
 from models.training.detection_baselines import RAW_NATS, Parts, detection_baselines, own_past_nats
 from models.training.evaluate import anomalous_events, detect, run_network
 
@@ -196,25 +197,29 @@ def shares(tested: Sequence[Tested], nats: Floats) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def with_default_detection(spec: ModelSpec, season: int | None) -> ModelSpec:
-    """The model with detection that is not fitted, of default options except its season."""
+def with_detection(spec: ModelSpec) -> ModelSpec:
+    """The model with detection whose options are all open."""
     head = next(head.name for head in spec.heads if isinstance(head, AnomalyHead))
-    detection = DetectionSpec(head=head, season_events=season)
-    return resolve_detection(spec.model_copy(update={"detection": detection}))
+    return spec.model_copy(update={"detection": DetectionSpec(head=head)})
 
 
-def main(model: Path, labelled: Path, day: float, season: int | None = None) -> None:
+def main(model: Path, labelled: Path, day: float) -> None:
     """Print the tables in Markdown, line by line."""
     artifact = load_artifact(model)
-    spec = with_default_detection(artifact.spec, season)
-    detection, head, _ = detection_of(spec)
+    spec = with_detection(artifact.spec)
     streams = streams_of(spec, pl.read_csv(labelled, schema_overrides={"time": pl.String}))
     outputs = run_network(spec, artifact.weights, streams)
     tested = tested_of(spec, streams, day)
     train, validate = (np.zeros(streams.events, np.bool_) for _ in range(2))
+    trained = []
     for own, (start, _) in zip(tested, streams.spans, strict=True):
         first = own.rows.start - round((own.rows.start - start) * VALIDATED)
         train[start:first] = validate[first : own.rows.start] = True
+        trained.append((start, first))
+    spec, season = resolve_season(spec, streams.windows(trained), sys.maxsize)
+    spec = resolve_detection(spec)
+    detection, head, _ = detection_of(spec)
+    print(season)
     parts = Parts(train, validate, float(validate.sum()) / day)
     spec, fit = fitted(spec, streams, outputs, parts, day)
     scored = output_spec(spec).by_name(detect(spec, streams, outputs))
@@ -233,5 +238,4 @@ def main(model: Path, labelled: Path, day: float, season: int | None = None) -> 
 
 
 if __name__ == "__main__":
-    own_season = int(sys.argv[4]) if len(sys.argv) > 4 else None
-    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), own_season)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
