@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,8 +61,11 @@ class LibraryBuildHook(BuildHookInterface[Any]):
         folder = self.folder.name
         # a relative output: a library of macOS contains its path
         command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, *FLAGS]
+        files = sorted(library.parent.glob("*.[ch]"))
+        checksum = zlib.crc32(b"".join(each.read_bytes() for each in files))
+        files = [each for each in files if each.suffix == ".c"]
         subprocess.run(  # noqa: S603
-            [*command, *sorted(library.parent.glob("*.c")), "-lm", "-o", library.name],
+            [*command, f"-DSOURCES={checksum}u", *files, "-lm", "-o", library.name],
             cwd=folder,
             env={"ZIG_GLOBAL_CACHE_DIR": folder} | os.environ | {"ZIG_LOCAL_CACHE_DIR": folder},
             check=True,

@@ -487,8 +487,8 @@ static int follow_stream(const model_t *model, const events_t *events, int64_t b
     return opened;
 }
 
-/* By which a binding finds that it is of another version. */
-const int32_t struct_sizes[] = {sizeof(model_t), sizeof(events_t)};
+/* CRC-32 of the files that this library is compiled from. */
+const uint32_t sources = SOURCES;
 
 /* Follows the next events of streams; returns how many alarms opened. */
 int follow_streams(const model_t *model, const events_t *events) {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
@@ -19,7 +18,7 @@ from models.detection.alarms import Columns, Rule
 from models.detection.library import address_of, load_library
 from models.detection.tails import MIN_SHAPE
 from models.detection.targets import Target, targets_of
-from models.errors import LibraryError, SpecError
+from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
 from models.spec.detection import AVERAGED_EVENTS, AVERAGED_KINDS, CHANNEL_KINDS, Tail
 from models.spec.layout import detection_columns, detection_of
@@ -181,7 +180,6 @@ class Kernel:
             alarm=Rule.of(detection.alarm),
             columns=columns or Columns(),
         )
-        _check_version()
         self._call = load_library().follow_streams
         self._long_call = load_library(ctypes.CDLL).follow_streams
         self._reference = ctypes.byref(self._model)
@@ -248,25 +246,6 @@ class Kernel:
             others = others.reshape(*lead, self._kinds + 1, self._numeric)
             others *= (by_kind / others.sum(axis=-1))[..., np.newaxis]
         return np.asarray((weights / weights.sum(axis=-1, keepdims=True))[..., self.order])
-
-
-@cache
-def _check_version() -> None:
-    """Reject a library that was built from other sources, which would read beyond its arguments.
-
-    Raises:
-        LibraryError: its structures have other sizes.
-    """
-    expected = [ctypes.sizeof(Model), ctypes.sizeof(_Events)]
-    try:
-        found = list((ctypes.c_int32 * 2).in_dll(load_library(), "struct_sizes"))
-    except ValueError:
-        found = []
-    if found != expected:
-        raise LibraryError(
-            "the compiled library of detection is of another version: run scripts/setup in a "
-            f"checkout, or install Carry again (sizes {found}, expected {expected})"
-        )
 
 
 def _target_rows(targets: Sequence[Target]) -> NDArray[np.int32]:

@@ -1,11 +1,13 @@
 """The compiled library of detection, of the C files in this folder.
 
-It is built when Carry is installed (`hatch_build.py`), and depends on the C library only.
+It is built when Carry is installed (`hatch_build.py`), and depends on the C library only. In a
+checkout it has to be of the sources beside it: others have other structures.
 """
 
 from __future__ import annotations
 
 import ctypes
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,32 @@ def load_library(kind: type[ctypes.CDLL] = ctypes.PyDLL) -> ctypes.CDLL:
         kind: `ctypes.CDLL`, whose calls release it: short ones take longer then.
 
     Raises:
-        LibraryError: it is missing, or built for another platform.
+        LibraryError: it is missing, of other sources, or built for another platform.
     """
     path = Path(__file__).with_name("libdetection.so")
     try:
-        return kind(str(path))
+        library = kind(str(path))
     except OSError as error:
         raise LibraryError(
             f"expected the compiled library of detection at {path}: run scripts/setup in a "
             f"checkout, or install Carry again ({error})"
         ) from error
+    files = sorted(path.parent.glob("*.[ch]"))
+    checksum = zlib.crc32(b"".join(each.read_bytes() for each in files))
+    # a wheel has no sources
+    if files and checksum != _sources_of(library):
+        raise LibraryError(
+            f"the compiled library of detection at {path} is of other sources than those beside "
+            "it: run scripts/setup"
+        )
+    return library
+
+
+def _sources_of(library: ctypes.CDLL) -> int | None:
+    try:
+        return ctypes.c_uint32.in_dll(library, "sources").value
+    except ValueError:
+        return None
 
 
 def address_of(array: NDArray[Any] | None) -> int | None:

@@ -1,16 +1,17 @@
-"""The compiled library of detection: its version, and calls of it."""
+"""The compiled library of detection: its sources, and calls of it."""
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
+import zlib
 
 import numpy as np
 import pytest
 
-from models.detection import kernel
 from models.detection.detector import Detector
+from models.detection.kernel import Kernel
+from models.detection.library import load_library
 from models.errors import ModelsError
 from models.spec.layout import detection_state
 from tests.models.detection.test_detector import events
@@ -18,13 +19,11 @@ from tests.models.detection.test_stream_tails import ONE_TARGET, fitted_to_event
 
 
 def test_a_library_of_other_sources_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Earlier(ctypes.Structure):
-        _fields_ = (("batch", ctypes.c_int64),)
-
-    monkeypatch.setattr(kernel, "_Events", Earlier)
-    kernel._check_version.cache_clear()
-    with pytest.raises(ModelsError, match="of another version: run scripts/setup"):
-        kernel.Kernel(ONE_TARGET)
+    Kernel(ONE_TARGET)
+    monkeypatch.setattr(zlib, "crc32", lambda _: 1)
+    load_library.cache_clear()
+    with pytest.raises(ModelsError, match="of other sources than those beside it: run scripts/se"):
+        Kernel(ONE_TARGET)
 
 
 def test_other_threads_go_on_during_a_long_chunk() -> None:
