@@ -107,12 +107,6 @@ class AlarmSpec(Frozen):
             raise ValueError("expected `close_above` or `hysteresis`, got both")
         return self
 
-    def usual_above(self, threshold: float) -> float:
-        """The tail probability above which events close an alarm of a threshold."""
-        if self.close_above is not None:
-            return max(threshold, self.close_above)
-        return min(threshold * self.hysteresis, 1.0)
-
 
 class Tail(Frozen):
     """The upper tail of a quantity that is not negative: a generalised Pareto distribution.
