@@ -187,6 +187,20 @@ def calendar_warning(spec: ModelSpec, streams: Streams, before_key: int) -> str 
     )
 
 
+def season_warning(spec: ModelSpec, streams: Streams, before_key: int) -> str | None:
+    """A line if no series repeats the season of detection before validation."""
+    season = None if spec.detection is None else spec.detection.season_events
+    before = streams.split_keys < before_key
+    longest = max(np.count_nonzero(before[start:stop]) for start, stop in streams.sessions)
+    if season is None or longest > season:
+        return None
+    return (
+        f"no stream has more than {longest} events before validation, so that none repeats the "
+        f"`season_events` of {season}, and levels are compared with the mean: have more events, or "
+        "a shorter season"
+    )
+
+
 def quick_warning(spec: ModelSpec) -> str:
     """What a quick training leaves out.
 

@@ -3,7 +3,8 @@
 Candidates are peaks of the mean autocorrelation. A candidate of L events counts if values are
 closer to the usual one at their phase, h_(t-L) of h_t = h_(t-L) + (x_t - h_(t-L)) / 2, than to the
 mean of all values before them and to that of the last L. Random walks, trends and noise are not.
-Events are counted, not time, so series whose events are irregular have no season.
+Events are counted, not time: series whose events are irregular have a season only if nearly as many
+come in each.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ from models.training.defaults import (
     resolve_detection,
     resolve_season,
     resolve_training,
+    season_warning,
     zone_warning,
 )
 from models.training.detection import check_detection, fitted_detection
@@ -330,6 +331,7 @@ def train(
         run.path.unlink(missing_ok=True)
     warnings += [stopping_warning(run.of(number), training) for number in networks]
     warnings.append(calendar_warning(spec, streams, split.validate))
+    warnings.append(season_warning(spec, streams, split.validate))
     return TrainReport(
         artifact,
         tuple(run.history),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import streams_of
-from models.training.defaults import resolve_season
+from models.training.defaults import resolve_season, season_warning
 from models.training.season import find_season
 from tests.support.training import HOUR_MS
 
@@ -210,3 +210,18 @@ def test_the_state_of_a_derived_season_is_bounded():
     values = seasonal(96, 96 * 5, 0.1)
     few, many = (season_of(spec_of(names[:n]), values, 96 * 5, streams=1) for n in (150, 200))
     assert (few, many) == ({"season_events": 96}, {"season_events": None})
+
+
+def test_a_season_that_no_stream_repeats_causes_a_warning():
+    frame = pl.DataFrame({"id": ["a"] * 48 + ["b"] * 12, "x": seasonal(12, 60, 0.1)})
+    frame = frame.with_columns(at=pl.int_range(pl.len()).over("id") * HOUR_MS)
+    for season, before, warns in ((40, 48, False), (40, 41, False), (40, 40, True), (48, 48, True)):
+        spec = spec_of(season_events=season)
+        warning = season_warning(spec, streams_of(spec, frame), before * HOUR_MS)
+        assert (warning is not None) == warns
+        assert warning is None or f"no stream has more than {before} events" in warning
+    sessions = spec_of(season_events=20, session_gap_s=3600 * 12)
+    gap = pl.when(pl.col("at") >= 20 * HOUR_MS).then(24 * HOUR_MS).otherwise(0)
+    table = streams_of(sessions, frame.head(40).with_columns(pl.col("at") + gap))
+    assert season_warning(sessions, table, 10**12) is not None
+    assert season_warning(spec_of(season_events=None), table, 10**12) is None
