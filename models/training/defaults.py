@@ -17,6 +17,7 @@ from models.errors import DataError
 from models.events.calendar import DAY_MS
 from models.events.frame import resolve_forms
 from models.events.schema import EventSchema, NumericField
+from models.events.values import apply_transform
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
 from models.spec.layout import detection_of
 from models.spec.model import ModelSpec, schema_of
@@ -115,7 +116,9 @@ def resolve_season(
     if spec.detection is None or "season_events" in spec.detection.model_fields_set:
         return spec, {}
     detection, head, schema = detection_of(spec)
-    targets = [name for name in head.targets if isinstance(schema.field(name), NumericField)]
+    targets = [
+        field for name in head.targets if isinstance(field := schema.field(name), NumericField)
+    ]
     past = [
         start + np.flatnonzero(streams.split_keys[start:stop] < before_key)[-MAX_EVENTS:]
         for start, stop in streams.sessions
@@ -123,8 +126,11 @@ def resolve_season(
     columns = streams.columns
     # by target, so that those that are chosen of many are of every target
     series = [
-        np.where(columns.present[name][rows], columns.values[name][rows], np.nan)
-        for name in targets
+        np.where(present[rows], values[rows], np.nan)
+        for present, values in (
+            (columns.present[field.name], apply_transform(field, columns.values[field.name]))
+            for field in targets
+        )
         for rows in past
     ]
     steps_ms = np.concatenate([np.diff(streams.moments_ms[rows]) for rows in past])

@@ -134,9 +134,15 @@ def test_fewer_than_four_seasons_are_too_few():
 
 
 def spec_of(
-    fields: Sequence[str] = ("x",), session_gap_s: int | None = None, **detection: Any
+    fields: Sequence[str] = ("x",),
+    session_gap_s: int | None = None,
+    transform: str = "none",
+    **detection: Any,
 ) -> ModelSpec:
-    numeric = [{"kind": "numeric", "name": name, "optional": True} for name in fields]
+    numeric = [
+        {"kind": "numeric", "name": name, "optional": True, "transform": transform}
+        for name in fields
+    ]
     return parse_spec(
         {
             "name": "t",
@@ -185,6 +191,15 @@ def test_a_season_of_the_specification_is_kept(season):
 def test_a_model_without_detection_has_no_season():
     spec = spec_of().model_copy(update={"detection": None})
     assert season_of(spec, seasonal(24, 480, 0.2), before=480) == {}
+
+
+def test_the_season_is_that_of_the_transformed_values():
+    random = np.random.default_rng(0)
+    values = np.exp(5 + 1.5 * seasonal(24, 960, 0.1) + random.normal(size=960))
+    for transform, season in (("none", None), ("signed_log1p", 24)):
+        assert season_of(spec_of(transform=transform), values, 960) == {"season_events": season}
+    values[::24] *= 1e250
+    assert season_of(spec_of(transform="signed_log1p"), values, 960) == {"season_events": 24}
 
 
 def test_the_day_and_the_week_of_the_timestamps_are_likely():
