@@ -187,7 +187,7 @@ class DetectionSpec(Frozen):
             this many events the past weighs 1/e.
         prior_events: deviations count by half after as many events of a new stream.
         tail_levels: ascending nats, from 0 on, above which a stream's own tails count its events.
-        season_events: events per season, to whose usual values levels are compared.
+        season_events: events per season, with whose usual values levels are compared.
         outputs: which outputs each event has behind `probability` and `alarm`; no other one is
             computed.
     """
