@@ -15,17 +15,17 @@
                  min(|e|, LIMIT d)^4, where an error with the other sign than this one counts 1 - a
        spread    q = the square root of the mean of min(|e|, LIMIT d)^2
        trust     a = W_before / (W_before + prior_events)
-       season    of L events, from a stream's second one on: levels have e = v - h_(t-L) instead, and
-                 a new past, with a weight of its own; h_t = h_(t-L) + e / 2, with e within
+       season    of L events, from a stream's second one on: levels have e = v - h_(t-L) instead,
+                 and a new past, with a weight of its own; h_t = h_(t-L) + e / 2, with e within
                  q_before; v_t while this past has no event; h_(t-L), or in the first season the
                  mean, if v_t is missing
 
-   An event without a target changes neither its mean, last value nor run. Where a stream is often far
-   from its mean, the peak is large: so a |e| / p_before has a light tail, which separates events
-   beyond all of the past from others. Each direction has its own, since a value may often fall far
-   and never rise; a new stream has one for both. One outlier makes the peak large for several
-   times the memory, but not the spread, so that a |e| / q_before orders what follows it: levels
-   of several targets have no peaks, since one of many has outliers more often. Outliers of
+   An event without a target changes neither its mean, last value nor run. Where a stream is often
+   far from its mean, the peak is large: so a |e| / p_before has a light tail, which separates
+   events beyond all of the past from others. Each direction has its own, since a value may often
+   fall far and never rise; a new stream has one for both. One outlier makes the peak large for
+   several times the memory, but not the spread, so that a |e| / q_before orders what follows it:
+   levels of several targets have no peaks, since one of many has outliers more often. Outliers of
    forecasts are common, and so limited. |e| / p and |e| / q are at most MAX_DEVIATION. The season
    follows a value at each phase by at most half the spread, so that an anomaly is not unusual again
    one season later.
