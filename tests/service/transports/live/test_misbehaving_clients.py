@@ -309,15 +309,16 @@ async def test_a_socket_is_closed_once_a_ping_is_not_answered(
         assert "ping" in await closed(client, 1011)
 
 
-async def test_a_socket_without_chunks_is_closed(
-    api: Harness,
-) -> None:
+async def test_a_socket_without_chunks_is_closed(api: Harness) -> None:
+    """Even if the client sends pings."""
     state = api.http_state()
-    api.app.state.http = state._replace(websockets=state.websockets._replace(idle_s=0.000_001))
+    api.app.state.http = state._replace(websockets=state.websockets._replace(idle_s=3600.0))
     async with live(api) as sockets, sockets.open() as (client, _):
-        await client.ping()
+        [served] = sockets.served()
+        served._last_message_s -= 3601
+        await (await client.ping())
         expire(api, sockets, Phase.LIVE)
-        assert "no chunk" in await closed(client, 1001)
+        assert "no chunk for 3600 s" in await closed(client, 1001)
 
 
 async def test_a_drain_answers_what_was_started_and_sends_clients_elsewhere(
