@@ -28,8 +28,6 @@ _KINDS: Final[dict[ChannelKind, tuple[str, str, str]]] = {
     "run": ("{}", "", "its usual runs of equal values"),
 }
 """By kind: what was unusual, compared with what, and the same for the last events together."""
-_OF_SEASON: Final = "level of {}", "its usual at this phase of the season", "its usual season"
-"""Of `level` in a model with a season."""
 
 
 class Cause(NamedTuple):
@@ -64,8 +62,6 @@ class Causes:
     def __init__(self, spec: ModelSpec):
         detection, head, events = detection_of(spec)
         self._channels = detection.channels_of(head.targets, events)
-        has_season = detection.season_events is not None
-        self._words = {**_KINDS, "level": _OF_SEASON} if has_season else _KINDS
         self._residuals = ordered_targets(head.targets, events)
         fields = [events.field(name) for name in head.targets]
         numeric = [field for field in fields if isinstance(field, NumericField)]
@@ -136,7 +132,7 @@ class Causes:
 
     def _cause(self, place: int, excess: float, is_deviation: bool, stream: str) -> Cause:
         channel = self._channels[place]
-        subject, beside, unlike = self._words[channel.kind]
+        subject, beside, unlike = _KINDS[channel.kind]
         what = subject.format(f"{stream}.{channel.target}" if stream else channel.target)
         if excess == 0:
             return Cause(channel.target, channel.kind, f"{what} unlike {unlike}")

@@ -15,10 +15,11 @@
                  min(|e|, LIMIT d)^4, where an error with the other sign than this one counts 1 - a
        spread    q = the square root of the mean of min(|e|, LIMIT d)^2
        trust     a = W_before / (W_before + prior_events)
-       season    of L events, from a stream's second one on: levels have e = v - h_(t-L) instead,
-                 and a new past, with a weight of its own; h_t = h_(t-L) + e / 2, with e within
-                 q_before; v_t while this past has no event; h_(t-L), or in the first season the
-                 mean, if v_t is missing
+       season    of L events, from a stream's second one on: levels have a new past, with a weight
+                 of its own, and e = v - h_(t-L) while G_before >= 0, where the gain of the season
+                 is G_t = r G_(t-1) + |v - m_before| - |v - h_(t-L)|; h_t = h_(t-L) + s / 2, with
+                 s = v - h_(t-L) within q_before; v_t while this past has no event; h_(t-L), or in
+                 the first season the mean, if v_t is missing
 
    An event without a target changes neither its mean, last value nor run. Where a stream is often
    far from its mean, the peak is large: so a |e| / p_before has a light tail, which separates
@@ -250,6 +251,8 @@ static int follow_event(const model_t *model, const float *row, const float *par
     int entries = targets + KINDS * numeric; /* but runs */
     int is_joint = numeric > 1, peaks = entries - is_joint * numeric; /* levels without peaks */
     double decay = model->decay, events_before = state[at->events];
+    int has_season = model->season_events && events_before >= model->season_events;
+    int is_first = has_season && events_before == model->season_events;
     double forecasts = 0.0, longest_run = 0.0;
     double single[KINDS] = {0.0}, by_spread[KINDS] = {0.0};
     for (int d = 0; d < targets; d++) {
@@ -271,19 +274,18 @@ static int follow_event(const model_t *model, const float *row, const float *par
 
         double value = present ? clamp(row[target->value], MAX_ERROR) : 0.0;
         float *mean = state + at->mean + n, *rest = state + at->rest + n;
-        float *last = state + at->last + n, *phase_value = NULL;
+        float *last = state + at->last + n, *phase_value = NULL, *gain = NULL;
         double latest = clamp(*last, MAX_ERROR), level = clamp((double)*mean + *rest, MAX_ERROR);
-        double usual = level, errors[KINDS] = {0.0};
+        double usual = level, at_phase = level, errors[KINDS] = {0.0};
         past_t pasts[KINDS] = {past, past};
-        int is_first = 0; /* event with a season before it */
         if (model->season_events) {
             phase_value = state + at->season + (int64_t)n * model->season_events + phase;
+            gain = state + at->season_gain + n;
             float *own = state + at->season_weight + n;
-            is_first = events_before == model->season_events;
-            if (events_before >= model->season_events) usual = clamp(*phase_value, MAX_ERROR);
             double weight = is_first ? 0.0 : larger(*own, 0.0), next = decay * weight + present;
-            *own = (float)next;
-            pasts[LEVEL] = past_of(model, weight, next);
+            *own = (float)next, pasts[LEVEL] = past_of(model, weight, next);
+            if (has_season) at_phase = clamp(*phase_value, MAX_ERROR);
+            if (*gain >= 0.0f) usual = at_phase;
         }
         if (present && past.has_event)
             errors[LEVEL] = value - usual, errors[CHANGE] = value - latest;
@@ -307,10 +309,10 @@ static int follow_event(const model_t *model, const float *row, const float *par
             single[k] += of_single, by_spread[k] += of_spread;
         }
         if (phase_value) {
-            int is_seasonal = events_before > model->season_events && pasts[LEVEL].has_event;
-            double step = clamp(errors[LEVEL], sqrt(spreads[LEVEL])) / 2.0;
-            double next = is_seasonal ? usual + step : value;
-            *phase_value = (float)(present ? next : usual);
+            double error = value - at_phase, step = clamp(error, sqrt(spreads[LEVEL])) / 2.0;
+            if (present) *gain = (float)(decay * *gain + fabs(value - level) - fabs(error));
+            double next = has_season && pasts[LEVEL].has_event ? at_phase + step : value;
+            *phase_value = (float)(present ? next : at_phase);
         }
 
         double length;

@@ -40,8 +40,8 @@ MIN_CHANNEL_WEIGHT: Final = 1e-9
 """Added to each weight, so that shares are defined where all are 0."""
 _PARTS: Final = (
     *("events", "weight", "last", "mean", "rest", "distance", "spread", "peak", "average", "run"),
-    *("longest", "season", "season_weight", "tail_counts", "tail_pending", "tail_filled"),
-    *("alarm", "alarm_since", "alarm_excess", "alarm_events", "alarm_nats"),
+    *("longest", "season", "season_weight", "season_gain", "tail_counts", "tail_pending"),
+    *("tail_filled", "alarm", "alarm_since", "alarm_excess", "alarm_events", "alarm_nats"),
 )
 
 

@@ -11,8 +11,8 @@
    have none of small values. `mean` + `rest` is the mean, with the digits of an offset. */
 typedef struct {
     int32_t events, weight, last, mean, rest, distance, spread, peak, average, run, longest, season,
-        season_weight, tail_counts, tail_pending, tail_filled, alarm, alarm_since, alarm_excess,
-        alarm_events, alarm_nats;
+        season_weight, season_gain, tail_counts, tail_pending, tail_filled, alarm, alarm_since,
+        alarm_excess, alarm_events, alarm_nats;
 } parts_t;
 
 #endif

@@ -300,7 +300,8 @@ def detection_parts(
         ALARM_RATE: (1,),
     }
     if spec.season_events is not None:
-        shapes |= {"season": (numeric, spec.season_events), "season_weight": (numeric,)}
+        shapes |= {"season": (numeric, spec.season_events)}
+        shapes |= {"season_weight": (numeric,), "season_gain": (numeric,)}
     if spec.alarm.close_above is not None:
         shapes |= {"alarm_events": (1,), "alarm_nats": (2,), "alarm_cause": (2,)}
     if spec.alarm.backoff_nats is not None:

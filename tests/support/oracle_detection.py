@@ -37,6 +37,7 @@ class DetectionOracle:
             name: deque[float](maxlen=self.detection.season_events or 1) for name in self.numeric
         }
         self.errors = {channel.label: _Errors() for channel in self.channels}
+        self.gain = dict.fromkeys(self.numeric, 0.0)
         self.averages = dict.fromkeys(self.kinds, 0.0)
         self.run = dict.fromkeys(self.numeric, 0)
         self.longest = dict.fromkeys(self.numeric, 0.0)
@@ -89,19 +90,8 @@ class DetectionOracle:
             if kind != "forecast":
                 limited[kind] += (trust * by_spread) ** 2 / len(self.numeric)
             if of_season:
-                known = self.past[name]
-                if present[name] and weight and self.count > self.detection.season_events:
-                    bound = max(spread, 1e-7 * abs(raw[name]) + 1e-12)
-                    value = known[0] + min(max(error or 0.0, -bound), bound) / 2
-                elif present[name]:
-                    value = raw[name]
-                elif len(known) == known.maxlen:
-                    value = known[0]
-                else:
-                    value = self.total[name] / self.weight[name] if self.weight[name] else 0.0
-                known.append(value)
-                decay = math.exp(-1 / self.detection.memory_events)
-                self.level_weight[name] = decay * weight + present[name]
+                bound = max(spread, 1e-7 * abs(raw[name]) + 1e-12)
+                self._follow_season(name, raw[name] if present[name] else None, weight, bound)
         quantities = self._quantities(squares, limited, present)
         decay = math.exp(-1 / self.detection.memory_events)
         for name in self.fields:
@@ -135,11 +125,30 @@ class DetectionOracle:
             return None
         if kind == "forecast":
             return forecast
-        if kind == "level" and len(self.past[name]) == self.detection.season_events:
-            return raw[name] - self.past[name][0]
-        if kind == "level":
-            return raw[name] - self.total[name] / self.weight[name]
-        return raw[name] - self.last[name]
+        if kind == "change":
+            return raw[name] - self.last[name]
+        has_season = len(self.past[name]) == self.detection.season_events
+        is_closer = has_season and self.gain[name] >= 0
+        return raw[name] - (self.past[name][0] if is_closer else self._mean(name))
+
+    def _mean(self, name: str) -> float:
+        return self.total[name] / self.weight[name] if self.weight[name] else 0.0
+
+    def _follow_season(self, name: str, value: float | None, weight: float, bound: float) -> None:
+        """The usual value at the phase of an event, and whether it is closer than the mean."""
+        known, decay = self.past[name], math.exp(-1 / self.detection.memory_events)
+        has_season = len(known) == known.maxlen
+        usual = known[0] if has_season else self._mean(name)
+        following = usual
+        if value is not None:
+            error = value - usual
+            is_followed = weight and has_season
+            following = usual + min(max(error, -bound), bound) / 2 if is_followed else value
+            if has_season:
+                closer = abs(value - self._mean(name)) - abs(error)
+                self.gain[name] = decay * self.gain[name] + closer
+        known.append(following)
+        self.level_weight[name] = decay * weight + (value is not None)
 
     def _run(self, name: str, value: float | None) -> float:
         """How long the value has been the same, beside the longest run before."""

@@ -83,12 +83,6 @@ def test_the_record_is_the_oracles_for_any_chunks(model: ModelSpec, length: int)
         np.testing.assert_allclose(record, records[end - 1], rtol=1e-3, atol=1e-4)
 
 
-def phase_of(model: ModelSpec) -> str:
-    """What causes say behind the usual level of a model with a season."""
-    assert model.detection is not None
-    return " at this phase of the season" if model.detection.season_events is not None else ""
-
-
 def excess_of(model: ModelSpec, state: FloatRows) -> float:
     """The excess alarms of a stream after the events of a state."""
     columns, detection = detection_columns(model), model.detection
@@ -133,7 +127,7 @@ def test_a_state_gives_its_latest_alarm(model: ModelSpec) -> None:
     assert alarm.severity == pytest.approx(2.0)
     assert alarm.probability == pytest.approx(0.3)
     assert alarm.cause[:2] == ("heat", "level")
-    assert alarm.cause.words == f"level of pump_3.heat 6.1 below its usual{phase_of(model)}"
+    assert alarm.cause.words == "level of pump_3.heat 6.1 below its usual"
     # as in the outputs of a chunk that asks for a fifth of the rate, and so of the threshold
     assert model.detection is not None
     floats[parts["odd.alarm_rate"]] = model.detection.alarm.false_alarms_per_day / 5
@@ -167,7 +161,7 @@ def test_any_restored_state_has_a_record(model: ModelSpec, stored: float) -> Non
 @pytest.mark.parametrize(
     ("label", "deviation", "residual", "words"),
     [
-        ("flow.level", 6.1, 3.0, "level of flow 6.1 deviations above its usual{phase}"),
+        ("flow.level", 6.1, 3.0, "level of flow 6.1 deviations above its usual"),
         ("flow.forecast", -4.0, -1234.5, "flow 1,234 below its forecast"),
         ("flow.forecast", -4.0, None, "flow 4 deviations below its forecast"),
         ("mode.forecast", 4.0, 3.0, "mode unlike its forecast"),
@@ -184,7 +178,7 @@ def test_outputs_of_an_event_give_its_cause(
     deviations = None if deviation is None else [deviation] * len(labels)
     cause = Causes(model).of_event(share, deviations, None if residual is None else [residual] * 3)
     assert f"{cause.target}.{cause.kind}" == label
-    assert cause.words == words.format(phase=phase_of(model))
+    assert cause.words == words
 
 
 def test_older_alarms_have_no_record() -> None:

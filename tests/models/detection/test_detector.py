@@ -12,7 +12,8 @@ from models.detection.detector import Detector
 from models.detection.fit import Stream, fit_detection
 from models.detection.tails import Tails, fit_tail
 from models.errors import DataError, SpecError
-from models.spec.layout import detection_state, network_outputs, output_spec
+from models.spec.detection import CHANNEL_KINDS
+from models.spec.layout import detection_columns, detection_state, network_outputs, output_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.oracle_detection import DetectionOracle
 
@@ -315,6 +316,25 @@ def test_an_anomaly_is_not_unusual_again_one_season_later(seasonal: ModelSpec, k
         assert kind == "gap" or is_alarmed(seasonal, rows[:1230], 1200)
     # of 10 days without an anomaly; 0.5 are expected
     assert sum(1246 <= at < 1294 for at in found) <= 2
+
+
+@pytest.mark.parametrize("height", [3, 0])
+def test_a_value_is_compared_with_what_was_closer_before(height: int) -> None:
+    """With the usual one at its phase, or in a stream without a season with its mean."""
+    spec = spec_of(["flow"], season_events=48, alarm={"close_above": 0.01, "backoff_nats": 1.0})
+    spec = fitted(spec, streams_of(spec, 10, 1000, seed=17))
+    assert spec.events is not None
+    season = height * np.sin(np.arange(1235) * 2 * np.pi / 48)
+    rows = np.zeros((len(season), spec.input_features), np.float32)
+    outputs = np.zeros((len(rows), network_outputs(spec).size), np.float32)
+    for seed in range(70, 80):
+        flow = season + np.random.default_rng(seed).normal(0, 0.3, len(rows))
+        flow[-1] = 20
+        rows[:, spec.events.column_index["flow"]] = flow
+        _, state = run(spec, rows, outputs, [100] * 12 + [35])
+        channel, excess = state[detection_columns(spec)["alarm_cause"]]
+        assert channel == CHANNEL_KINDS.index("level")
+        assert excess == pytest.approx(20 - season[-1], abs=1.0 if height else 0.05)
 
 
 def test_a_lasting_level_becomes_usual() -> None:
