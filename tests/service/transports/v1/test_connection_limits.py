@@ -52,6 +52,12 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LIMITS = ConnectionSettings()
 
 
+@pytest.fixture(autouse=True)
+def checked_by_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are checked by the test alone, however long it takes."""
+    monkeypatch.setattr(connections_module, "CHECK_INTERVAL_S", 3600.0)
+
+
 def limit(api: Harness, **limits: Any) -> Connections:
     """The application's connections, under other limits."""
     connections: Connections = api.http_state().connections
