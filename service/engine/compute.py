@@ -125,6 +125,12 @@ class Compute:
             finally:
                 self._running = None
 
+        def time_out() -> None:
+            nonlocal timer
+            self._terminate_call()
+            # once more: the thread may begin the call only now
+            timer = loop.call_later(self._inference_timeout_s, time_out)
+
         def end() -> None:
             timer.cancel()
             self._thread.release()
@@ -132,7 +138,7 @@ class Compute:
         await self._thread.acquire()
         loop = asyncio.get_running_loop()
         future = self._executor.submit(run)
-        timer = loop.call_later(self._inference_timeout_s, self._terminate_call)
+        timer = loop.call_later(self._inference_timeout_s, time_out)
         try:
             return await asyncio.wrap_future(future)
         finally:

@@ -13,6 +13,7 @@ import pytest
 from service.core.errors import InferenceTimeout
 from service.engine import compute as module
 from service.engine.compute import Compute
+from tests.support.servers import becomes
 
 SLICES = 20
 
@@ -95,7 +96,7 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def compute() -> Any:
-    compute = Compute(0.05)
+    compute = Compute()
     yield compute
     compute.close()
 
@@ -198,11 +199,15 @@ async def test_finite_outputs_whose_squares_overflow_are_accepted_without_a_warn
     assert (await infer(compute, Summing(spoils=1, output=1e30), 1)).finite
 
 
-async def test_a_call_in_the_thread_is_terminated_after_the_timeout(compute: Compute) -> None:
+async def test_a_call_in_the_thread_is_terminated_after_the_timeout(
+    compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Calls of steps that were not measured never run on the event loop; others run on."""
     runtime: Any = Summing(waits=3)
     for _ in range(2):
         await infer(compute, runtime, 2)
+    # from now on every call in the thread is one that does not end
+    monkeypatch.setattr(compute, "_inference_timeout_s", 0.01)
     for _ in range(2):
         with pytest.raises(InferenceTimeout):
             await infer(compute, runtime, 3)
@@ -210,6 +215,23 @@ async def test_a_call_in_the_thread_is_terminated_after_the_timeout(compute: Com
     assert runtime.threads == [True, False, True, False, True, False]
     with pytest.raises(InferenceTimeout):
         await compute.warm(runtime)
+
+
+async def test_a_call_that_begins_after_the_timeout_is_terminated_too(
+    compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread is late on a busy machine."""
+    timeout_s = 0.01
+    monkeypatch.setattr(compute, "_inference_timeout_s", timeout_s)
+    runtime, is_free = Summing(waits=4), threading.Event()
+    compute._executor.submit(is_free.wait)
+    call = asyncio.create_task(infer(compute, runtime, 4))
+    await becomes(compute._thread.locked, "the call")
+    asyncio.get_running_loop().call_later(2 * timeout_s, is_free.set)
+    _, running = await asyncio.wait({call}, timeout=60)
+    assert not running
+    with pytest.raises(InferenceTimeout):
+        await call
 
 
 async def test_close_terminates_the_running_call() -> None:
