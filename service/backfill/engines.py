@@ -40,6 +40,8 @@ ATTEMPTS = 3
 ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 IN_FLIGHT_PER_CPU = 2
 """Tasks of a cluster that are submitted at once, so that its CPUs never wait for the next."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""That end a backfill."""
 ADDRESS_TIMEOUT_S = 10
 OBJECT_STORE_BYTES = 128 * 2**20
 """Memory that a Ray of this machine shares between processes: results are small, and the job is put
@@ -245,14 +247,30 @@ class Processes:
 @contextmanager
 def _blocking_signals() -> Iterator[None]:
     """Block SIGINT and SIGTERM: processes that are started meanwhile inherit it, and have all that
-    is sent to them once signals arrive again."""
+    is sent to them once signals arrive again.
+
+    Handlers run then, too: of a signal that another thread receives, Python would run the handler
+    in the main thread, although that blocks the signal.
+    """
     # its start would unblock them on Python 3.11
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    handlers: dict[signal.Signals, Callable[..., object]] = {}
+    received: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in SIGNALS}
+        handlers = {number: each for number, each in found.items() if callable(each)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, _: received.append(number))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for each in received:
+            signal.raise_signal(each)
 
 
 @contextmanager

@@ -117,6 +117,7 @@ class Compute:
 
     async def _run_in_thread(self, runtime: Runtime, call: Callable[[], T]) -> T:
         """Run one call of a runtime in the compute thread."""
+        timer: asyncio.TimerHandle
 
         def run() -> T:
             self._running = runtime

@@ -20,15 +20,28 @@ from tests.support.forks import COMMAND, Fork
 from tests.support.servers import until
 
 STARTING = """
-import signal, sys, time
+import os, signal, sys, threading, time
+from multiprocessing.popen_spawn_posix import Popen
 from pathlib import Path
 
+folder = Path(os.environ["PYTHONPATH"])
 if "--multiprocessing-fork" in sys.orig_argv:
     blocked = sorted(each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-    Path(__file__).with_name("blocked").write_text(" ".join(["blocked:", *blocked]))
+    (folder / "blocked").write_text(" ".join(["blocked:", *blocked]))
     time.sleep(3600)
+else:
+    launch = Popen._launch
+
+    def launch_and_wait(*arguments):
+        launch(*arguments)
+        while not (folder / "sent").exists():
+            time.sleep(0.01)
+
+    Popen._launch = launch_and_wait
+    threading.Thread(target=time.sleep, args=[3600], daemon=True).start()
 """
-"""A `sitecustomize` by which the processes of a backfill start forever."""
+"""A `sitecustomize` by which the processes of a backfill start forever, and the command waits for a
+signal before it notes them. Another of its threads may receive it, as those of Polars."""
 
 
 def test_the_command_reports_what_it_did(
@@ -101,6 +114,7 @@ def test_signals_end_the_command_cleanly(
             until(blocked.exists, "a process that starts")
             assert until(blocked.read_text) == "blocked: SIGINT SIGTERM"
             os.killpg(fork.pid, number)
+            (folder / "sent").touch()
             assert fork.wait(60) == 128 + number
         finally:
             with suppress(ProcessLookupError):
