@@ -6,8 +6,8 @@ several channels of each target:
 
     forecast   the error of the network's forecast, in its predicted deviations; for a categorical
                or boolean target the square root of twice its nats
-    level      the value as it comes, minus its long mean; of a model with a season, minus the usual
-               value at this phase of the season
+    level      the value as it comes, minus its long mean; of a model with a season, minus the mean
+               or the usual value at this phase, whichever was closer before
     change     the value minus the value before it
     run        for how many events the value has been the same
 
