@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import SpanKind, StatusCode
 
+from service.telemetry import tracing
 from service.telemetry.access_log import access_log
 from service.telemetry.tracing import OtelTracer
 from service.transports.v1.fast_path import split_trace_headers
@@ -245,6 +247,25 @@ class TestSampling:
     def test_an_unsampled_request_has_no_span(self, spans: Spans) -> None:
         for headers in ({}, {"traceparent": NOT_SAMPLED}, {"traceparent": "odd"}):
             assert spans.tracer.start_request(headers, 0.0) is None
+
+
+@pytest.mark.parametrize("paused", range(4))
+def test_times_of_spans_are_right_if_the_process_pauses_while_it_reads_the_clocks(
+    paused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch_ns, now_ns = 10**18, 10**12
+    pauses_ns = iter([10**9 if at == paused else 100 for at in range(4)])
+
+    def read() -> int:
+        nonlocal now_ns
+        now_ns += next(pauses_ns, 100)
+        return now_ns
+
+    clock = SimpleNamespace(
+        monotonic=lambda: read() / 1e9, monotonic_ns=read, time_ns=lambda: epoch_ns + read()
+    )
+    monkeypatch.setattr(tracing, "time", clock)
+    assert tracing._epoch_ns(7.0) == pytest.approx(epoch_ns + 7 * 10**9, rel=0, abs=10_000)
 
 
 def _headers(*lines: str) -> bytes:
