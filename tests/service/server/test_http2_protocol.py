@@ -325,8 +325,8 @@ async def test_stream_whose_response_is_not_received_is_reset() -> None:
 async def test_client_that_does_not_read_is_not_read() -> None:
     async with connected(LARGE_WINDOWS) as (client, connections):
         client.send(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
-        [connection] = connections._seen
         await client.settle()
+        [connection] = connections._seen
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         client.open(1)
         while not connection.is_write_paused:  # type: ignore[attr-defined]
