@@ -75,7 +75,7 @@ async def watched(
 
 @asynccontextmanager
 async def following(
-    api: Harness, watches: watching.Watches, interval_s: float = 10
+    api: Harness, watches: watching.Watches, interval_s: float = 3600
 ) -> AsyncIterator[AsyncIterator[watching.WatchEvent]]:
     """The events of a watch of stream `s` after the first one, one by one."""
 
@@ -88,6 +88,15 @@ async def following(
         events = follow(watch)
         assert isinstance(await anext(events), watching.Watched)
         yield events
+
+
+async def until_idle(
+    watch: watching.Watch, events: AsyncIterator[watching.WatchEvent]
+) -> asyncio.Future[watching.WatchEvent]:
+    """The next event, once a watch has read the stream again after its subscription."""
+    waiting = asyncio.ensure_future(anext(events))
+    await becomes(lambda: watch._turn is not None and not watch._must_read, "it waits")
+    return waiting
 
 
 @pytest.fixture
@@ -211,9 +220,7 @@ async def test_a_watcher_is_told_of_a_rewind_at_once(
         watches = watching.Watches(api.store, api.store.outputs, api.counts)
         async with following(api, watches, interval_s=3600) as events:
             [watch] = watches._watches
-            waiting = asyncio.ensure_future(anext(events))
-            # until it has read the stream again after its subscription
-            await becomes(lambda: watch._turn is not None and not watch._must_read, "it waits")
+            waiting = await until_idle(watch, events)
             path = "/v1/models/probe/streams/s/rewind"
             rewound = (await api.client.post(path, json={"position": 4})).json()
             async with asyncio.timeout(60):
@@ -315,18 +322,37 @@ async def test_outputs_are_delivered_once_and_in_order_however_they_are_publishe
 ) -> None:
     """Workers publish late, or again after a lost reply."""
     published: list[Any] = []
+    waits: list[float] = []
+
+    class Waiting:
+        """The watch waits for an earlier output until all are received, however long that takes."""
+
+        async def sleep(self, seconds: float) -> None:
+            waits.append(seconds)
+            await becomes(lambda: watch._buffer.end == 4, "the outputs")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(asyncio, name)
+
+    monkeypatch.setattr(watching, "asyncio", Waiting())
     publish = type(api.store.outputs).publish
     monkeypatch.setattr(type(api.store.outputs), "publish", lambda _, *m: published.append(m))
     await send(api, 1)
-    async with following(api, watches, 1) as events:
-        await send(api, 2)
-        await send(api, 3)
-        first, second = published
-        for message in (second, first, second, first):
+    async with following(api, watches) as events:
+        [watch] = watches._watches
+        waiting = await until_idle(watch, events)
+        for steps in (2, 3, 4):
+            await send(api, steps)
+        first, second, last = published
+        publish(api.store.outputs, *second)
+        await becomes(lambda: waits or waiting.done(), "the early output")
+        for message in (first, second, first):
             publish(api.store.outputs, *message)
-        got = [await anext(events) for _ in range(3)]
-    assert [each.start for each in got[:2]] == [1, 3]
-    assert isinstance(got[2], watching.Idle)
+        got = [await waiting, await anext(events)]
+        publish(api.store.outputs, *last)
+        got.append(await anext(events))
+    assert {type(each) for each in got} == {watching.Outputs}
+    assert [each.start for each in got] == [1, 3, 6]
 
 
 async def test_watchers_get_what_another_worker_commits(
