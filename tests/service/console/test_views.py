@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import pytest
 from fastapi import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
@@ -88,14 +87,13 @@ async def test_the_overview_shows_rates_and_quantiles_of_the_last_seconds(
         return PlainTextResponse("\n".join(lines))
 
     async with opened_console(pipeline_server, browser, tmp_path, metrics=metrics) as page:
-        await page.until(f"({SHOWN})['Latency, p50']?.includes('ms')")
-        shown = await page.evaluate(SHOWN)
+        # a figure is of two replies, of which a busy machine may delay one
+        rates = {"Events/s": 50, "Requests/s": 10, "Errors/s": 0.5}
+        near = [f"Math.abs(shown['{name}'] / {rate} - 1) < 0.3" for name, rate in rates.items()]
+        shown = await page.until(f"((shown) => {' && '.join(near)} && shown)({SHOWN})")
         # rank 5 of 6 in (5 ms, 10 ms], rank 9.9 of 9.8 to 10 in (25 ms, 225 ms]
         assert shown["Latency, p50"] == f"{5 + 5 * 5 / 6:.2f} ms"
         assert shown["Latency, p99"] == f"{25 + 200 * 0.1 / 0.2:.0f} ms"
-        assert float(shown["Events/s"]) == pytest.approx(50, rel=0.3)
-        assert float(shown["Requests/s"]) == pytest.approx(10, rel=0.3)
-        assert float(shown["Errors/s"]) == pytest.approx(0.5, rel=0.3)
         assert (await page.evaluate(STAGES)).endswith("commit 2 ms")
 
 
