@@ -347,6 +347,12 @@ class ModelSpec(Frozen):
                 f"got {self.detection.head!r}"
             )
         targets = heads[self.detection.head].targets
+        fields = [self.events.field(name) for name in targets] if self.events else []
+        is_numeric = any(isinstance(field, NumericField) for field in fields)
+        if self.detection.season_events is not None and not is_numeric:
+            raise ValueError(
+                f"detection.season_events: expected a numeric target, got {list(targets)}"
+            )
         for name in self.detection.outputs:
             labels = self.detection.labels(name, targets, self.events) if self.events else ()
             if not labels:

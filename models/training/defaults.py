@@ -109,7 +109,8 @@ def resolve_season(
     """The spec with `season_events` of its detection, and the option if it was derived.
 
     Args:
-        spec: as it was written; `season_events: null` is kept.
+        spec: as it was written; `season_events: null` is kept. Without a numeric target there is
+            no season.
         streams: the table.
         before_key: key of the split; the season is that of earlier events.
     """
@@ -119,6 +120,8 @@ def resolve_season(
     targets = [
         field for name in head.targets if isinstance(field := schema.field(name), NumericField)
     ]
+    if not targets:
+        return spec, {}
     past = [
         start + np.flatnonzero(streams.split_keys[start:stop] < before_key)[-MAX_EVENTS:]
         for start, stop in streams.sessions
@@ -136,7 +139,7 @@ def resolve_season(
     steps_ms = np.concatenate([np.diff(streams.moments_ms[rows]) for rows in past])
     step_ms = float(np.median(steps_ms)) if len(steps_ms) else 0.0
     days = [round(days * DAY_MS / step_ms) for days in (1, WEEK_DAYS)] if step_ms > 0 else []
-    longest = min(MAX_SEASON, SEASON_VALUES // max(1, len(targets)))
+    longest = min(MAX_SEASON, SEASON_VALUES // len(targets))
     season = find_season(series, longest, days)
     detection = detection.model_copy(update={"season_events": season})
     return spec.model_copy(update={"detection": detection}), {"season_events": season}

@@ -446,6 +446,9 @@ def test_errors_name_what_is_missing() -> None:
         spec_of(["flow"], head="hidden")
     with pytest.raises(SpecError, match="expected distinct values"):
         spec_of(["flow"], outputs=["z", "z"])
+    without_numbers = r"detection\.season_events: expected a numeric target, got \['mode', 'open'\]"
+    with pytest.raises(SpecError, match=without_numbers):
+        spec_of(["mode", "open"], season_events=7)
     with pytest.raises(
         SpecError, match=r"got \['scales', 'tail_memory_events'\] of an earlier one"
     ):

@@ -204,6 +204,20 @@ def test_training_derives_prints_and_stores_the_season(
     assert (line in capsys.readouterr().out) == bool(season)
 
 
+def test_a_model_without_numeric_targets_is_trained_without_a_season(
+    frame: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_nothing(monkeypatch)
+    spec = latch_spec(epochs=1, heads=["odd"])
+    head = spec.heads[0].model_copy(update={"targets": ("flag", "kind")})
+    spec = spec.model_copy(update={"heads": (head,), "detection": DetectionSpec(head="odd")})
+    report = train(spec, frame, tmp_path / "model", quiet=True)
+    stored = load_artifact(report.artifact.path).spec.detection
+    assert stored is not None
+    assert stored.fit is not None
+    assert (report.derived, stored.season_events, len(stored.fit.tails)) == ({}, None, 1)
+
+
 def test_labels_that_cannot_be_read_are_an_error_before_training(
     frame: pl.DataFrame, tmp_path: Path
 ) -> None:
