@@ -18,8 +18,9 @@
        season    of L events, from a stream's second one on: levels have a new past, with a weight
                  of its own, and e = v - h_(t-L) while G_before >= 0, where the gain of the season
                  is G_t = r G_(t-1) + |v - m_before| - |v - h_(t-L)|; h_t = h_(t-L) + s / 2, with
-                 s = v - h_(t-L) within q_before; v_t while this past has no event; h_(t-L), or in
-                 the first season the mean, if v_t is missing
+                 s = v - h_(t-L) within q_before, or if G_before < 0 within |h_(t-L) - m_before| if
+                 this is larger; v_t while this past has no event; h_(t-L), or in the first season
+                 the mean, if v_t is missing
 
    An event without a target changes neither its mean, last value nor run. Where a stream is often
    far from its mean, the peak is large: so a |e| / p_before has a light tail, which separates
@@ -29,7 +30,8 @@
    levels of several targets have no peaks, since one of many has outliers more often. Outliers of
    forecasts are common, and so limited. |e| / p and |e| / q are at most MAX_DEVIATION. The season
    follows a value at each phase by at most half the spread, so that an anomaly is not unusual again
-   one season later.
+   one season later. While the mean is closer, the spread is that around it, and a season far from
+   it, as after a lasting change, may move further.
 
    Quantities, larger for what is more unusual, are over all targets together, so that they are not
    diluted by many. Of levels and of changes:
@@ -250,7 +252,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
     int targets = model->targets, numeric = model->numeric, n = 0, has = 0;
     int entries = targets + KINDS * numeric; /* but runs */
     int is_joint = numeric > 1, peaks = entries - is_joint * numeric; /* levels without peaks */
-    double decay = model->decay, events_before = state[at->events];
+    double decay = model->decay, events_before = larger(state[at->events], 0.0);
     int has_season = model->season_events && events_before >= model->season_events;
     int is_first = has_season && events_before == model->season_events;
     double forecasts = 0.0, longest_run = 0.0;
@@ -309,7 +311,8 @@ static int follow_event(const model_t *model, const float *row, const float *par
             single[k] += of_single, by_spread[k] += of_spread;
         }
         if (phase_value) {
-            double error = value - at_phase, step = clamp(error, sqrt(spreads[LEVEL])) / 2.0;
+            double bound = larger(sqrt(spreads[LEVEL]), fabs(at_phase - usual));
+            double error = value - at_phase, step = clamp(error, bound) / 2.0;
             if (present) *gain = (float)(decay * *gain + fabs(value - level) - fabs(error));
             double next = has_season && pasts[LEVEL].has_event ? at_phase + step : value;
             *phase_value = (float)(present ? next : at_phase);

@@ -139,6 +139,8 @@ class DetectionOracle:
         known, decay = self.past[name], math.exp(-1 / self.detection.memory_events)
         has_season = len(known) == known.maxlen
         usual = known[0] if has_season else self._mean(name)
+        if self.gain[name] < 0:
+            bound = max(bound, abs(usual - self._mean(name)))
         following = usual
         if value is not None:
             error = value - usual

@@ -337,6 +337,38 @@ def test_a_value_is_compared_with_what_was_closer_before(height: int) -> None:
         assert excess == pytest.approx(20 - season[-1], abs=1.0 if height else 0.05)
 
 
+def test_the_season_follows_a_lasting_level() -> None:
+    """Also with a memory as short as the season, in which the mean is closer for a while."""
+    alarm = {"hold_events": 6, "close_above": 0.01}
+    spec = spec_of(["flow"], season_events=48, memory_events=48, alarm=alarm)
+    spec = fitted(spec, streams_of(spec, 10, 1000, seed=17))
+    assert spec.events is not None
+    season = 3 * np.sin(np.arange(1235) * 2 * np.pi / 48)
+    rows = np.zeros((len(season), spec.input_features), np.float32)
+    outputs = np.zeros((len(rows), network_outputs(spec).size), np.float32)
+    flow = season + np.random.default_rng(71).normal(0, 0.3, len(rows))
+    flow[240:] += 1000
+    flow[-1] = 1200
+    rows[:, spec.events.column_index["flow"]] = flow
+    _, state = run(spec, rows, outputs, [100] * 12 + [35])
+    channel, excess = state[detection_columns(spec)["alarm_cause"]]
+    assert channel == CHANNEL_KINDS.index("level")
+    assert excess == pytest.approx(200 - season[-1], abs=1.0)
+
+
+def test_a_restored_number_of_events_hides_no_stuck_value() -> None:
+    spec = spec_of(["flow"], alarm={"hold_events": 6, "close_above": 0.01})
+    spec = fitted(spec, streams_of(spec, 10, 1000, seed=18))
+    assert spec.events is not None
+    rows = streams_of(spec, 1, 1200, seed=19)[0].rows
+    rows[1100:] = rows[1100]
+    outputs = np.zeros((1, len(rows), network_outputs(spec).size), np.float32)
+    state = detection_state(spec).initial().floats[np.newaxis]
+    state[:, detection_columns(spec)["events"]] = -3e38
+    scored, _ = Detector(spec).step(rows[np.newaxis], np.array([1200]), outputs, state)
+    assert output_spec(spec).by_name(scored[0])["odd.alarm"][1100:].any()
+
+
 def test_a_lasting_level_becomes_usual() -> None:
     """One alarm, which closes within a few times the memory."""
     spec = spec_of(["flow"], memory_events=150, alarm={"hold_events": 20})
