@@ -9,6 +9,7 @@ import ssl
 import threading
 import traceback
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -109,12 +110,13 @@ def test_a_forked_process_opens_its_own_connections(
 ) -> None:
     small.send(events[:1])
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    small.send(events[1:2])
-    small.send(events[2:3])
-    parents, *own = standin.connections
-    assert own[0] is own[1]
-    assert own[0] is not parents
-    assert not parents.is_closing(), "the parent may have a request in flight on it"
+    with closing(small._driver._client):  # the parent's
+        small.send(events[1:2])
+        small.send(events[2:3])
+        parents, *own = standin.connections
+        assert own[0] is own[1]
+        assert own[0] is not parents
+        assert not parents.is_closing(), "the parent may have a request in flight on it"
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
