@@ -16,11 +16,10 @@
        spread    q = the square root of the mean of min(|e|, LIMIT d)^2
        trust     a = W_before / (W_before + prior_events)
        season    of L events, from a stream's second one on: levels have a new past, with a weight
-                 of its own, and e = v - h_(t-L) while G_before >= 0, where the gain of the season
-                 is G_t = r G_(t-1) + |v - m_before| - |v - h_(t-L)|; h_t = h_(t-L) + s / 2, with
-                 s = v - h_(t-L) within q_before, or if G_before < 0 within |h_(t-L) - m_before| if
-                 this is larger; v_t while this past has no event; h_(t-L), or in the first season
-                 the mean, if v_t is missing
+                 of its own, and e = v - u, where u is h_(t-L) while G_before >= 0, else m_before,
+                 and the gain of the season is G_t = r G_(t-1) + |v - m_before| - |v - h_(t-L)|;
+                 h_t = h_(t-L) + s / 2, with s = v - h_(t-L) within q_before or |u - h_(t-L)|; v_t
+                 while this past has no event; h_(t-L), or in the first season m, if v_t is missing
 
    An event without a target changes neither its mean, last value nor run. Where a stream is often
    far from its mean, the peak is large: so a |e| / p_before has a light tail, which separates
@@ -29,9 +28,8 @@
    several times the memory, but not the spread, so that a |e| / q_before orders what follows it:
    levels of several targets have no peaks, since one of many has outliers more often. Outliers of
    forecasts are common, and so limited. |e| / p and |e| / q are at most MAX_DEVIATION. The season
-   follows a value at each phase by at most half the spread, so that an anomaly is not unusual again
-   one season later. While the mean is closer, the spread is that around it, and a season far from
-   it, as after a lasting change, may move further.
+   follows a value by at most half the spread, so that an anomaly is not unusual again one season
+   later; while the mean is closer, by more if it is far from it, as after a lasting change.
 
    Quantities, larger for what is more unusual, are over all targets together, so that they are not
    diluted by many. Of levels and of changes:
@@ -255,8 +253,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
     double decay = model->decay, events_before = larger(state[at->events], 0.0);
     int has_season = model->season_events && events_before >= model->season_events;
     int is_first = has_season && events_before == model->season_events;
-    double forecasts = 0.0, longest_run = 0.0;
-    double single[KINDS] = {0.0}, by_spread[KINDS] = {0.0};
+    double forecasts = 0.0, longest_run = 0.0, single[KINDS] = {0.0}, by_spread[KINDS] = {0.0};
     for (int d = 0; d < targets; d++) {
         const target_t *target = model->target + d;
         int present = target->missing < 0 || row[target->missing] == 0.0f;
