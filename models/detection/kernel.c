@@ -19,7 +19,8 @@
                  of its own, and e = v - u, where u is h_(t-L) while G_before >= 0, else m_before,
                  and the gain of the season is G_t = r G_(t-1) + |v - m_before| - |v - h_(t-L)|;
                  h_t = h_(t-L) + s / 2, with s = v - h_(t-L) within q_before or |u - h_(t-L)|; v_t
-                 while this past has no event; h_(t-L), or in the first season m, if v_t is missing
+                 while this past has no event; h_(t-L), or in the first season m, if v_t is missing;
+                 a first v_t is h of all phases
 
    An event without a target changes neither its mean, last value nor run. Where a stream is often
    far from its mean, the peak is large: so a |e| / p_before has a light tail, which separates
@@ -83,8 +84,7 @@
 
 enum { NUMERIC, BOOLEAN, CATEGORICAL };
 enum { LEVEL, CHANGE, KINDS }; /* channels with averages */
-enum { MAX_QUANTITIES = 2 * KINDS + 2 };
-enum { MAX_LEVELS = 32 }; /* of `tail_levels` */
+enum { MAX_QUANTITIES = 2 * KINDS + 2, MAX_LEVELS = 32 /* of `tail_levels` */ };
 enum { BLOCK = 32, PACKED = 4, PACKED_BITS = 6 }; /* PACKED pending counts in a float */
 
 static const double LIMIT = 5.0; /* of errors in spreads and forecasts, in distances */
@@ -273,17 +273,17 @@ static int follow_event(const model_t *model, const float *row, const float *par
 
         double value = present ? clamp(row[target->value], MAX_ERROR) : 0.0;
         float *mean = state + at->mean + n, *rest = state + at->rest + n;
-        float *last = state + at->last + n, *phase_value = NULL, *gain = NULL;
+        float *last = state + at->last + n, *season = NULL, *gain = NULL;
         double latest = clamp(*last, MAX_ERROR), level = clamp((double)*mean + *rest, MAX_ERROR);
         double usual = level, at_phase = level, errors[KINDS] = {0.0};
         past_t pasts[KINDS] = {past, past};
         if (model->season_events) {
-            phase_value = state + at->season + (int64_t)n * model->season_events + phase;
+            season = state + at->season + (int64_t)n * model->season_events;
             gain = state + at->season_gain + n;
             float *own = state + at->season_weight + n;
             double weight = is_first ? 0.0 : larger(*own, 0.0), next = decay * weight + present;
             *own = (float)next, pasts[LEVEL] = past_of(model, weight, next);
-            if (has_season) at_phase = clamp(*phase_value, MAX_ERROR);
+            if (has_season) at_phase = clamp(season[phase], MAX_ERROR);
             if (*gain >= 0.0f) usual = at_phase;
         }
         if (present && past.has_event)
@@ -307,12 +307,14 @@ static int follow_event(const model_t *model, const float *row, const float *par
             keep(deviations, place, errors[k], of_single);
             single[k] += of_single, by_spread[k] += of_spread;
         }
-        if (phase_value) {
+        if (season) {
             double bound = larger(sqrt(spreads[LEVEL]), fabs(at_phase - usual));
             double error = value - at_phase, step = clamp(error, bound) / 2.0;
             if (present) *gain = (float)(decay * *gain + fabs(value - level) - fabs(error));
             double next = has_season && pasts[LEVEL].has_event ? at_phase + step : value;
-            *phase_value = (float)(present ? next : at_phase);
+            for (int i = 0; present && !past.has_event && i < model->season_events; i++)
+                season[i] = (float)value;
+            season[phase] = (float)(present ? next : at_phase);
         }
 
         double length;
@@ -331,8 +333,7 @@ static int follow_event(const model_t *model, const float *row, const float *par
 
     for (int k = 0; numeric && k < KINDS; k++) {
         float *average = state + at->average + k;
-        double slow = model->slow;
-        *average = (float)(slow * *average + (1.0 - slow) * by_spread[k] / numeric);
+        *average = (float)(model->slow * *average + (1.0 - model->slow) * by_spread[k] / numeric);
         *quantities++ = has & NUMERIC_TARGET ? sqrt(single[k] / numeric) : 0.0;
         *quantities++ = has & NUMERIC_TARGET ? sqrt(larger(*average, 0.0)) : 0.0;
     }

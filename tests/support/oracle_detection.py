@@ -149,6 +149,8 @@ class DetectionOracle:
             if has_season:
                 closer = abs(value - self._mean(name)) - abs(error)
                 self.gain[name] = decay * self.gain[name] + closer
+            if not self.weight[name]:
+                known = self.past[name] = deque([value] * len(known), known.maxlen)
         known.append(following)
         self.level_weight[name] = decay * weight + (value is not None)
 
