@@ -37,6 +37,7 @@ AVERAGED_KINDS: Final = 2
 """Of these, `level` and `change`."""
 ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
+MAX_SEASON_EVENTS: Final = 4096
 MAX_ALARM_RATE: Final = 1000.0
 """Largest expected number of false alarms of one stream in a day."""
 AVERAGED_EVENTS: Final = 12
@@ -187,7 +188,8 @@ class DetectionSpec(Frozen):
             this many events the past weighs 1/e.
         prior_events: deviations count by half after as many events of a new stream.
         tail_levels: ascending nats, from 0 on, above which a stream's own tails count its events.
-        season_events: events per season, with whose usual values levels are compared.
+        season_events: events per season: levels are compared with its usual values or the mean,
+            whichever were closer before.
         outputs: which outputs each event has behind `probability` and `alarm`; no other one is
             computed.
     """
@@ -206,7 +208,7 @@ class DetectionSpec(Frozen):
         15.0,
         21.0,
     )
-    season_events: Annotated[int, Field(ge=2, le=4096)] | None = None
+    season_events: Annotated[int, Field(ge=2, le=MAX_SEASON_EVENTS)] | None = None
     alarm: AlarmSpec = AlarmSpec()
     outputs: tuple[OutputName, ...] = ()
     fit: DetectionFit | None = None

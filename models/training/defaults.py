@@ -19,6 +19,7 @@ from models.events.frame import resolve_forms
 from models.events.schema import EventSchema, NumericField
 from models.events.values import apply_transform
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
+from models.spec.detection import MAX_SEASON_EVENTS
 from models.spec.layout import detection_of
 from models.spec.model import ModelSpec, schema_of
 from models.spec.training import ResolvedTraining, TrainingSpec
@@ -30,7 +31,7 @@ from models.training.data import (
     unresolved_training_of,
 )
 from models.training.plan import groups_of, segments_of
-from models.training.season import MAX_EVENTS, MAX_SEASON, find_season
+from models.training.season import MAX_EVENTS, find_season
 
 VALIDATE_SHARE, TEST_SHARE = 0.7, 0.85
 """Shares of the events before `validate_from` and before `test_from`."""
@@ -139,7 +140,7 @@ def resolve_season(
     steps_ms = np.concatenate([np.diff(streams.moments_ms[rows]) for rows in past])
     step_ms = float(np.median(steps_ms)) if len(steps_ms) else 0.0
     days = [round(days * DAY_MS / step_ms) for days in (1, WEEK_DAYS)] if step_ms > 0 else []
-    longest = min(MAX_SEASON, SEASON_VALUES // len(targets))
+    longest = min(MAX_SEASON_EVENTS, SEASON_VALUES // len(targets))
     season = find_season(series, longest, days)
     detection = detection.model_copy(update={"season_events": season})
     return spec.model_copy(update={"detection": detection}), {"season_events": season}

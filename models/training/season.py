@@ -15,10 +15,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from models.spec.detection import MAX_SEASON_EVENTS
+
 Floats = NDArray[np.float64]
 
-MAX_SEASON: Final = 4096
-"""Most events of a season of detection."""
 MIN_SEASONS: Final = 4
 """Whole seasons in a series of median length."""
 MAX_RATIO: Final = 0.75
@@ -36,7 +36,7 @@ MAX_SERIES, MAX_EVENTS = 128, 32_768
 
 
 def find_season(
-    series: Sequence[Floats], longest: int = MAX_SEASON, likely: Sequence[int] = ()
+    series: Sequence[Floats], longest: int = MAX_SEASON_EVENTS, likely: Sequence[int] = ()
 ) -> int | None:
     """The season of most series, in events; None without a clear one.
 
