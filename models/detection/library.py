@@ -1,7 +1,8 @@
 """The compiled library of detection, of the C files in this folder.
 
 It is built when Carry is installed (`hatch_build.py`), and depends on the C library only. In a
-checkout it has to be of the sources beside it: others have other structures.
+checkout it has to be built from the sources beside it: those of another version may have other
+structures and parts of the state.
 """
 
 from __future__ import annotations
