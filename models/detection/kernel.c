@@ -97,8 +97,7 @@ static const double SHORT_RUN = 8.0;         /* a run up to this length is usual
 static const double MAX_ERROR = 1e18;        /* DEVIATION_LIMIT of `models.spec.heads` */
 static const double MAX_LOG_DEVIATION = 7.0; /* LOG_DEVIATION_LIMIT of `models.spec.heads` */
 static const double RARE_NATS = 4.5;
-static const double MAX_RARE = 2.0;
-static const double MAX_RARE_AVERAGES = 4.0;
+static const double MAX_RARE = 2.0, MAX_RARE_AVERAGES = 4.0;
 
 /* What is predicted: its columns in a row, `missing` -1 if every event has it, the first of its
    parameters in a forecast, and their number; a categorical target has one for each code. */
@@ -317,10 +316,9 @@ static int follow_event(const model_t *model, const float *row, const float *par
             season[phase] = (float)(present ? next : at_phase);
         }
 
-        double length;
         int is_same = past.has_event && value == latest;
-        double run = follow_run(model, state + at->run + n, state + at->longest + n, present,
-                                is_same, events_before, &length);
+        double length, run = follow_run(model, state + at->run + n, state + at->longest + n,
+                                        present, is_same, events_before, &length);
         keep(deviations, entries + n, length, square(run));
         longest_run = larger(longest_run, run);
         if (present) {
