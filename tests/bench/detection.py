@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 
 from models.artifact.writing import write_artifact
+from models.training.defaults import BACKOFF_NATS, CLOSE_ABOVE, HOLD_EVENTS
 from service.engine.runtimes.loading import open_runtimes
 from tests.bench.run import CONNECTIONS, Bench, Row, helper_process
 from tests.bench.workloads import BODIES, STEPS, UNITS, Bodies, make_traffic
@@ -25,6 +26,12 @@ SHAPES: Final = ((1, 1), (1, 16), (32, 1), (32, 16), (128, 16))
 WARM_EVENTS: Final = 200
 """Events of each stream before the calls: more than a season."""
 TARGETS: Final = (1, 4)
+ALARM: Final = {
+    "hold_events": HOLD_EVENTS,
+    "close_above": CLOSE_ABOVE,
+    "backoff_nats": BACKOFF_NATS,
+}
+"""As `carry train` writes it into a model."""
 START_MS, INTERVAL_MS = 1_790_000_000_000, 900_000
 
 
@@ -44,7 +51,9 @@ def measure_detection(bench: Bench, kind: str) -> None:
             bench.results.figure(f"{name} more, fastest", [fastest])
     artifacts, folder = {}, bench.folder / "served"
     for targets, is_on in product(TARGETS, (True, False)):
-        fitted = sensor_model(bench.folder / f"fitted-{targets}-{is_on}", UNITS, targets)
+        fitted = sensor_model(
+            bench.folder / f"fitted-{targets}-{is_on}", UNITS, targets, alarm=ALARM
+        )
         # a head of zeros gives the forecasts that detection is fitted to, so that alarms are rare
         zeros = {name: 0 * fitted.weights[name] for name in fitted.weights if "heads." in name}
         name = f"{'with' if is_on else 'without'}-{targets}"
@@ -82,7 +91,7 @@ def measure_calls(
 ) -> dict[tuple[int, int], tuple[Any, Any]]:
     """By streams and events of a call, the seconds of calls of a network alone and of the same with
     detection, which alternate; on the model of the example with random weights."""
-    artifact = sensor_model(folder / "sensors", season_events=season)
+    artifact = sensor_model(folder / "sensors", season_events=season, alarm=ALARM)
     without = artifact.spec.model_copy(update={"detection": None})
     alone = write_artifact(folder / "alone", without, artifact.weights)
     network, runtime = open_runtimes("onnxruntime", [alone, artifact], 1)
