@@ -435,7 +435,8 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
                 "commit": (times.commit_began_s, times.commit_ended_s),
             }
             reached = {name: each for name, each in stages.items() if each[0] < each[1]}
-            batch = times.began_s, time.monotonic()
+            # with its commit: it is part of its requests, which are answered after it
+            batch = times.began_s, times.commit_ended_s or time.monotonic()
             tracer.record_batch(self._name, spans, len(jobs), batch, reached)
 
     def _fail_exhausted(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
